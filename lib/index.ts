@@ -1,0 +1,1 @@
+export { BackendNotFoundError, TurbomindError } from './errors.js';

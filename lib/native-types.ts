@@ -1,0 +1,236 @@
+// The whole contract of the native addon, as types. native/addon/*.cc implements it;
+// lib/native.ts loads it; tests pass fakes of it.
+
+/** Element types of checkpoint tensors the native side reads. */
+export type NativeDType = 'f32' | 'f16' | 'bf16' | 'i32';
+
+/** native/models/model_spec.h `DecoderSpec`, field by field. */
+export interface DecoderSpec {
+  readonly hiddenSize: number;
+  readonly numLayers: number;
+  readonly numHeads: number;
+  readonly numKvHeads: number;
+  readonly headDim: number;
+  readonly intermediateSize: number;
+  readonly vocabSize: number;
+  readonly maxPositionEmbeddings: number;
+  readonly normEps: number;
+  readonly ropeTheta: number;
+  readonly qkvBias: boolean;
+  readonly qkNorm: boolean;
+  readonly tiedEmbeddings: boolean;
+}
+
+/** native/models/model_spec.h `VisionSpec`. */
+export interface VisionSpec {
+  readonly imageSize: number;
+  readonly patchSize: number;
+  readonly hiddenSize: number;
+  readonly numLayers: number;
+  readonly numHeads: number;
+  readonly intermediateSize: number;
+  readonly normEps: number;
+  readonly rmsNorm: boolean;
+  readonly qkvBias: boolean;
+  readonly qkNorm: boolean;
+  readonly shuffleFactor: number;
+  readonly projectorNormEps: number;
+  readonly mean: readonly [number, number, number];
+  readonly std: readonly [number, number, number];
+}
+
+/** native/models/model_spec.h `ModelSpec`. */
+export interface ModelSpec {
+  readonly decoder: DecoderSpec;
+  readonly vision?: VisionSpec;
+  readonly quant: { readonly method: 'none' | 'awq'; readonly groupSize: number };
+  /** Id that image embeddings replace; -1 for text models. */
+  readonly imageTokenId: number;
+}
+
+/** One tensor under its canonical name (native/models/canonical_names.md). */
+export interface TensorEntry {
+  readonly name: string;
+  readonly dtype: NativeDType;
+  readonly shape: readonly number[];
+  /** Index into `NativeOpenOptions.files`. */
+  readonly file: number;
+  /** Bytes from the start of the file. */
+  readonly offset: number;
+  readonly bytes: number;
+}
+
+export interface NativeOpenOptions {
+  readonly spec: ModelSpec;
+  /** Absolute paths of the safetensors files. */
+  readonly files: readonly string[];
+  readonly tensors: readonly TensorEntry[];
+  /** 'cpu' | 'cuda' | 'cuda:N'; 'auto' is resolved before. */
+  readonly device: string;
+  /** 0: as many as the process may use. */
+  readonly threads: number;
+  /** Tokens; 0: the model's maxPositionEmbeddings. */
+  readonly sessionLen: number;
+  readonly maxBatchSize: number;
+  readonly maxPrefillTokenNum: number;
+  readonly blockSize: number;
+  readonly cacheMaxEntryCount: number;
+  /** '' or a cap for tests: 'scalar' | 'avx2' | 'avx512' | 'amx'. */
+  readonly cpuIsa: string;
+  /** Path of the CUDA backend library; '' when there is none. */
+  readonly cudaLibrary: string;
+}
+
+export interface NativeSampling {
+  readonly doSample: boolean;
+  readonly temperature: number;
+  /** 0: no limit. */
+  readonly topK: number;
+  readonly topP: number;
+  readonly minP: number;
+  readonly repetitionPenalty: number;
+  /** Unsigned 64 bit. */
+  readonly seed: bigint;
+  readonly numLogprobs: number;
+  readonly badWords: readonly (readonly number[])[];
+}
+
+/** Tiles of one image, held natively; opaque. */
+export interface NativeTiles {
+  readonly columns: number;
+  readonly rows: number;
+  /** Thumbnail counted. */
+  readonly numTiles: number;
+  readonly tileSize: number;
+  /** Copy of the pixels, [numTiles, tileSize, tileSize, 3]. */
+  pixels(): Uint8Array;
+  /** 32 hex digits: identity of grid, size and pixels. */
+  readonly contentHash: string;
+}
+
+export interface NativeTileOptions {
+  readonly tileSize: number;
+  readonly minTiles: number;
+  readonly maxTiles: number;
+  readonly useThumbnail: boolean;
+}
+
+export interface NativeRequest {
+  readonly id: number;
+  readonly promptTokens: Int32Array;
+  readonly images: readonly {
+    readonly tiles: NativeTiles;
+    /** First of its image tokens in promptTokens. */
+    readonly tokenOffset: number;
+    readonly numTokens: number;
+  }[];
+  readonly sampling: NativeSampling;
+  readonly maxNewTokens: number;
+  readonly minNewTokens: number;
+  readonly stopTokenIds: readonly number[];
+}
+
+export interface NativeTimings {
+  readonly queueMs: number;
+  readonly visionMs: number;
+  readonly prefillMs: number;
+  readonly firstTokenMs: number;
+  readonly decodeMs: number;
+}
+
+export interface NativeTokenEvent {
+  readonly token: number;
+  /** Present when numLogprobs > 0. */
+  readonly logprob?: number;
+  /** Best first. Present when numLogprobs > 0. */
+  readonly topLogprobs?: readonly (readonly [token: number, logprob: number])[];
+}
+
+/** In order per request; the last one carries finishReason. The stop token is reported as a token. */
+export interface NativeEvent {
+  readonly id: number;
+  readonly tokens: readonly NativeTokenEvent[];
+  readonly finishReason?: 'stop' | 'length' | 'abort' | 'error';
+  /** The stop id that ended it. */
+  readonly matchedStop?: number;
+  readonly timings?: NativeTimings;
+  readonly numPreemptions?: number;
+  /** finishReason 'error' only: an ERR_TM_ code and its message. */
+  readonly errorCode?: string;
+  readonly errorMessage?: string;
+}
+
+export interface NativeStats {
+  readonly running: number;
+  readonly waiting: number;
+  readonly totalBlocks: number;
+  readonly freeBlocks: number;
+  readonly steps: number;
+  readonly preemptions: number;
+  readonly promptTokens: number;
+  readonly completionTokens: number;
+  readonly weightBytes: number;
+  readonly kvCacheBytes: number;
+  readonly workspaceBytes: number;
+  readonly loadMs: number;
+  readonly sessionLen: number;
+  readonly deviceName: string;
+  readonly deviceDescription: string;
+}
+
+export interface NativeEngine {
+  /** Answers a bad request with an error event; throws ERR_TM_DISPOSED after close. */
+  submit(request: NativeRequest): void;
+  abort(id: number): void;
+  stats(): NativeStats;
+  /** Aborts what runs, waits for native work, frees everything. Idempotent. */
+  close(): Promise<void>;
+  /** Logits of the token after the prompt, [V]; runs apart from the batch. */
+  promptLogits(request: NativeRequest): Promise<Float32Array>;
+}
+
+export interface NativeCpuInfo {
+  /** Best instruction set the kernels will use: 'scalar' | 'avx2' | 'avx512' | 'amx'. */
+  readonly isa: string;
+  /** Names such as 'avx2', 'fma', 'avx512_vnni', 'amx_int8'. */
+  readonly features: readonly string[];
+  readonly threads: number;
+  readonly totalMemoryBytes: number;
+  readonly freeMemoryBytes: number;
+}
+
+export interface NativeCudaQuery {
+  readonly deviceCount: number;
+  /** One line a device. */
+  readonly devices: readonly string[];
+  /** '' or why no device can be used. */
+  readonly error: string;
+}
+
+/**
+ * What the .node file exports. Engine events arrive through `onEvents` on the JS thread, in
+ * batches; `onProgress` gets the loaded share of the weights, 0..1. Errors carry `code`.
+ */
+export interface NativeAddon {
+  readonly version: string;
+  cpuInfo(): NativeCpuInfo;
+  /** dlopens the CUDA backend library and asks it for devices. Call it in a child process. */
+  queryCuda(libraryPath: string): NativeCudaQuery;
+  open(
+    options: NativeOpenOptions,
+    onEvents: (events: readonly NativeEvent[]) => void,
+    onProgress: (share: number) => void,
+  ): Promise<NativeEngine>;
+  /** Cuts an image into tiles on native threads. channels: 1, 3 or 4; pixels are copied. */
+  makeTiles(
+    pixels: Uint8Array,
+    width: number,
+    height: number,
+    channels: number,
+    options: NativeTileOptions,
+  ): Promise<NativeTiles>;
+  /** The grid that makeTiles would choose. */
+  chooseGrid(width: number, height: number, options: NativeTileOptions): { columns: number; rows: number };
+  /** Pillow's bicubic resize of RGB pixels; for tests and tools. */
+  resizeBicubic(pixels: Uint8Array, width: number, height: number, outWidth: number, outHeight: number): Uint8Array;
+}

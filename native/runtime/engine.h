@@ -1,0 +1,67 @@
+// Owns a model, its KV cache and one thread that plans and runs steps. All public functions may be
+// called from any thread; the event sink is called on the engine thread.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend/backends.h"
+#include "models/model_spec.h"
+#include "runtime/request.h"
+
+namespace turbomind {
+
+struct EngineOptions {
+  ModelSpec spec;
+  CheckpointFiles files;
+  BackendOptions backend;
+  int session_len = 0;               // tokens of prompt and completion; 0: the model's positions
+  int max_batch_size = 128;          // sequences in one step
+  int max_prefill_token_num = 512;   // token budget of one step
+  int block_size = 64;               // tokens a KV block
+  double cache_max_entry_count = 0.8;  // share of free memory after weights for KV blocks; the
+                                       // pool never exceeds max_batch_size full sessions
+  bool manual_stepping = false;      // tests: no thread; the owner calls step()
+};
+
+struct EngineStats {
+  int running = 0;   // sequences holding blocks
+  int waiting = 0;   // sequences queued
+  int total_blocks = 0;
+  int free_blocks = 0;
+  uint64_t steps = 0;
+  uint64_t preemptions = 0;
+  uint64_t prompt_tokens = 0;      // computed, preempted work counted again
+  uint64_t completion_tokens = 0;
+  size_t weight_bytes = 0;
+  size_t kv_cache_bytes = 0;
+  size_t workspace_bytes = 0;
+  double load_ms = 0;
+  int session_len = 0;
+  std::string device_name;
+  std::string device_description;
+};
+
+using EventSink = std::function<void(std::vector<Event>)>;
+using ProgressFn = std::function<void(double)>;  // share of weight bytes loaded, 0..1
+
+class Engine {
+ public:
+  // Blocks while weights load (call it off the JS thread). Throws Error.
+  static std::unique_ptr<Engine> open(EngineOptions options, EventSink sink, ProgressFn progress);
+  virtual ~Engine() = default;  // close()
+
+  // Never throws for a bad request: it is answered by an error event. After close: Error{disposed}.
+  virtual void submit(Request request) = 0;
+  virtual void abort(RequestId id) = 0;
+  virtual EngineStats stats() const = 0;
+  // Aborts what runs, joins the thread, frees everything. Idempotent.
+  virtual void close() = 0;
+  virtual bool step() = 0;  // manual_stepping only; false when there was nothing to do
+  // Logits of the token after `request`'s prompt, [V] f32; runs alone, for parity tests.
+  virtual std::vector<float> prompt_logits(const Request& request) = 0;
+};
+
+}  // namespace turbomind

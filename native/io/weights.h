@@ -6,12 +6,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "base/tensor_view.h"
@@ -20,6 +20,7 @@
 namespace turbomind {
 
 class MappedFile;
+class SharedPages;
 
 class WeightStore {
  public:
@@ -43,7 +44,7 @@ class WeightStore {
   }
 
   size_t total_bytes() const { return total_bytes_; }  // of all tensors in the table
-  // "'layers.0.mlp.up.weight' in model-00001-of-00002.safetensors", for messages.
+  // "tensor 'layers.0.mlp.up.weight' in model-00001-of-00002.safetensors", for messages.
   std::string describe(std::string_view name) const;
 
   // Hints to the kernel about a view of this store: read ahead, or forget the whole pages inside it
@@ -59,7 +60,6 @@ class WeightStore {
     uint64_t offset = 0;
     uint64_t bytes = 0;
   };
-  class AlignedCopy;
 
   void add(const TensorEntry& entry);
   const Tensor& tensor(std::string_view name) const;
@@ -67,7 +67,7 @@ class WeightStore {
   std::vector<std::unique_ptr<MappedFile>> files_;  // index: file_idx
   std::map<std::string, Tensor, std::less<>> tensors_;
   // Copies of unaligned tensors, made when first asked for.
-  mutable std::map<std::string, std::unique_ptr<AlignedCopy>, std::less<>> copies_;
+  mutable std::map<std::string, std::unique_ptr<SharedPages>, std::less<>> copies_;
   size_t total_bytes_ = 0;
 };
 

@@ -41,7 +41,6 @@ class Decoder {
 
  private:
   struct Layer;
-  struct Activations;
   void run_layer(const Layer& layer, int layer_idx, int num_tokens, KvCache& cache);
   TensorView rows(Buffer& buffer, int64_t num_rows, int64_t columns) const;
 

@@ -44,6 +44,9 @@ const WeightFormat& weight_format_of(WeightKind kind);
 // All of `source` as floats, parts one under another: out is [N, K].
 void dequantize(const LinearSource& source, std::span<float> out);
 
+// Throws Error{tensor_mismatch} unless `view`, which is tensor `name`, is f32, f16 or bf16.
+void check_float_dtype(const WeightStore& store, std::string_view name, ConstTensorView view);
+
 // One element as float; for references and small vectors.
 float load_float(const void* data, DType dtype, int64_t index);
 

@@ -94,7 +94,8 @@ void check_vision(const VisionSpec& spec) {
   }
 }
 
-void check_quant(const QuantSpec& quant, const DecoderSpec& decoder) {
+// That groups divide a layer is checked layer by layer: some layers may not be quantised.
+void check_quant(const QuantSpec& quant) {
   if (quant.method == QuantMethod::none) {
     if (quant.group_size == 0) return;
     refuse(ErrorCode::invalid_config,
@@ -104,14 +105,6 @@ void check_quant(const QuantSpec& quant, const DecoderSpec& decoder) {
     refuse(ErrorCode::unsupported_quantization,
            format("awq: group_size is %d; expected 32, 64 or 128", quant.group_size));
   }
-  const auto groups = [&](const char* field, int value) {
-    if (value % quant.group_size == 0) return;
-    refuse(ErrorCode::unsupported_quantization, format("awq: group_size %d does not divide %s %d",
-                                                       quant.group_size, field, value));
-  };
-  groups("hidden_size", decoder.hidden_size);
-  groups("num_attention_heads * head_dim", decoder.num_heads * decoder.head_dim);
-  groups("intermediate_size", decoder.intermediate_size);
 }
 
 }  // namespace
@@ -119,7 +112,7 @@ void check_quant(const QuantSpec& quant, const DecoderSpec& decoder) {
 void validate(const ModelSpec& spec) {
   check_decoder(spec.decoder);
   if (spec.vision) check_vision(*spec.vision);
-  check_quant(spec.quant, spec.decoder);
+  check_quant(spec.quant);
   if (spec.vision) {
     in_range("image_token_id", spec.image_token_id, 0, spec.decoder.vocab_size - 1);
   } else if (spec.image_token_id != -1) {

@@ -255,6 +255,7 @@ class Answers {
     }
   }
   const Answer& at(RequestId id) const { return answers_.at(id); }
+  bool known(RequestId id) const { return answers_.contains(id); }
   bool ended(RequestId id) const {
     const auto found = answers_.find(id);
     return found != answers_.end() && found->second.reason != FinishReason::none;

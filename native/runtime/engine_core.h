@@ -1,5 +1,5 @@
 // The engine without loading: a model that is already there behind the seam `Model`. Engine::open
-// (engine_open.cc) builds one from a checkpoint, tests from a scripted model.
+// (engine_open.cc) makes one from a checkpoint, tests from a scripted model.
 #pragma once
 
 #include <memory>

@@ -40,6 +40,12 @@ inline float exp_fast(float x) {
   return x < -87.0F ? 0.0F : y * power;
 }
 
+// Probability mass the nucleus must reach. The margin is there because 0.1 is not a float: ten of
+// a hundred equal tokens are enough for it.
+double nucleus_mass(float top_p, double total) {
+  return static_cast<double>(top_p) * total * (1.0 - 1e-7);
+}
+
 // p[i] = exp((l[i] - max) / temperature); returns the sum, added in fixed lanes.
 double exponentials(std::span<float> values, float max, float temperature) {
   double lanes[kLanes] = {};
@@ -209,11 +215,11 @@ TokenId HostSampler::draw_from_best(std::span<const float> logits, const SampleR
   }
   size_t kept = 0;
   double mass = 0.0;
+  const double wanted = nucleus_mass(params.top_p, total);
   while (kept < shares_.size()) {
     const double share = shares_[kept];
-    const bool enough = kept > 0 && mass >= static_cast<double>(params.top_p) * total;
-    if ((params.top_p < 1.0F && enough) || share <= 0.0) break;
-    if (kept > 0 && share < static_cast<double>(params.min_p)) break;
+    if (params.top_p < 1.0F && kept > 0 && mass >= wanted) break;
+    if (share <= 0.0 || share < static_cast<double>(params.min_p)) break;
     mass += share;
     ++kept;
   }
@@ -234,7 +240,7 @@ TokenId HostSampler::draw_from_all(std::span<float> values, float max, const Sam
   float border = 0.0F;               // everything above is kept …
   int64_t border_count = -1;         // … and so many equal to it, lowest ids first; -1: all
   if (params.top_p < 1.0F) {
-    const double wanted = static_cast<double>(params.top_p) * total;
+    const double wanted = nucleus_mass(params.top_p, total);
     double above = 0.0;   // mass of what is certainly larger than the border
     uint32_t prefix = 0;  // its known high bits
     for (const RadixDigit digit : kRadixDigits) {

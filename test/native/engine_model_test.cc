@@ -17,6 +17,7 @@ using namespace turbomind::test;
 namespace {
 
 struct Run {
+  const char* isa = "";  // a cap; "": the machine's best
   int threads = 1;
   int max_batch_size = 8;
   int max_prefill_token_num = 512;
@@ -90,7 +91,7 @@ struct Outcome {
 
 Outcome run(const TinyCheckpoint& checkpoint, const std::vector<Request>& requests, const Run& how) {
   EngineParts parts =
-      load_model(options_of(checkpoint, how), make_test_backend(how.threads), nullptr);
+      load_model(options_of(checkpoint, how), make_test_backend(how.threads, how.isa), nullptr);
   if (how.num_blocks > 0) parts.memory.num_blocks = how.num_blocks;
   Outcome outcome;
   const EventSink sink = [&outcome](const std::vector<Event>& events) {
@@ -118,10 +119,11 @@ Outcome run(const TinyCheckpoint& checkpoint, const std::vector<Request>& reques
   return outcome;
 }
 
-Outcome run_alone(const TinyCheckpoint& checkpoint, const std::vector<Request>& requests) {
+Outcome run_alone(const TinyCheckpoint& checkpoint, const std::vector<Request>& requests,
+                  const char* isa) {
   Outcome all;
   for (const Request& request : requests) {
-    all.lines.merge(run(checkpoint, {request}, {.max_batch_size = 1}).lines);
+    all.lines.merge(run(checkpoint, {request}, {.isa = isa, .max_batch_size = 1}).lines);
   }
   return all;
 }
@@ -138,25 +140,27 @@ void expect_equal(const Outcome& got, const Outcome& expected, const char* what)
   }
 }
 
-void expect_same_bits(QuantMethod method) {
+void expect_same_bits(QuantMethod method, const char* isa) {
   const TinyCheckpoint checkpoint(method);
   const std::vector<Request> requests = make_requests(checkpoint.spec);
-  const Outcome alone = run_alone(checkpoint, requests);
+  const Outcome alone = run_alone(checkpoint, requests, isa);
   for (const Request& request : requests) {
     EXPECT_EQ(alone.lines.at(request.id).tokens.size(),
               static_cast<size_t>(request.max_new_tokens));
   }
   for (int threads = 1; threads <= 3; ++threads) {
-    expect_equal(run(checkpoint, requests, {.threads = threads}), alone, "threads");
+    expect_equal(run(checkpoint, requests, {.isa = isa, .threads = threads}), alone, "threads");
   }
   for (int chunk : {1, 7, 64}) {
-    expect_equal(run(checkpoint, requests, {.threads = 2, .max_prefill_token_num = chunk}), alone,
-                 "chunk");
+    expect_equal(
+        run(checkpoint, requests, {.isa = isa, .threads = 2, .max_prefill_token_num = chunk}), alone,
+        "chunk");
   }
   for (int chunk : {7, 512}) {
     const Outcome preempted =
         run(checkpoint, requests,
-            {.threads = 2, .max_prefill_token_num = chunk, .block_size = 16, .num_blocks = 12});
+            {.isa = isa, .threads = 2, .max_prefill_token_num = chunk, .block_size = 16,
+             .num_blocks = 12});
     EXPECT(preempted.stats.preemptions >= 1);
     expect_equal(preempted, alone, "preemption");
   }
@@ -164,12 +168,23 @@ void expect_same_bits(QuantMethod method) {
 
 }  // namespace
 
+// Each instruction set has bits of its own; what must agree is every way to run on one of them.
 TEST("bf16: the same bits alone and in any batch, chunk, thread count and preemption") {
-  expect_same_bits(QuantMethod::none);
+  for (const char* isa : {"avx2", "avx512", ""}) expect_same_bits(QuantMethod::none, isa);
 }
 
 TEST("awq: the same bits alone and in any batch, chunk, thread count and preemption") {
-  expect_same_bits(QuantMethod::awq);
+  for (const char* isa : {"avx2", "avx512", ""}) expect_same_bits(QuantMethod::awq, isa);
+}
+
+TEST("the scalar kernels, too, give the same bits in a batch of chunks as alone") {
+  const TinyCheckpoint checkpoint(QuantMethod::awq);
+  std::vector<Request> requests = {make_request(1, 3, 0, checkpoint.spec),
+                                   make_request(2, 9, 1, checkpoint.spec)};
+  for (Request& request : requests) request.max_new_tokens = 5;
+  const Outcome batch = run(checkpoint, requests,
+                            {.isa = "scalar", .threads = 2, .max_prefill_token_num = 4});
+  expect_equal(batch, run_alone(checkpoint, requests, "scalar"), "scalar");
 }
 
 TEST("images and prompts matter: other pixels, other logits; prompt logits choose the first token") {

@@ -4,10 +4,9 @@
 
 #include <cstdint>
 #include <optional>
-#include <string>
-#include <vector>
 
 #include "base/types.h"
+#include "io/checkpoint_files.h"
 
 namespace turbomind {
 
@@ -64,20 +63,5 @@ struct ModelSpec {
 
 // Throws Error{invalid_config | unsupported_model | unsupported_quantization}.
 void validate(const ModelSpec& spec);
-
-// One tensor of the checkpoint under its canonical name (see models/canonical_names.md).
-struct TensorEntry {
-  std::string name;
-  DType dtype = DType::f32;
-  std::vector<int64_t> shape;
-  int file_idx = 0;
-  uint64_t offset = 0;  // from the start of the file
-  uint64_t bytes = 0;
-};
-
-struct CheckpointFiles {
-  std::vector<std::string> paths;
-  std::vector<TensorEntry> tensors;
-};
 
 }  // namespace turbomind

@@ -9,7 +9,7 @@ ModelRunner::ModelRunner(Model& model, const MemoryPlan& memory) : model_(model)
   results_.reserve(static_cast<size_t>(memory.max_sequences));
 }
 
-std::span<const SampleResult> ModelRunner::run(const StepPlan& plan) {
+StepResults ModelRunner::run(const StepPlan& plan) {
   forward(plan);
   results_.resize(static_cast<size_t>(plan.num_samples));
   for (SampleResult& result : results_) {
@@ -17,8 +17,15 @@ std::span<const SampleResult> ModelRunner::run(const StepPlan& plan) {
     result.logprob = 0.0F;
     result.top_logprobs.clear();
   }
-  model_.sample(batch_.sample_rows(), results_);
-  return results_;
+  try {
+    model_.sample(batch_.sample_rows(), results_);
+  } catch (const Error& error) {
+    // Not-a-number logits or a ban of all tokens are one sequence's misfortune. A device that is
+    // really lost fails the next forward too.
+    if (results_.empty()) throw;
+    return {results_, error};
+  }
+  return {results_, std::nullopt};
 }
 
 void ModelRunner::run_logits(const StepPlan& plan, std::span<float> out) {

@@ -32,7 +32,8 @@ class Model {
   virtual std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) = 0;
   // K and V of all rows are written; `batch` stays valid until sample() or logits() returned.
   virtual void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) = 0;
-  // Tokens of the step's sample_rows, [R], R may be 0. Waits for the step.
+  // Tokens of the step's sample_rows, [R], R may be 0. Waits for the step. If some rows cannot be
+  // sampled, throws Error with their tokens left at -1 and the other rows drawn.
   virtual void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) = 0;
   virtual void logits(std::span<float> out) = 0;  // [R, V] of the step's sample_rows. Waits.
 };
@@ -41,8 +42,9 @@ class ModelRunner {
  public:
   ModelRunner(Model& model, const MemoryPlan& memory);
 
-  // Tokens of the plan's sampling rows, [R]; valid until the next run.
-  std::span<const SampleResult> run(const StepPlan& plan);
+  // What the plan's sampling rows drew; valid until the next run. Throws if the step failed as a
+  // whole; a failure of single rows is part of the results.
+  StepResults run(const StepPlan& plan);
   // Like run, but answers logits: [R, V].
   void run_logits(const StepPlan& plan, std::span<float> out);
 

@@ -149,29 +149,37 @@ void Scheduler::preempt_youngest() {
   ++num_preemptions_;
 }
 
-std::vector<Event> Scheduler::commit(const StepPlan& plan, std::span<const SampleResult> results) {
+std::vector<Event> Scheduler::commit(const StepPlan& plan, const StepResults& results) {
   TM_CHECK(&plan == &plan_, "commit of a plan of another scheduler");
-  TM_CHECK(static_cast<int>(results.size()) == plan.num_samples, "%zu tokens for %d rows",
-           results.size(), plan.num_samples);
+  TM_CHECK(static_cast<int>(results.rows.size()) == plan.num_samples, "%zu tokens for %d rows",
+           results.rows.size(), plan.num_samples);
   const Clock::time_point now = Clock::now();
   std::vector<Event> events;
-  events.reserve(results.size());
-  size_t result_idx = 0;
+  events.reserve(results.rows.size());
   for (const ScheduledRow& row : plan.rows) {
-    Sequence& sequence = *row.sequence;
-    sequence.advance(row.num_tokens);
+    row.sequence->advance(row.num_tokens);
     if (!row.samples) continue;
-    const SampleResult& result = results[result_idx++];
-    const FinishReason reason = sequence.append(result.token, now);
-    Event& event = events.emplace_back(final_event(sequence, reason));
-    event.tokens.push_back({result.token, result.logprob, result.top_logprobs});
-    if (reason == FinishReason::stop) event.matched_stop = result.token;
+    const SampleResult& result = results.rows[events.size()];
+    events.push_back(commit_row(*row.sequence, result, results.failure, now));
+    num_completion_tokens_ += events.back().tokens.size();
   }
   num_prompt_tokens_ += static_cast<uint64_t>(plan.num_prefill_tokens);
-  num_completion_tokens_ += results.size();
   plan_.clear();
   std::erase_if(running_, [](const Owner& s) { return s->finish_reason() != FinishReason::none; });
   return events;
+}
+
+Event Scheduler::commit_row(Sequence& sequence, const SampleResult& result,
+                            const std::optional<Error>& failure, Clock::time_point now) {
+  if (result.token < 0) {
+    sequence.fail();
+    return error_event(sequence, failure.value_or(Error(ErrorCode::internal, "no token was drawn")));
+  }
+  const FinishReason reason = sequence.append(result.token, now);
+  Event event = final_event(sequence, reason);
+  event.tokens.push_back({result.token, result.logprob, result.top_logprobs});
+  if (reason == FinishReason::stop) event.matched_stop = result.token;
+  return event;
 }
 
 Event Scheduler::final_event(const Sequence& sequence, FinishReason reason) {

@@ -66,6 +66,13 @@ struct StepPlan {
   int add_prefill(Sequence& sequence, StepBudget& budget);
 };
 
+// What a step drew: one result for each sampling row of its plan, in order. A row whose token is -1
+// could not be sampled, for the reason in `failure`; it ends with that error, the others go on.
+struct StepResults {
+  std::span<const SampleResult> rows;  // [R]
+  std::optional<Error> failure;
+};
+
 enum class Admit : uint8_t { ok, never };
 
 struct [[nodiscard]] Admission {
@@ -84,8 +91,8 @@ class Scheduler {
   Admission fits(int num_prompt_tokens) const;
 
   const StepPlan& plan();
-  // Takes the drawn tokens, [R] in the order of the plan's sampling rows. Ends the plan.
-  std::vector<Event> commit(const StepPlan& plan, std::span<const SampleResult> results);
+  // Appends the drawn tokens and ends what is finished: its blocks are free again. Ends the plan.
+  std::vector<Event> commit(const StepPlan& plan, const StepResults& results);
 
   // Each ends sequences early: their blocks are free when it returns.
   std::optional<Event> abort(RequestId id);
@@ -113,6 +120,8 @@ class Scheduler {
   void preempt_youngest();
   int growing_sequences() const;
   int max_sequence_tokens() const;
+  static Event commit_row(Sequence& sequence, const SampleResult& result,
+                          const std::optional<Error>& failure, Clock::time_point now);
   static Event final_event(const Sequence& sequence, FinishReason reason);
   static Event error_event(const Sequence& sequence, const Error& error);
 

@@ -73,6 +73,7 @@ class Sequence {
   void advance(int count);
   // Appends a drawn token; answers why the sequence ended, or none.
   FinishReason append(TokenId token, Clock::time_point now);
+  void fail() { finish_reason_ = FinishReason::error; }
   // Gives its blocks back; everything is computed again later. Embeddings of an unfinished prompt
   // are kept, those of a finished one are encoded again: a tile's embeddings do not depend on what
   // it is encoded with.

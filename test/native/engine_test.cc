@@ -297,6 +297,23 @@ TEST("a second failing step in a row, or a lost device, ends the engine with ans
   }
 }
 
+TEST("a row that cannot be sampled ends with the reason, the rest of its batch goes on") {
+  Setup s(Stepping::manual);
+  Request bad = text_request(2, 5, 9);
+  bad.sampling.seed = 77;
+  const Request good[] = {text_request(1, 5, 9), text_request(3, 6, 9)};
+  s.engine->submit(good[0]);
+  s.engine->submit(bad);
+  s.engine->submit(good[1]);
+  EXPECT(s.engine->step());
+  s.model->unsampled = 77;
+  s.run_all();
+  EXPECT(s.events.at(2).reason == FinishReason::error);
+  EXPECT(s.events.at(2).last.error_message == "scripted row failure");
+  for (const Request& request : good) s.expect_same_as_alone(request);
+  EXPECT_EQ(s.engine->stats().free_blocks, 64);
+}
+
 TEST("an abort frees blocks in the next step, before anything runs") {
   Setup s(Stepping::manual);
   s.engine->submit(text_request(1, 8, 50));

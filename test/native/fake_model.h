@@ -67,6 +67,7 @@ class FakeModel final : public Model {
       : spec_(spec), cache_(static_cast<size_t>(spec.num_blocks * spec.block_size), -1) {}
 
   std::function<void()> on_forward;  // may throw or wait
+  uint64_t unsampled = 0;  // rows with this seed cannot be sampled; 0: all can
   int max_step_tokens = 0;
   int64_t tiles_encoded = 0;
   int64_t forwards = 0;
@@ -115,8 +116,10 @@ class FakeModel final : public Model {
       const int s = sequence_of(batch_.sample_rows[r]);
       TM_CHECK(static_cast<int>(rows[r].tokens.size()) == batch_.kv_len[s],
                "row %zu: %zu tokens, kv_len %d", r, rows[r].tokens.size(), batch_.kv_len[s]);
+      if (unsampled == rows[r].params->seed && unsampled != 0) continue;
       results[r].token = fake_draw(hash_of(s), rows[r].banned, spec_);
     }
+    if (unsampled != 0) throw Error(ErrorCode::device_error, "scripted row failure");
   }
 
   void logits(std::span<float> out) override {

@@ -27,6 +27,8 @@ import numpy as np
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "test", "fixtures", "models")
 VOCAB, IMAGE, EOS = 272, 261, 258          # ids of the byte-level tokenizer
+SPECIAL_TOKENS = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": EOS, "<img>": 259, "</img>": 260,
+                  "<IMG_CONTEXT>": IMAGE, "<video>": 262}
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 NEW_TOKENS = 8
 MIN_MARGIN = 0.05                          # between the best and the second logit of every step
@@ -444,6 +446,8 @@ def make_internvl(folder, seed, layout, group=0, decoder=None, family="qwen2", *
             "image_processor_type": "GotOcr2ImageProcessorFast", "crop_to_patches": True, "do_convert_rgb": True,
             "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": MEAN, "image_std": STD,
             "max_patches": 12, "min_patches": 1, "resample": 3, "size": {"height": size, "width": size}})
+    # Where the chat layout has its image token from; the tokenizer folder holds the same.
+    write_json(folder, "added_tokens.json", SPECIAL_TOKENS)
     spec = {"decoder": s, "vision": v, "quant": {"method": "awq" if group else "none", "groupSize": group},
             "imageTokenId": IMAGE}
     finish(folder, c, spec, config, seed)

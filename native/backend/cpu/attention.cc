@@ -34,8 +34,8 @@ void rotate(float* head, const float* cosine, const float* sine, int half) {
 }  // namespace
 
 struct PagedAttention::Scratch {
-  float* q;        // [kMaxTileRows, D]
-  float* scores;   // [kMaxTileRows, kScoreStride]
+  float* q;        // [kMaxTileRows, kRowStride]
+  float* scores;   // [kMaxTileRows, kRowStride]
   float* out;      // [kMaxTileRows, D] of one split
   float* total;    // [kMaxTileRows, D] of the splits so far
   float* max;      // [kMaxTileRows]
@@ -49,7 +49,7 @@ PagedAttention::PagedAttention(Isa isa, ThreadPool& pool)
     : kernels_(attention_kernels(isa)), pool_(pool) {}
 
 size_t PagedAttention::scratch_floats(int head_dim, int block_size) const {
-  const int fixed = kMaxTileRows * (3 * head_dim + kScoreStride + 4);
+  const int fixed = kMaxTileRows * (2 * head_dim + 2 * kRowStride + 4);
   const int gathered = block_size % kChunkKeys == 0 ? 0 : kMaxChunks * 2 * head_dim * kChunkKeys;
   return round_up(static_cast<size_t>(fixed + gathered), size_t{16});
 }
@@ -88,9 +88,9 @@ void PagedAttention::begin_step(const StepBatch& batch) {
 
 void PagedAttention::check(const AttentionArgs& args) const {
   TM_CHECK(args.cache != nullptr, "attention without a KV cache");
-  TM_CHECK(args.head_dim > 0 && args.head_dim % kLanes == 0,
-           "attention with head_dim %d: the CPU backend needs a multiple of %d", args.head_dim,
-           kLanes);
+  TM_CHECK(args.head_dim > 0 && args.head_dim % kLanes == 0 && args.head_dim <= kSplitKeys,
+           "attention with head_dim %d: the CPU backend needs a multiple of %d up to %d",
+           args.head_dim, kLanes, kSplitKeys);
   TM_CHECK(args.num_kv_heads > 0 && args.num_heads % args.num_kv_heads == 0,
            "%d attention heads over %d KV heads", args.num_heads, args.num_kv_heads);
   const KvCacheSpec& spec = args.cache->spec();
@@ -246,10 +246,10 @@ PagedAttention::Scratch PagedAttention::scratch_of(int thread, int head_dim,
     next += floats;
     return taken;
   };
-  s.q = take(kMaxTileRows * head_dim);
+  s.q = take(kMaxTileRows * kRowStride);
   s.out = take(kMaxTileRows * head_dim);
   s.total = take(kMaxTileRows * head_dim);
-  s.scores = take(kMaxTileRows * kScoreStride);
+  s.scores = take(kMaxTileRows * kRowStride);
   s.max = take(kMaxTileRows);
   s.sum = take(kMaxTileRows);
   s.total_max = take(kMaxTileRows);
@@ -346,7 +346,7 @@ void PagedAttention::run_item(const AttentionArgs& args, const Item& item, int k
     const int row = tile.row_begin + r;
     const float* q = args.qkv.as<float>() +
                      (int64_t{row / group} * heads + kv_head * group + row % group) * dim;
-    std::copy(q, q + dim, s.q + r * dim);
+    std::copy(q, q + dim, s.q + r * kRowStride);
   }
   if (tile.partial >= 0) {
     for (int split = item.split_begin; split < item.split_end; ++split) {

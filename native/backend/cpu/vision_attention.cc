@@ -27,10 +27,10 @@ struct Scratch {
   float* keys;    // [chunks, D, kChunkKeys]
   float* values;  // [chunks * kChunkKeys, D]
   float* rows;    // [kLanes, D]: rows to transpose
-  float* q;       // [kMaxTileRows, D]
+  float* q;       // [kMaxTileRows, kRowStride]
   float* out;     // [kMaxTileRows, D]
   float* total;   // [kMaxTileRows, D]
-  float* scores;  // [kMaxTileRows, kScoreStride]
+  float* scores;  // [kMaxTileRows, kRowStride]
   float* state;   // [4, kMaxTileRows]: max, sum, total max, total sum
   const float** chunk_keys;
   const float** chunk_values;
@@ -39,9 +39,9 @@ struct Scratch {
 size_t scratch_floats(int tokens, int head_dim) {
   const size_t padded = round_up(tokens, kChunkKeys);
   const size_t pointers = 2 * (padded / kChunkKeys) * sizeof(float*) / sizeof(float);
-  const size_t rows = kLanes + 3 * kMaxTileRows;
+  const size_t rows = kLanes + 2 * kMaxTileRows;
   return round_up(2 * padded * head_dim + rows * head_dim +
-                      size_t{kMaxTileRows} * (kScoreStride + 4) + pointers,
+                      size_t{kMaxTileRows} * (2 * kRowStride + 4) + pointers,
                   size_t{16});
 }
 
@@ -56,10 +56,10 @@ Scratch scratch_at(float* next, int tokens, int head_dim) {
   s.keys = take(int64_t{padded} * head_dim);
   s.values = take(int64_t{padded} * head_dim);
   s.rows = take(kLanes * head_dim);
-  s.q = take(kMaxTileRows * head_dim);
+  s.q = take(kMaxTileRows * kRowStride);
   s.out = take(kMaxTileRows * head_dim);
   s.total = take(kMaxTileRows * head_dim);
-  s.scores = take(kMaxTileRows * kScoreStride);
+  s.scores = take(kMaxTileRows * kRowStride);
   s.state = take(4 * kMaxTileRows);
   const int chunks = padded / kChunkKeys;
   s.chunk_keys = reinterpret_cast<const float**>(take(chunks * 2));
@@ -119,7 +119,7 @@ class TileAttention {
     const int step = split_keys(tokens);
     for (int r = 0; r < rows; ++r) {
       const float* q = qkv + (first + r) * 3 * width_;
-      std::copy(q, q + dim, s.q + r * dim);
+      std::copy(q, q + dim, s.q + r * kRowStride);
     }
     float* total_max = s.state + 2 * kMaxTileRows;
     float* total_sum = s.state + 3 * kMaxTileRows;
@@ -164,11 +164,11 @@ class TileAttention {
 };
 
 void check(const VisionAttentionArgs& args) {
-  TM_CHECK(args.head_dim > 0 && args.head_dim % kLanes == 0 && args.num_heads > 0 &&
-               args.tokens_per_tile > 0,
+  TM_CHECK(args.head_dim > 0 && args.head_dim % kLanes == 0 &&
+               args.head_dim <= kSplitKeys && args.num_heads > 0 && args.tokens_per_tile > 0,
            "vision attention with %d heads of %d over %d tokens: the CPU backend needs a head_dim "
-           "that is a multiple of %d",
-           args.num_heads, args.head_dim, args.tokens_per_tile, kLanes);
+           "that is a multiple of %d up to %d",
+           args.num_heads, args.head_dim, args.tokens_per_tile, kLanes, kSplitKeys);
   const int64_t values = int64_t{args.num_tiles} * args.tokens_per_tile * args.num_heads *
                          args.head_dim;
   TM_CHECK(args.qkv.dtype == DType::f32 && args.y.dtype == DType::f32 &&

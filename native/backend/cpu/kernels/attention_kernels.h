@@ -15,14 +15,16 @@ inline constexpr int kSplitKeys = 512;  // most keys of one split
 inline constexpr int kMaxChunks = kSplitKeys / kChunkKeys;
 inline constexpr int kMaxTileRows = 28;
 inline constexpr int kLanes = 16;                        // D is a multiple of it
-inline constexpr int kScoreStride = kSplitKeys + kLanes;  // not a power of two: spreads cache sets
+// Floats between rows of queries and scores: fixed, so that a register block needs one address;
+// not a power of two, so that rows fall into different cache sets. D is at most kSplitKeys.
+inline constexpr int kRowStride = kSplitKeys + kLanes;
 
 // For each row r with limit n = limits[r] > 0, over keys j in [0, n):
 //   s_j = (q_r . k_j) * scale;  max = max_j s_j;  p_j = exp(s_j - max);
 //   sum = sum_j p_j;  out = sum_j p_j v_j        (not divided by sum)
 // Rows with limit <= 0 get max = -inf, sum = 0, out = 0.
 struct SplitTask {
-  const float* q = nullptr;  // [rows, D]
+  const float* q = nullptr;  // [rows, kRowStride], D of them used
   int rows = 0;              // <= kMaxTileRows
   int head_dim = 0;          // D
   const float* const* keys = nullptr;    // per chunk: [D, key_stride], one key a column
@@ -31,7 +33,7 @@ struct SplitTask {
   const int* limits = nullptr;  // [rows]; keys at and past a row's limit are not looked at
   int num_keys = 0;             // the largest limit, <= kSplitKeys
   float scale = 1.0F;
-  float* scores = nullptr;  // scratch [rows, kScoreStride]
+  float* scores = nullptr;  // scratch [rows, kRowStride]
   float* max = nullptr;     // [rows]
   float* sum = nullptr;     // [rows]
   float* out = nullptr;     // [rows, D]

@@ -4,8 +4,7 @@
 
 // One register block of C = A B: rows of A are broadcast, B holds 16 * kVectors columns.
 struct BlockTask {
-  const float* a;            // [rows, a_stride]
-  int a_stride;
+  const float* a;            // [rows, kRowStride]
   const float* const* b;     // chunks of `chunk` rows
   int b_stride;
   int b_column;
@@ -33,7 +32,7 @@ inline void multiply_block(const BlockTask& t) {
       for (int v = 0; v < kVectors; ++v) row[v] = f_load(b + v * kLanes);
       #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const F x = f_set(a[r * t.a_stride]);
+        const F x = f_set(a[r * kRowStride]);
         #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sum[r][v] = f_fma(x, row[v], sum[r][v]);
       }
@@ -62,7 +61,7 @@ template <int kVectors>
 inline void multiply_tile(int rows, BlockTask t) {
   for (int done = 0; done < rows; done += kBlockRows) {
     multiply_rows<kBlockRows, kVectors>(rows - done < kBlockRows ? rows - done : kBlockRows, t);
-    t.a += kBlockRows * t.a_stride;
+    t.a += kBlockRows * kRowStride;
     t.c += kBlockRows * t.c_stride;
   }
 }
@@ -115,7 +114,7 @@ inline float max_lane(F x) {
 // Scores of one row → exponentials, zeros up to `columns`.
 inline void softmax_row(const SplitTask& t, int row, int columns) {
   constexpr float kMinusInfinity = -__builtin_inff();
-  float* p = t.scores + row * kScoreStride;
+  float* p = t.scores + row * kRowStride;
   const int limit = t.limits[row] > 0 ? t.limits[row] : 0;
   const F scale = f_set(t.scale);
   const F lowest = f_set(kMinusInfinity);
@@ -146,15 +145,14 @@ void split_kernel(const SplitTask& t) {
   for (int j = 0; j < columns; j += kChunkKeys) {
     const int width = columns - j < kChunkKeys ? columns - j : kChunkKeys;
     multiply_columns(t.rows, width,
-                     {t.q, t.head_dim, t.keys + j / kChunkKeys, t.key_stride, 0, t.head_dim,
-                      t.head_dim, t.scores + j, kScoreStride});
+                     {t.q, t.keys + j / kChunkKeys, t.key_stride, 0, t.head_dim, t.head_dim,
+                      t.scores + j, kRowStride});
   }
   // probabilities
   for (int row = 0; row < t.rows; ++row) softmax_row(t, row, columns);
   // weighted values
   multiply_columns(t.rows, t.head_dim,
-                   {t.scores, kScoreStride, t.values, t.head_dim, 0, kChunkKeys, t.num_keys, t.out,
-                    t.head_dim});
+                   {t.scores, t.values, t.head_dim, 0, kChunkKeys, t.num_keys, t.out, t.head_dim});
 }
 
 // Eight rows of eight columns.

@@ -14,7 +14,7 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 float score(const SplitTask& task, int row, int key) {
-  const float* q = task.q + row * task.head_dim;
+  const float* q = task.q + row * kRowStride;
   const float* k = task.keys[key / kChunkKeys] + key % kChunkKeys;
   float dot = 0.0F;
   for (int d = 0; d < task.head_dim; ++d) dot = std::fma(q[d], k[d * task.key_stride], dot);
@@ -37,7 +37,7 @@ void attend_row(const SplitTask& task, int row) {
   const int limit = task.limits[row];
   if (limit <= 0) return;
 
-  float* p = task.scores + row * kScoreStride;
+  float* p = task.scores + row * kRowStride;
   float max = kMinusInfinity;
   for (int j = 0; j < limit; ++j) {
     p[j] = score(task, row, j);

@@ -346,7 +346,7 @@ describe('the callable', () => {
     expect(typeof pipe).toBe('function');
     expect(pipe).toBeInstanceOf(Pipeline);
     expect(pipe).toBeInstanceOf(Function);
-    expect(await pipe("a")).toMatchObject({ text: "abc" });
+    expect(await pipe('a')).toMatchObject({ text: 'abc' });
     expect(pipe.info).toMatchObject({ device: 'fake', quantization: 'awq', hasVision: true });
     expect(pipe.decode(tokenizer.encode('☕'))).toBe('☕');
   });

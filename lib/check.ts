@@ -39,9 +39,11 @@ function unknownOption(name: string, key: string, known: readonly string[]): Tur
   return new TurbomindError('ERR_TM_INVALID_OPTION', `${name}: unknown option ${key}; ${hint}`);
 }
 
-/** The known name nearest to `key`: same letters in another case style first, then few edits. */
+/** The known name for `key`: another library's word for it, or the one few edits away. */
 export function nearestName(key: string, known: readonly string[]): string | undefined {
   const plain = normalise(key);
+  const alias = ALIASES.get(plain);
+  if (alias !== undefined && known.includes(alias)) return alias;
   let best: string | undefined;
   let bestDistance = Math.max(2, Math.floor(plain.length / 3)) + 1;
   for (const candidate of known) {
@@ -51,7 +53,7 @@ export function nearestName(key: string, known: readonly string[]): string | und
       bestDistance = distance;
     }
   }
-  return best ?? ALIASES.get(plain);
+  return best;
 }
 
 // Names of other libraries for the same thing, letters only.

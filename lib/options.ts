@@ -168,9 +168,9 @@ const imageFetch: check.Rule = (value) => {
 };
 
 const tokenizer: check.Rule = (value) =>
-  typeof value === 'object' && value !== null && 'encode' in value && 'decode' in value
+  typeof value === 'object' && value !== null && 'encode' in value && 'bytesOf' in value
     ? undefined
-    : 'an object with encode() and decode()';
+    : 'an object that implements Tokenizer';
 
 const PIPELINE_RULES: check.Rules<PipelineOptions> = {
   device,

@@ -156,7 +156,7 @@ export class RequestPreparer {
   #banned(word: string): number[][] {
     const { tokenizer } = this.#context;
     const forms = word.startsWith(' ') ? [word] : [word, ` ${word}`];
-    return forms.map((form) => tokenizer.encodeLiteral(form)).filter((ids) => ids.length > 0);
+    return forms.map((form) => tokenizer.encode(form)).filter((ids) => ids.length > 0);
   }
 
   #stopTokenIds(options: ResolvedGenerationOptions): number[] {

@@ -22,12 +22,15 @@ struct Tolerance {
 
 // Values are kept as f32 between ops, sums are double.
 inline constexpr Tolerance kReferenceTolerance{5e-5, 5e-5};
-// Sums in f32. 4-bit layers round x to 16-bit fixed point per group: 2e-5 of a layer's output.
-inline constexpr Tolerance kCpuTolerance{2e-4, 1e-3};
+// Dense: sums in f32; AMX takes x as two bf16 terms, 16 bits. AWQ: x is rounded to 16-bit fixed
+// point per group, 3e-5 of its largest value, and random layers of gain 1.5 amplify it where
+// trained ones do not. Measured over all fixtures: 2.0e-4 and 3.8e-3, at logits of up to 22.
+inline constexpr Tolerance kCpuTolerance{5e-4, 5e-3};
 
 inline constexpr int kTestThreads = 2;
 
-inline std::unique_ptr<Backend> make_cpu_backend(const std::string& isa, int threads = kTestThreads) {
+inline std::unique_ptr<Backend> make_cpu_backend(const std::string& isa,
+                                                 int threads = kTestThreads) {
   return make_backend({.device = "cpu", .threads = threads, .cuda_library = "", .cpu_isa = isa});
 }
 

@@ -1,6 +1,7 @@
 #include "runtime/memory_plan.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <limits>
 
@@ -30,6 +31,11 @@ MemoryPlan plan_steps(const MemoryBudget& budget) {
   check_range("maxBatchSize", budget.max_batch_size, 1, kMaxSequences);
   check_range("maxPrefillTokenNum", budget.max_prefill_token_num, 1, kMaxPrefillTokens);
   check_range("blockSize", budget.block_size, 1, kMaxBlockSize);
+  if (!std::has_single_bit(static_cast<unsigned>(budget.block_size))) {
+    throw Error(ErrorCode::invalid_argument,
+                format("blockSize is %d; expected a power of two (the default is 64)",
+                       budget.block_size));
+  }
   MemoryPlan plan;
   plan.blocks_per_session = ceil_div(budget.session_len, budget.block_size);
   plan.max_sequences = budget.max_batch_size;

@@ -89,6 +89,7 @@ TEST("values out of range are invalid arguments") {
       with([](MemoryBudget& b) { b.max_prefill_token_num = 0; }),
       with([](MemoryBudget& b) { b.max_prefill_token_num = 1 << 30; }),
       with([](MemoryBudget& b) { b.block_size = 0; }),
+      with([](MemoryBudget& b) { b.block_size = 48; }),
       with([](MemoryBudget& b) { b.cache_max_entry_count = 0.0; }),
       with([](MemoryBudget& b) { b.cache_max_entry_count = 1.5; }),
       with([](MemoryBudget& b) { b.cache_max_entry_count = std::nan(""); }),

@@ -238,6 +238,23 @@ TEST("a failing step ends its own sequences only") {
   h.expect_same_as_alone(text_request(2, 16, 4));
 }
 
+TEST("a steady state of decoding reuses the batch's memory") {
+  Harness h({.num_blocks = 16}, kLimits);
+  h.add(text_request(1, 8, 24));
+  h.add(text_request(2, 8, 24));
+  Batch batch;
+  batch.reserve(h.memory(kLimits).max_tokens, kLimits.max_batch_size, 8);
+  const auto build = [&] {
+    batch.build(h.scheduler.plan());
+    const StepBatch view = batch.view();
+    h.step();
+    return std::vector<const void*>{view.token_ids.data(), view.slots.data(), view.kv_len.data(),
+                                    view.block_table.data(), batch.sample_rows().data()};
+  };
+  const std::vector<const void*> first = build();
+  for (int i = 0; i < 20; ++i) EXPECT(build() == first);
+}
+
 TEST("timings are ordered and only the last event carries them") {
   Harness h({}, kLimits);
   h.add(text_request(1, 12, 4));

@@ -41,6 +41,12 @@ Event error_event(RequestId id, const Error& error) {
   return event;
 }
 
+// Exceptions do not cross threads: the error travels as a value.
+struct LogitsAnswer {
+  std::vector<float> logits;
+  std::optional<Error> error;
+};
+
 Error closed_error() { return Error(ErrorCode::disposed, "the engine is closed"); }
 
 class EngineImpl final : public Engine {
@@ -207,19 +213,23 @@ std::vector<float> EngineImpl::prompt_logits(const Request& request) {
     return compute_prompt_logits(request);
   }
   TM_CHECK(std::this_thread::get_id() != thread_id_, "prompt_logits called by the sink");
-  std::promise<std::vector<float>> promise;
-  std::future<std::vector<float>> result = promise.get_future();
+  std::promise<LogitsAnswer> promise;
+  std::future<LogitsAnswer> future = promise.get_future();
   // References are safe: this function waits until the call was made.
   CallMessage message{[this, &promise, &request](CallOutcome outcome) {
+    LogitsAnswer answer;
     try {
       if (outcome == CallOutcome::closed) throw closed_error();
-      promise.set_value(compute_prompt_logits(request));
+      answer.logits = compute_prompt_logits(request);
     } catch (...) {
-      promise.set_exception(std::current_exception());
+      answer.error = to_error(std::current_exception());
     }
+    promise.set_value(std::move(answer));
   }};
   if (!inbox_.push(std::move(message))) throw closed_error();
-  return result.get();
+  LogitsAnswer answer = future.get();
+  if (answer.error) throw *answer.error;
+  return std::move(answer.logits);
 }
 
 // Runs between two steps, with blocks of its own that are back before the next plan.

@@ -119,4 +119,9 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
 }  // namespace
 }  // namespace turbomind::addon
 
-NODE_API_MODULE(turbomind, turbomind::addon::init)
+namespace {
+Napi::Object init(Napi::Env env, Napi::Object exports) {
+  return turbomind::addon::init(env, exports);
+}
+}  // namespace
+NODE_API_MODULE(turbomind, init)

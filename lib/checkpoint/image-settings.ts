@@ -73,17 +73,22 @@ async function findTokenId(
 ): Promise<number | undefined> {
   const decoder = jsonGet(tokenizerConfig, 'added_tokens_decoder');
   for (const [id, entry] of Object.entries(isJsonObject(decoder) ? decoder : {})) {
-    if (isJsonObject(entry) && entry.content === token) return Number(id);
+    if (isJsonObject(entry) && entry.content === token) return requireId(Number(id), token);
   }
   const added = await readOptionalJsonFile(join(root, 'added_tokens.json'), CODE);
   const listed = added === undefined ? undefined : jsonGet(added, token);
-  if (typeof listed === 'number') return listed;
+  if (listed !== undefined) return requireId(listed, token);
   const tokenizer = await readOptionalJsonFile(join(root, 'tokenizer.json'), CODE);
   const tokens = tokenizer === undefined ? [] : jsonGet(tokenizer, 'added_tokens');
-  const entry = Array.isArray(tokens)
+  const entry: unknown = Array.isArray(tokens)
     ? tokens.find((candidate) => isJsonObject(candidate) && candidate.content === token)
     : undefined;
-  return isJsonObject(entry) && typeof entry.id === 'number' ? entry.id : undefined;
+  return isJsonObject(entry) ? requireId(entry.id, token) : undefined;
+}
+
+function requireId(id: unknown, token: string): number {
+  if (typeof id === 'number' && Number.isInteger(id) && id >= 0) return id;
+  throw new TurbomindError(CODE, `the tokenizer files give ${token} the id ${JSON.stringify(id)}`);
 }
 
 const CODE = 'ERR_TM_INVALID_TOKENIZER';

@@ -418,6 +418,21 @@ describe('an InternVL model in the -hf layout', () => {
     await expectError(() => open(hfConfig(), hfTensors(), files), code, message);
   });
 
+  test('needs an id that is a number', async () => {
+    const code = 'ERR_TM_INVALID_TOKENIZER';
+    for (const files of [
+      { 'added_tokens.json': { '<IMG_CONTEXT>': 1.5 } },
+      { 'tokenizer_config.json': { added_tokens_decoder: { x: { content: '<IMG_CONTEXT>' } } } },
+      { 'tokenizer.json': { added_tokens: [{ content: '<IMG_CONTEXT>', id: 'x' }] } },
+    ]) {
+      await expectError(
+        () => open(hfConfig(), hfTensors(), files),
+        code,
+        /give <IMG_CONTEXT> the id/,
+      );
+    }
+  });
+
   test('needs an embedding for its image token', async () => {
     const files = { 'added_tokens.json': { '<IMG_CONTEXT>': 320 } };
     const config = hfConfig({ image_token_id: null });

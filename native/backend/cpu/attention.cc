@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "backend/cpu/pointwise.h"
+#include "backend/cpu/kernels/row_norm.h"
 
 namespace turbomind::cpu {
 namespace {
@@ -46,7 +46,7 @@ struct PagedAttention::Scratch {
 };
 
 PagedAttention::PagedAttention(Isa isa, ThreadPool& pool)
-    : kernels_(attention_kernels(isa)), pool_(pool) {}
+    : isa_(isa), kernels_(attention_kernels(isa)), pool_(pool) {}
 
 size_t PagedAttention::scratch_floats(int head_dim, int block_size) const {
   const int fixed = kMaxTileRows * (2 * head_dim + 2 * kRowStride + 4);
@@ -166,7 +166,7 @@ void PagedAttention::rotate_and_store(const AttentionArgs& args, int token) cons
   for (int h = 0; h < args.num_heads + args.num_kv_heads; ++h) {
     float* head = row + h * dim;
     const Norm* norm = h < args.num_heads ? args.q_norm : args.k_norm;
-    if (norm != nullptr) normalize_row(*norm, head, head, dim);
+    if (norm != nullptr) row_norm(row_norm_of(*norm, dim), head, head, dim, isa_);
     rotate(head, cosine, cosine + half, half);
   }
   const auto& cache = static_cast<const CpuKvCache&>(*args.cache);

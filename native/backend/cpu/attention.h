@@ -67,6 +67,7 @@ class PagedAttention {
   template <class Body>
   void for_each(int64_t count, Body&& body);
 
+  Isa isa_;
   const AttentionKernels& kernels_;
   ThreadPool& pool_;
   StepBatch batch_;

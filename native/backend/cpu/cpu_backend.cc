@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "backend/cpu/kernels/row_norm.h"
 #include "backend/cpu/kv_cache.h"
 #include "backend/cpu/pointwise.h"
 #include "backend/cpu/vision_ops.h"
@@ -190,7 +191,7 @@ void CpuBackend::norm(const Norm& norm, ConstTensorView x, TensorView y) {
            "norm of %lld values a row with a weight of %lld",
            static_cast<long long>(x.row_elements()),
            static_cast<long long>(norm.weight.elements()));
-  normalize_rows(norm, x.as<float>(), y.as<float>(), x.dim(0), x.row_elements(), pool_);
+  normalize_rows(norm, x.as<float>(), y.as<float>(), x.dim(0), x.row_elements(), isa_, pool_);
 }
 
 void CpuBackend::linear(const LinearArgs& args) {
@@ -242,7 +243,7 @@ void CpuBackend::gather_sample_rows(const SampleArgs& args) {
     const float* from = args.x.as<float>() + row * hidden;
     float* to = sample_x_.floats() + static_cast<int64_t>(r) * hidden;
     if (args.norm != nullptr) {
-      normalize_row(*args.norm, from, to, hidden);
+      row_norm(row_norm_of(*args.norm, hidden), from, to, hidden, isa_);
     } else {
       std::copy(from, from + hidden, to);
     }

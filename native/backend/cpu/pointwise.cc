@@ -1,71 +1,23 @@
 #include "backend/cpu/pointwise.h"
 
-#include <bit>
-#include <cmath>
 #include <cstring>
+#include <string>
+
+#include "backend/cpu/kernels/float_formats.h"
+#include "backend/cpu/kernels/row_norm.h"
 
 namespace turbomind::cpu {
 namespace {
 
 constexpr int64_t kRowGrain = 8;
-constexpr int kLanes = 16;
-
-float bf16_value(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-
-float f16_value(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000U) << 16;
-  const uint32_t exponent = (bits >> 10) & 0x1fU;
-  const uint32_t mantissa = bits & 0x3ffU;
-  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24, exact
-    const float value = static_cast<float>(mantissa) * 0x1p-24F;
-    return sign != 0 ? -value : value;
-  }
-  const uint32_t wide = exponent == 31 ? 255U : exponent + 112U;
-  return std::bit_cast<float>(sign | (wide << 23) | (mantissa << 13));
-}
-
-// Sixteen lanes, added as a fixed tree: the same bits with any compiler and vector width.
-template <class Term>
-float sum_terms(int64_t n, Term&& term) {
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
-  }
-  for (int l = 0; i + l < n; ++l) lanes[l] += term(i + l);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  }
-  return lanes[0];
-}
 
 }  // namespace
 
-void normalize_row(const Norm& norm, const float* x, float* y, int64_t n) {
-  const float* weight = norm.weight.as<float>();
-  const float count = static_cast<float>(n);
-  if (norm.kind == NormKind::rms) {
-    const float square = sum_terms(n, [x](int64_t i) { return x[i] * x[i]; }) / count;
-    const float scale = 1.0F / std::sqrt(square + norm.eps);
-    for (int64_t i = 0; i < n; ++i) y[i] = x[i] * scale * weight[i];
-    return;
-  }
-  const float mean = sum_terms(n, [x](int64_t i) { return x[i]; }) / count;
-  const float square = sum_terms(n, [x, mean](int64_t i) {
-                         return (x[i] - mean) * (x[i] - mean);
-                       }) / count;
-  const float scale = 1.0F / std::sqrt(square + norm.eps);
-  const float* bias = norm.bias ? norm.bias.as<float>() : nullptr;
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = (x[i] - mean) * scale * weight[i];
-    y[i] = bias != nullptr ? value + bias[i] : value;
-  }
-}
-
-void normalize_rows(const Norm& norm, const float* x, float* y, int64_t rows, int64_t n,
+void normalize_rows(const Norm& norm, const float* x, float* y, int64_t rows, int64_t n, Isa isa,
                     ThreadPool& pool) {
+  const RowNorm row = row_norm_of(norm, n);
   pool.parallel_for(rows, kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) normalize_row(norm, x + r * n, y + r * n, n);
+    for (int64_t r = begin; r < end; ++r) row_norm(row, x + r * n, y + r * n, n, isa);
   });
 }
 
@@ -76,10 +28,10 @@ void to_float(const void* from, DType dtype, int64_t count, float* to) {
       std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
       return;
     case DType::bf16:
-      for (int64_t i = 0; i < count; ++i) to[i] = bf16_value(halves[i]);
+      for (int64_t i = 0; i < count; ++i) to[i] = bf16_to_f32(halves[i]);
       return;
     case DType::f16:
-      for (int64_t i = 0; i < count; ++i) to[i] = f16_value(halves[i]);
+      for (int64_t i = 0; i < count; ++i) to[i] = f16_to_f32(halves[i]);
       return;
     default: break;
   }

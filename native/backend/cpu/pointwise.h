@@ -1,17 +1,15 @@
 // Row-wise ops of the CPU backend outside linear layers: norms on their own, embedding look-up.
-// Pure loops over rows, any thread; each row depends on itself alone.
+// Engine thread and its team; each row depends on itself alone.
 #pragma once
 
 #include "backend/backend.h"
+#include "backend/cpu/isa.h"
 #include "backend/cpu/thread_pool.h"
 
 namespace turbomind::cpu {
 
-// y[i] = norm(x)[i] over n values; y may be x.
-void normalize_row(const Norm& norm, const float* x, float* y, int64_t n);
-
 // x [rows, n] → y [rows, n]; y may be x.
-void normalize_rows(const Norm& norm, const float* x, float* y, int64_t rows, int64_t n,
+void normalize_rows(const Norm& norm, const float* x, float* y, int64_t rows, int64_t n, Isa isa,
                     ThreadPool& pool);
 
 // count values of dtype f32, f16 or bf16 to float.

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "backend/cpu/kernels/attention_kernels.h"
-#include "backend/cpu/pointwise.h"
+#include "backend/cpu/kernels/row_norm.h"
 #include "backend/cpu/vision_ops.h"
 
 namespace turbomind::cpu {
@@ -178,17 +178,21 @@ void check(const VisionAttentionArgs& args) {
            static_cast<long long>(3 * values), static_cast<long long>(values));
 }
 
-void normalize_queries_and_keys(const VisionAttentionArgs& args, ThreadPool& pool) {
-  if (args.q_norm == nullptr && args.k_norm == nullptr) return;
+void normalize_queries_and_keys(const VisionAttentionArgs& args, Isa isa, ThreadPool& pool) {
   const int64_t width = int64_t{args.num_heads} * args.head_dim;
   const int64_t rows = int64_t{args.num_tiles} * args.tokens_per_tile;
-  pool.parallel_for(rows, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      float* q = args.qkv.as<float>() + r * 3 * width;
-      if (args.q_norm != nullptr) normalize_row(*args.q_norm, q, q, width);
-      if (args.k_norm != nullptr) normalize_row(*args.k_norm, q + width, q + width, width);
-    }
-  });
+  const auto apply = [&](const Norm* norm, int64_t part) {
+    if (norm == nullptr) return;
+    const RowNorm row = row_norm_of(*norm, width);
+    pool.parallel_for(rows, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        float* x = args.qkv.as<float>() + (3 * r + part) * width;
+        row_norm(row, x, x, width, isa);
+      }
+    });
+  };
+  apply(args.q_norm, 0);
+  apply(args.k_norm, 1);
 }
 
 }  // namespace
@@ -200,7 +204,7 @@ size_t vision_attention_scratch_bytes(int tokens_per_tile, int head_dim, int thr
 void vision_attention(const VisionAttentionArgs& args, Isa isa, HostMemory& scratch,
                       ThreadPool& pool) {
   check(args);
-  normalize_queries_and_keys(args, pool);
+  normalize_queries_and_keys(args, isa, pool);
   scratch.reserve(vision_attention_scratch_bytes(args.tokens_per_tile, args.head_dim, pool.size()),
                   "vision attention scratch");
   const TileAttention attention(args, attention_kernels(isa));

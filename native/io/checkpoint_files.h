@@ -1,5 +1,5 @@
-// Where a checkpoint's tensors lie: the table that lib/checkpoint reads from the safetensors headers
-// and hands over. Plain data; io/weights.h maps and checks it.
+// Where a checkpoint's tensors lie: the table that lib/checkpoint reads from the safetensors
+// headers and hands over. Plain data; io/weights.h maps and checks it.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,4 @@
+// POSIX mapping. Another system needs another file like this one, nothing else.
 #include "io/mapped_file.h"
 
 #include <fcntl.h>
@@ -31,7 +32,8 @@ MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
   const int stat_error = fstat(descriptor_, &info) == 0 ? 0 : errno;
   if (stat_error != 0 || !S_ISREG(info.st_mode) || info.st_size <= 0) {
     close(descriptor_);
-    if (stat_error != 0) throw file_error(path_, "cannot read the size of the weight file", stat_error);
+    if (stat_error != 0)
+      throw file_error(path_, "cannot read the size of the weight file", stat_error);
     throw Error(ErrorCode::invalid_checkpoint,
                 format("%s: %s; expected a safetensors file", path_.c_str(),
                        S_ISREG(info.st_mode) ? "the file is empty" : "not a regular file"));
@@ -62,7 +64,8 @@ std::string MappedFile::name() const {
 
 uint64_t MappedFile::current_bytes() const {
   struct stat info {};
-  return fstat(descriptor_, &info) == 0 && info.st_size > 0 ? static_cast<uint64_t>(info.st_size) : 0;
+  return fstat(descriptor_, &info) == 0 && info.st_size > 0 ? static_cast<uint64_t>(info.st_size)
+                                                            : 0;
 }
 
 SharedPages::SharedPages(size_t bytes) : bytes_(bytes) {

@@ -1,3 +1,5 @@
+// Checks of the tensor table, in the order that keeps each one free of overflow: the entry by
+// itself, then against its file, then against the other names.
 #include "io/weights.h"
 
 #include <algorithm>
@@ -37,12 +39,12 @@ void check_entry(const TensorEntry& entry, size_t num_files) {
   }
   const std::optional<uint64_t> bytes = bytes_of(entry.shape, entry.dtype);
   if (!bytes || *bytes != entry.bytes) {
-    throw invalid(format("tensor '%s' of %s %s takes %llu bytes by its shape, but its table entry "
-                         "says %llu; the checkpoint is damaged",
-                         name, std::string(to_string(entry.dtype)).c_str(),
-                         shape_text(entry.shape).c_str(),
-                         static_cast<unsigned long long>(bytes.value_or(0)),
-                         static_cast<unsigned long long>(entry.bytes)));
+    throw invalid(
+        format("tensor '%s' of %s %s takes %llu bytes by its shape, but its table entry "
+               "says %llu; the checkpoint is damaged",
+               name, std::string(to_string(entry.dtype)).c_str(), shape_text(entry.shape).c_str(),
+               static_cast<unsigned long long>(bytes.value_or(0)),
+               static_cast<unsigned long long>(entry.bytes)));
   }
 }
 
@@ -71,7 +73,8 @@ WeightStore::WeightStore(const CheckpointFiles& files) {
   for (const TensorEntry& entry : files.tensors) {
     check_entry(entry, files.paths.size());
     std::unique_ptr<MappedFile>& file = files_[static_cast<size_t>(entry.file_idx)];
-    if (!file) file = std::make_unique<MappedFile>(files.paths[static_cast<size_t>(entry.file_idx)]);
+    if (!file)
+      file = std::make_unique<MappedFile>(files.paths[static_cast<size_t>(entry.file_idx)]);
     add(entry);
   }
 }
@@ -82,12 +85,12 @@ void WeightStore::add(const TensorEntry& entry) {
   const MappedFile& file = *files_[static_cast<size_t>(entry.file_idx)];
   // Written so that neither side can overflow.
   if (entry.bytes > file.bytes() || entry.offset > file.bytes() - entry.bytes) {
-    throw invalid(format("tensor '%s' needs bytes %llu to %llu + %llu of %s, which has only %llu; "
-                         "the file is truncated: download it again",
-                         entry.name.c_str(), static_cast<unsigned long long>(entry.offset),
-                         static_cast<unsigned long long>(entry.offset),
-                         static_cast<unsigned long long>(entry.bytes), file.path().c_str(),
-                         static_cast<unsigned long long>(file.bytes())));
+    throw invalid(format(
+        "tensor '%s' needs bytes %llu to %llu + %llu of %s, which has only %llu; "
+        "the file is truncated: download it again",
+        entry.name.c_str(), static_cast<unsigned long long>(entry.offset),
+        static_cast<unsigned long long>(entry.offset), static_cast<unsigned long long>(entry.bytes),
+        file.path().c_str(), static_cast<unsigned long long>(file.bytes())));
   }
   Tensor tensor{entry.dtype, entry.shape, entry.file_idx, entry.offset, entry.bytes};
   if (!tensors_.emplace(entry.name, std::move(tensor)).second) {
@@ -118,10 +121,11 @@ ConstTensorView WeightStore::view(std::string_view name) const {
   const Tensor& tensor = this->tensor(name);
   const MappedFile& file = *files_[static_cast<size_t>(tensor.file_idx)];
   if (file.current_bytes() < tensor.offset + tensor.bytes) {
-    throw invalid(format("%s has shrunk to %llu bytes since it was opened; tensor '%.*s' lies past "
-                         "its end",
-                         file.path().c_str(), static_cast<unsigned long long>(file.current_bytes()),
-                         static_cast<int>(name.size()), name.data()));
+    throw invalid(
+        format("%s has shrunk to %llu bytes since it was opened; tensor '%.*s' lies past "
+               "its end",
+               file.path().c_str(), static_cast<unsigned long long>(file.current_bytes()),
+               static_cast<int>(name.size()), name.data()));
   }
   // Pages are aligned, so the file offset alone decides the alignment.
   if (tensor.offset % dtype_bytes(tensor.dtype) == 0 || tensor.bytes == 0) {

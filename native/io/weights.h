@@ -25,17 +25,17 @@ class SharedPages;
 class WeightStore {
  public:
   // Opens and maps every file that a tensor lies in. Throws Error{invalid_checkpoint} for a file
-  // that is missing, not regular or too short for its tensors, for sizes that contradict shapes, and
-  // for a name given twice.
+  // that is missing, not regular or too short for its tensors, for sizes that contradict shapes,
+  // and for a name given twice.
   explicit WeightStore(const CheckpointFiles& files);
   ~WeightStore();
   WeightStore(const WeightStore&) = delete;
   WeightStore& operator=(const WeightStore&) = delete;
 
   bool has(std::string_view name) const;
-  // The tensor as stored. Its data is aligned to its dtype: a tensor at an odd file offset is copied
-  // once to memory of the store's own. Throws Error{missing_tensor}, and Error{invalid_checkpoint}
-  // if the file has shrunk since it was opened.
+  // The tensor as stored. Its data is aligned to its dtype: a tensor at an odd file offset is
+  // copied once to memory of the store's own. Throws Error{missing_tensor}, and
+  // Error{invalid_checkpoint} if the file has shrunk since it was opened.
   ConstTensorView view(std::string_view name) const;
   // The tensor, which must have exactly this shape, else Error{tensor_mismatch} with both shapes.
   ConstTensorView view(std::string_view name, std::span<const int64_t> shape) const;

@@ -1,3 +1,5 @@
+// The layer loop. Five ops a layer: norms ride on the linear layer they feed, activations and
+// residual sums on the one they follow, so a backend can fuse each line into one kernel.
 #include "models/decoder.h"
 
 #include <algorithm>
@@ -106,8 +108,8 @@ KvCacheSpec Decoder::kv_cache_spec(const DecoderSpec& spec, int block_size, int 
 }
 
 size_t Decoder::activation_bytes(const DecoderSpec& spec, DType dtype, int max_tokens) {
-  const int64_t columns = spec.hidden_size + qkv_features(spec) + attention_features(spec) +
-                          spec.intermediate_size;
+  const int64_t columns =
+      spec.hidden_size + qkv_features(spec) + attention_features(spec) + spec.intermediate_size;
   return static_cast<size_t>(columns * max_tokens) * dtype_bytes(dtype);
 }
 
@@ -117,8 +119,8 @@ Backend::WorkspaceSpec Decoder::workspace(const DecoderSpec& spec, int max_token
   workspace.max_tokens = max_tokens;
   workspace.max_sequences = max_sequences;
   workspace.max_rows = max_rows;
-  workspace.max_in_features = std::max<int64_t>(
-      {spec.hidden_size, attention_features(spec), spec.intermediate_size});
+  workspace.max_in_features =
+      std::max<int64_t>({spec.hidden_size, attention_features(spec), spec.intermediate_size});
   workspace.max_out_features = std::max<int64_t>(
       {spec.hidden_size, qkv_features(spec), 2 * static_cast<int64_t>(spec.intermediate_size)});
   workspace.vocab_size = spec.vocab_size;
@@ -135,7 +137,8 @@ TensorView Decoder::rows(Buffer& buffer, int64_t num_rows, int64_t columns) cons
 void Decoder::forward(const StepBatch& batch, KvCache& cache,
                       std::span<const EmbeddingOverride> overrides) {
   TM_CHECK(batch.num_tokens() >= 1 && batch.num_tokens() <= max_tokens_,
-           "a step of %d tokens; the decoder was made for 1 to %d", batch.num_tokens(), max_tokens_);
+           "a step of %d tokens; the decoder was made for 1 to %d", batch.num_tokens(),
+           max_tokens_);
   num_tokens_ = batch.num_tokens();
   num_rows_ = static_cast<int>(batch.sample_rows.size());
   backend_.begin_step(batch);
@@ -165,8 +168,7 @@ void Decoder::run_layer(const Layer& layer, int layer_idx, int num_tokens, KvCac
                       .rope = rope_,
                       .q_norm = spec_.qk_norm ? &layer.q_norm : nullptr,
                       .k_norm = spec_.qk_norm ? &layer.k_norm : nullptr});
-  backend_.linear(
-      {.weight = layer.o.get(), .x = attended, .y = x, .epilogue = Epilogue::residual});
+  backend_.linear({.weight = layer.o.get(), .x = attended, .y = x, .epilogue = Epilogue::residual});
   backend_.linear({.weight = layer.gate_up.get(),
                    .norm = &layer.post_attention_norm,
                    .x = x,

@@ -26,9 +26,10 @@ class Decoder {
   // Pure functions of the spec, so that memory can be planned before anything is loaded.
   static KvCacheSpec kv_cache_spec(const DecoderSpec& spec, int block_size, int num_blocks);
   static size_t activation_bytes(const DecoderSpec& spec, DType dtype, int max_tokens);
-  // What this decoder asks of Backend::reserve_workspace. max_kv_len: tokens of the longest sequence.
-  static Backend::WorkspaceSpec workspace(const DecoderSpec& spec, int max_tokens, int max_sequences,
-                                          int max_rows, int max_kv_len);
+  // What this decoder asks of Backend::reserve_workspace. max_kv_len: tokens of the longest
+  // sequence.
+  static Backend::WorkspaceSpec workspace(const DecoderSpec& spec, int max_tokens,
+                                          int max_sequences, int max_rows, int max_kv_len);
 
   // Runs one step: begin_step, all layers, KV written to `cache`. 1 <= T <= max_tokens.
   // `batch` must live until sample() or logits() has returned.

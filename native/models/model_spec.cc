@@ -27,21 +27,20 @@ constexpr int kMaxHeadDim = 256;
 
 void in_range(const char* field, int value, int low, int high) {
   if (value >= low && value <= high) return;
-  refuse(ErrorCode::invalid_config,
-         format("%s is %d; expected %d to %d", field, value, low, high));
+  refuse(ErrorCode::invalid_config, format("%s is %d; expected %d to %d", field, value, low, high));
 }
 
 void divides(const char* divisor_field, int divisor, const char* field, int value) {
   if (value % divisor == 0) return;
-  refuse(ErrorCode::invalid_config, format("%s %d is not a multiple of %s %d", field, value,
-                                           divisor_field, divisor));
+  refuse(ErrorCode::invalid_config,
+         format("%s %d is not a multiple of %s %d", field, value, divisor_field, divisor));
 }
 
 void positive_and_finite(const char* field, float value, float limit) {
   if (std::isfinite(value) && value > 0.0F && value <= limit) return;
-  refuse(ErrorCode::invalid_config, format("%s is %g; expected a number above 0 and at most %g",
-                                           field, static_cast<double>(value),
-                                           static_cast<double>(limit)));
+  refuse(ErrorCode::invalid_config,
+         format("%s is %g; expected a number above 0 and at most %g", field,
+                static_cast<double>(value), static_cast<double>(limit)));
 }
 
 void check_head_dim(const char* field, int head_dim) {
@@ -62,7 +61,8 @@ void check_decoder(const DecoderSpec& spec) {
   in_range("vocab_size", spec.vocab_size, 1, kMaxVocabSize);
   in_range("max_position_embeddings", spec.max_position_embeddings, 1, kMaxPositions);
   if (spec.head_dim <= 0) {
-    refuse(ErrorCode::invalid_config, format("head_dim is %d; expected a positive number", spec.head_dim));
+    refuse(ErrorCode::invalid_config,
+           format("head_dim is %d; expected a positive number", spec.head_dim));
   }
   check_head_dim("head_dim", spec.head_dim);
   divides("num_key_value_heads", spec.num_kv_heads, "num_attention_heads", spec.num_heads);
@@ -82,7 +82,8 @@ void check_vision(const VisionSpec& spec) {
   divides("num_attention_heads", spec.num_heads, "vision hidden_size", spec.hidden_size);
   check_head_dim("vision head size (hidden_size / num_attention_heads)",
                  spec.hidden_size / spec.num_heads);
-  in_range("pixel shuffle factor (1 / downsample_ratio)", spec.shuffle_factor, 1, kMaxShuffleFactor);
+  in_range("pixel shuffle factor (1 / downsample_ratio)", spec.shuffle_factor, 1,
+           kMaxShuffleFactor);
   divides("pixel shuffle factor", spec.shuffle_factor, "the patch grid side", spec.grid());
   positive_and_finite("vision layer_norm_eps", spec.norm_eps, 1.0F);
   positive_and_finite("projector layer norm eps", spec.projector_norm_eps, 1.0F);

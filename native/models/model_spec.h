@@ -43,8 +43,8 @@ struct VisionSpec {
   float norm_eps = 1e-6F;
   bool rms_norm = false;  // InternViT-6B; else LayerNorm
   bool qkv_bias = true;
-  bool qk_norm = false;   // RMSNorm over the whole C
-  int shuffle_factor = 2;       // 1 / downsample_ratio
+  bool qk_norm = false;    // RMSNorm over the whole C
+  int shuffle_factor = 2;  // 1 / downsample_ratio
   float projector_norm_eps = 1e-5F;
   float mean[3] = {0.485F, 0.456F, 0.406F};
   float std[3] = {0.229F, 0.224F, 0.225F};

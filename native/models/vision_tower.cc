@@ -1,3 +1,6 @@
+// The ViT's layer loop and the projector, in the same five ops a layer as the decoder. Buffers
+// whose lives do not overlap are one: pixels and shuffled patches, embedded patches and attention
+// outputs.
 #include "models/vision_tower.h"
 
 #include <algorithm>
@@ -25,15 +28,14 @@ struct TileElements {
 TileElements tile_elements(const VisionSpec& spec, int64_t out_features) {
   const int64_t tokens = rows_per_tile(spec);
   const int64_t hidden = tokens * spec.hidden_size;
-  return {
-      // patch pixels, then the shuffled patches
-      std::max(spec.patches() * patch_features(spec),
-               spec.tokens_per_tile() * shuffled_features(spec)),
-      hidden, 3 * hidden,
-      // embedded patches before the class token joins, attention outputs
-      hidden,
-      // MLP activations of the layers, then of the projector
-      std::max(tokens * spec.intermediate_size, spec.tokens_per_tile() * out_features)};
+  return {// patch pixels, then the shuffled patches
+          std::max(spec.patches() * patch_features(spec),
+                   spec.tokens_per_tile() * shuffled_features(spec)),
+          hidden, 3 * hidden,
+          // embedded patches before the class token joins, attention outputs
+          hidden,
+          // MLP activations of the layers, then of the projector
+          std::max(tokens * spec.intermediate_size, spec.tokens_per_tile() * out_features)};
 }
 
 }  // namespace
@@ -129,8 +131,8 @@ int VisionTower::default_tiles_per_pass(const VisionSpec& spec) {
 size_t VisionTower::activation_bytes(const VisionSpec& spec, int out_features, DType dtype,
                                      int tiles_per_pass) {
   const TileElements elements = tile_elements(spec, out_features);
-  const int64_t per_tile = elements.pixels + elements.hidden + elements.qkv + elements.attention +
-                           elements.mlp;
+  const int64_t per_tile =
+      elements.pixels + elements.hidden + elements.qkv + elements.attention + elements.mlp;
   return static_cast<size_t>(per_tile * tiles_per_pass) * dtype_bytes(dtype);
 }
 
@@ -168,8 +170,8 @@ std::unique_ptr<Buffer> VisionTower::encode(ConstTensorView tiles) {
            spec_.image_size, spec_.image_size);
   const int num_tiles = static_cast<int>(tiles.dim(0));
   const int64_t rows_out = int64_t{num_tiles} * tokens_per_tile();
-  std::unique_ptr<Buffer> buffer = backend_.allocate(
-      static_cast<size_t>(rows_out * out_features_) * dtype_bytes(backend_.activation_dtype()));
+  std::unique_ptr<Buffer> buffer = backend_.allocate(static_cast<size_t>(rows_out * out_features_) *
+                                                     dtype_bytes(backend_.activation_dtype()));
   const TensorView out = embeddings(*buffer, num_tiles);
   for (int begin = 0; begin < num_tiles; begin += tiles_per_pass_) {
     const int count = std::min(tiles_per_pass_, num_tiles - begin);

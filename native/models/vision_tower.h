@@ -1,6 +1,7 @@
 // InternViT, pixel shuffle and projector: image tiles → embeddings for the decoder's image tokens.
-// Owns its weights and activations; works in passes of a bounded number of tiles, so that its memory
-// does not grow with a request. Engine thread, between steps (never inside Backend::execute).
+// Owns its weights and activations; works in passes of a bounded number of tiles, so that its
+// memory does not grow with a request. Engine thread, between steps (never inside
+// Backend::execute).
 #pragma once
 
 #include <memory>
@@ -30,8 +31,8 @@ class VisionTower {
   static Backend::WorkspaceSpec workspace(const VisionSpec& spec, int out_features,
                                           int tiles_per_pass);
 
-  // tiles: [n, S, S, 3] u8 in host memory, n >= 1. Answers [n * tokens_per_tile, H] in the backend's
-  // activation dtype, tile by tile. A tile's rows do not depend on the other tiles.
+  // tiles: [n, S, S, 3] u8 in host memory, n >= 1. Answers [n * tokens_per_tile, H] in the
+  // backend's activation dtype, tile by tile. A tile's rows do not depend on the other tiles.
   std::unique_ptr<Buffer> encode(ConstTensorView tiles);
   // The view of a buffer that encode answered.
   TensorView embeddings(Buffer& buffer, int num_tiles) const;

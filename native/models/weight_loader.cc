@@ -1,3 +1,4 @@
+// Joins what the formats load into one LinearSource per weight and hands it to the backend.
 #include "models/weight_loader.h"
 
 #include <algorithm>
@@ -55,10 +56,11 @@ LinearSource WeightLoader::source(int64_t in_features, const std::vector<LinearL
         format.load(store_, layer.prefix, {in_features, layer.out_features}, quant_.group_size);
     part.bias = load_bias(store_, layer);
     if (!source.parts.empty() && part.kind != source.kind()) {
-      throw Error(ErrorCode::unsupported_quantization,
-                  turbomind::format("layers '%s' and '%s' are computed as one, but only one of them "
-                                    "is quantised",
-                                    layers.front().prefix.c_str(), layer.prefix.c_str()));
+      throw Error(
+          ErrorCode::unsupported_quantization,
+          turbomind::format("layers '%s' and '%s' are computed as one, but only one of them "
+                            "is quantised",
+                            layers.front().prefix.c_str(), layer.prefix.c_str()));
     }
     source.name += (source.name.empty() ? "" : "+") + layer.prefix;
     source.parts.push_back(part);

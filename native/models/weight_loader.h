@@ -41,7 +41,8 @@ class WeightLoader {
   std::unique_ptr<LinearWeight> embedding(std::string_view name, int64_t rows, int64_t columns);
   // `name` [V, H] as language model head; `counts` is false for a tied table, already counted.
   enum class Tied : uint8_t { no, yes };
-  std::unique_ptr<LinearWeight> head(std::string_view name, int64_t rows, int64_t columns, Tied tied);
+  std::unique_ptr<LinearWeight> head(std::string_view name, int64_t rows, int64_t columns,
+                                     Tied tied);
 
   // A vector as f32 on the device. `stored` is its shape in the file, `elements` the product.
   struct Vector {
@@ -53,7 +54,8 @@ class WeightLoader {
   size_t weight_bytes() const { return weight_bytes_; }  // taken on the device so far
 
  private:
-  LinearSource source(int64_t in_features, const std::vector<LinearLayer>& layers, PartOrder order) const;
+  LinearSource source(int64_t in_features, const std::vector<LinearLayer>& layers,
+                      PartOrder order) const;
   void count(size_t file_bytes, size_t device_bytes);
 
   Backend& backend_;

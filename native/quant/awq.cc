@@ -1,6 +1,6 @@
-// AutoAWQ's "gemm" layout, 4 bit with zero points: `.qweight` i32 [K, N/8], `.qzeros` i32 [K/g, N/8]
-// and `.scales` [K/g, N]; w[n, k] = (q - zero) * scale of its group. Eight columns share an int32 in
-// the order of kAwqColumnOfNibble.
+// AutoAWQ's "gemm" layout, 4 bit with zero points: `.qweight` i32 [K, N/8], `.qzeros` i32 [K/g,
+// N/8] and `.scales` [K/g, N]; w[n, k] = (q - zero) * scale of its group. Eight columns share an
+// int32 in the order of kAwqColumnOfNibble.
 #include <string>
 
 #include "quant/weight_format.h"
@@ -18,7 +18,8 @@ void check_packable(std::string_view prefix, LinearShape shape, int group_size) 
                 format("awq: layer '%.*s': %s", static_cast<int>(prefix.size()), prefix.data(),
                        why.c_str()));
   };
-  if (group_size == 0) refuse("the checkpoint holds .qweight, but its config names no quantization");
+  if (group_size == 0)
+    refuse("the checkpoint holds .qweight, but its config names no quantization");
   if (group_size != 32 && group_size != 64 && group_size != 128) {
     refuse(format("group_size %d; expected 32, 64 or 128", group_size));
   }
@@ -60,8 +61,7 @@ LinearPart load(const WeightStore& store, std::string_view prefix, LinearShape s
 
 // The 4-bit value of column n in a row of packed int32.
 int nibble(ConstTensorView packed, int64_t row, int64_t n) {
-  const uint32_t word =
-      static_cast<uint32_t>(packed.as<int32_t>()[row * packed.dim(1) + n / 8]);
+  const uint32_t word = static_cast<uint32_t>(packed.as<int32_t>()[row * packed.dim(1) + n / 8]);
   for (int p = 0; p < 8; ++p) {
     if (kAwqColumnOfNibble[p] == n % 8) return static_cast<int>((word >> (4 * p)) & 15U);
   }

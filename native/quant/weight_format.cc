@@ -1,3 +1,5 @@
+// The table of formats. A new one is one file beside awq.cc and one row here, above dense: a layer
+// that holds packed tensors is never plain.
 #include "quant/weight_format.h"
 
 #include <bit>
@@ -58,20 +60,26 @@ void dequantize(const LinearSource& source, std::span<float> out) {
   for (const LinearPart& part : source.parts) {
     const LinearShape shape{source.in_features, part.out_features};
     const size_t count = static_cast<size_t>(shape.in_features * shape.out_features);
-    weight_format_of(part.kind).dequantize(part, shape, source.group_size, out.subspan(begin, count));
+    weight_format_of(part.kind).dequantize(part, shape, source.group_size,
+                                           out.subspan(begin, count));
     begin += count;
   }
 }
 
 float load_float(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
-    case DType::f32: return load_at<float>(data, index);
-    case DType::f16: return half_to_float(load_at<uint16_t>(data, index));
+    case DType::f32:
+      return load_at<float>(data, index);
+    case DType::f16:
+      return half_to_float(load_at<uint16_t>(data, index));
     case DType::bf16:
       return std::bit_cast<float>(static_cast<uint32_t>(load_at<uint16_t>(data, index)) << 16);
-    case DType::i32: return static_cast<float>(load_at<int32_t>(data, index));
-    case DType::i8: return static_cast<float>(load_at<int8_t>(data, index));
-    case DType::u8: return static_cast<float>(load_at<uint8_t>(data, index));
+    case DType::i32:
+      return static_cast<float>(load_at<int32_t>(data, index));
+    case DType::i8:
+      return static_cast<float>(load_at<int8_t>(data, index));
+    case DType::u8:
+      return static_cast<float>(load_at<uint8_t>(data, index));
   }
   return 0.0F;
 }

@@ -1,5 +1,5 @@
-// How a checkpoint stores a matrix: one row per format. A row knows which tensors a linear layer has
-// in its format, checks them against the shape the model needs, and can write the matrix out as
+// How a checkpoint stores a matrix: one row per format. A row knows which tensors a linear layer
+// has in its format, checks them against the shape the model needs, and can write the matrix out as
 // plain floats (the slow, obvious reference that tests judge kernels by).
 #pragma once
 

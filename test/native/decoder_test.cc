@@ -30,9 +30,11 @@ StepSequence sequence_of(int which) {
 }
 
 // Overrides for a case whose image tokens follow one another.
-std::vector<EmbeddingOverride> image_rows(LoadedModel& model, const Json& expected, Buffer& buffer) {
+std::vector<EmbeddingOverride> image_rows(LoadedModel& model, const Json& expected,
+                                          Buffer& buffer) {
   const std::vector<TokenId> ids = expected["input_ids"].numbers<TokenId>();
-  const auto first = std::find(ids.begin(), ids.end(), model.fixture.spec.image_token_id) - ids.begin();
+  const auto first =
+      std::find(ids.begin(), ids.end(), model.fixture.spec.image_token_id) - ids.begin();
   const int tiles = static_cast<int>(expected["tiles"].integer());
   return {{static_cast<int>(first), model.vision->embeddings(buffer, tiles)}};
 }
@@ -64,7 +66,8 @@ void load_changed(const std::string& name, const std::function<void(Fixture&)>& 
 }
 
 void erase_tensor(Fixture& fixture, const std::string& name) {
-  std::erase_if(fixture.files.tensors, [&](const TensorEntry& entry) { return entry.name == name; });
+  std::erase_if(fixture.files.tensors,
+                [&](const TensorEntry& entry) { return entry.name == name; });
 }
 
 }  // namespace
@@ -82,7 +85,8 @@ TEST("logits and greedy ids of every fixture are those of the float64 network") 
 
 TEST("a prompt in chunks of any size gives the bits of the whole prompt") {
   for_each_backend([](Backend& backend, const Tolerance&) {
-    for (const char* name : {"qwen2-bf16-sharded", "qwen2-awq-g32", "qwen3-bf16", "internvl-hf-bf16"}) {
+    for (const char* name :
+         {"qwen2-bf16-sharded", "qwen2-awq-g32", "qwen3-bf16", "internvl-hf-bf16"}) {
       LoadedModel model(backend, name);
       const Json& expected = model.fixture.expected["cases"].items().back();
       const std::vector<TokenId> prompt = expected["input_ids"].numbers<TokenId>();
@@ -123,10 +127,35 @@ TEST("a sequence's bits do not depend on what else is in the step") {
       }
       const std::vector<float> batched = model.step(together);
       for (size_t i = 0; i < together.size(); ++i) {
-        EXPECT(std::equal(alone[i].begin(), alone[i].end(), batched.begin() + static_cast<std::ptrdiff_t>(i * vocab)));
+        EXPECT(std::equal(alone[i].begin(), alone[i].end(),
+                          batched.begin() + static_cast<std::ptrdiff_t>(i * vocab)));
       }
     }
   });
+}
+
+TEST("bits do not depend on the number of threads") {
+  for (const std::string& isa : cpu_isas()) {
+    for (const char* name : {"qwen2-bf16-sharded", "qwen2-awq-g128", "internvl-chat-awq"}) {
+      std::vector<float> first;
+      for (int threads : {1, 2, 3}) {
+        const std::unique_ptr<Backend> backend = make_cpu_backend(isa, threads);
+        LoadedModel model(*backend, name);
+        StepSequence sequence = sequence_of(0);
+        std::vector<TokenId> prompt(40);
+        for (size_t t = 0; t < prompt.size(); ++t) prompt[t] = static_cast<TokenId>(t * 41 % 256);
+        std::unique_ptr<Buffer> buffer;
+        std::vector<EmbeddingOverride> overrides;
+        if (model.vision) {
+          buffer = model.encode_formula_tiles(3);
+          overrides = {{5, model.vision->embeddings(*buffer, 3)}};
+        }
+        const std::vector<float> logits = model.prefill(sequence, prompt, kMaxTokens, overrides);
+        if (first.empty()) first = logits;
+        EXPECT(logits == first);
+      }
+    }
+  }
 }
 
 TEST("sample answers the best token of each row, logits agree with it") {
@@ -143,10 +172,12 @@ TEST("sample answers the best token of each row, logits agree with it") {
     SamplingParams greedy;
     greedy.num_logprobs = 2;
     std::vector<SampleResult> results(2);
-    const std::vector<SampleRow> rows = {{&greedy, sequences[0].tokens, {}, 0}, {&greedy, sequences[1].tokens, {}, 0}};
+    const std::vector<SampleRow> rows = {{&greedy, sequences[0].tokens, {}, 0},
+                                         {&greedy, sequences[1].tokens, {}, 0}};
     model.decoder.sample(rows, results);
     const auto half = logits.begin() + model.decoder.spec().vocab_size;
-    EXPECT_EQ(results[0].token, static_cast<TokenId>(std::max_element(logits.begin(), half) - logits.begin()));
+    EXPECT_EQ(results[0].token,
+              static_cast<TokenId>(std::max_element(logits.begin(), half) - logits.begin()));
     EXPECT_EQ(results[1].token, static_cast<TokenId>(std::max_element(half, logits.end()) - half));
     EXPECT(results[0].logprob < 0 && results[0].top_logprobs.size() == 2);
   });
@@ -157,7 +188,8 @@ TEST("loading allocates what activation_bytes announced, a step allocates nothin
   LoadedModel model(backend, "qwen3-bf16");
   const DecoderSpec& spec = model.decoder.spec();
   const size_t rope_bytes = static_cast<size_t>(spec.head_dim) / 2 * sizeof(float);
-  EXPECT_EQ(backend.allocated_bytes, Decoder::activation_bytes(spec, DType::f32, kMaxTokens) + rope_bytes);
+  EXPECT_EQ(backend.allocated_bytes,
+            Decoder::activation_bytes(spec, DType::f32, kMaxTokens) + rope_bytes);
   const int before = backend.allocations;
   StepSequence sequence = sequence_of(0);
   model.greedy(sequence, model.prefill(sequence, {1, 2, 3}, kMaxTokens), 1);
@@ -175,17 +207,25 @@ TEST("a step without tokens or with more than the decoder was made for is refuse
 
 TEST("missing, misshapen and unexpected tensors are refused while loading") {
   const auto without = [](const char* name) { return [=](Fixture& f) { erase_tensor(f, name); }; };
-  for (const char* name : {"embed_tokens.weight", "norm.weight", "lm_head.weight", "layers.1.attn.q_norm.weight",
-                           "layers.0.attn.o.weight", "layers.1.mlp.up.weight", "layers.0.input_norm.weight"}) {
+  for (const char* name :
+       {"embed_tokens.weight", "norm.weight", "lm_head.weight", "layers.1.attn.q_norm.weight",
+        "layers.0.attn.o.weight", "layers.1.mlp.up.weight", "layers.0.input_norm.weight"}) {
     EXPECT_ERROR(load_changed("qwen3-bf16", without(name)), ErrorCode::missing_tensor);
   }
-  EXPECT_ERROR(load_changed("qwen2-awq-g32", without("layers.1.mlp.down.scales")), ErrorCode::missing_tensor);
-  EXPECT_ERROR(load_changed("qwen2-f32", without("layers.0.attn.k.bias")), ErrorCode::missing_tensor);
-  EXPECT_ERROR(load_changed("qwen2-f32", [](Fixture& f) { f.spec.decoder.qkv_bias = false; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(load_changed("qwen2-f32", [](Fixture& f) { f.spec.decoder.intermediate_size = 64; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(load_changed("qwen2-f32", [](Fixture& f) { f.spec.decoder.vocab_size = 271; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(load_changed("qwen2-f32", [](Fixture& f) { f.spec.decoder.num_layers = 3; }), ErrorCode::missing_tensor);
-  EXPECT_ERROR(load_changed("qwen2-awq-g32", [](Fixture& f) { f.spec.quant.group_size = 64; }), ErrorCode::unsupported_quantization);
+  EXPECT_ERROR(load_changed("qwen2-awq-g32", without("layers.1.mlp.down.scales")),
+               ErrorCode::missing_tensor);
+  EXPECT_ERROR(load_changed("qwen2-f32", without("layers.0.attn.k.bias")),
+               ErrorCode::missing_tensor);
+  EXPECT_ERROR(load_changed("qwen2-f32", [](Fixture& f) { f.spec.decoder.qkv_bias = false; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(load_changed("qwen2-f32", [](Fixture& f) { f.spec.decoder.intermediate_size = 64; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(load_changed("qwen2-f32", [](Fixture& f) { f.spec.decoder.vocab_size = 271; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(load_changed("qwen2-f32", [](Fixture& f) { f.spec.decoder.num_layers = 3; }),
+               ErrorCode::missing_tensor);
+  EXPECT_ERROR(load_changed("qwen2-awq-g32", [](Fixture& f) { f.spec.quant.group_size = 64; }),
+               ErrorCode::unsupported_quantization);
 }
 
 TEST("progress rises to the bytes of the checkpoint, a tied table counted once") {

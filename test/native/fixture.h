@@ -1,5 +1,6 @@
-// A model folder of test/fixtures/models (see scripts/make-fixtures.py): its spec and tensor table as
-// lib/checkpoint would hand them over, a loaded decoder with a KV cache, and the expected outputs.
+// A model folder of test/fixtures/models (see scripts/make-fixtures.py): its spec and tensor table
+// as lib/checkpoint would hand them over, a loaded decoder with a KV cache, and the expected
+// outputs.
 #pragma once
 
 #include <memory>
@@ -73,13 +74,16 @@ struct Fixture {
     const Json json = Json::read(folder + "/native.json");
     spec.decoder = parse_decoder(json["spec"]["decoder"]);
     if (json["spec"].has("vision")) spec.vision = parse_vision(json["spec"]["vision"]);
-    spec.quant.method = json["spec"]["quant"]["method"].text() == "awq" ? QuantMethod::awq : QuantMethod::none;
+    spec.quant.method =
+        json["spec"]["quant"]["method"].text() == "awq" ? QuantMethod::awq : QuantMethod::none;
     spec.quant.group_size = static_cast<int>(json["spec"]["quant"]["groupSize"].integer());
     spec.image_token_id = static_cast<TokenId>(json["spec"]["imageTokenId"].integer());
-    for (const Json& file : json["files"].items()) files.paths.push_back(folder + "/" + file.text());
+    for (const Json& file : json["files"].items())
+      files.paths.push_back(folder + "/" + file.text());
     for (const Json& tensor : json["tensors"].items()) {
       files.tensors.push_back({tensor["name"].text(), parse_dtype(tensor["dtype"].text()),
-                               tensor["shape"].numbers<int64_t>(), static_cast<int>(tensor["file"].integer()),
+                               tensor["shape"].numbers<int64_t>(),
+                               static_cast<int>(tensor["file"].integer()),
                                static_cast<uint64_t>(tensor["offset"].integer()),
                                static_cast<uint64_t>(tensor["bytes"].integer())});
     }
@@ -98,7 +102,8 @@ inline std::vector<uint8_t> formula_tiles(int num_tiles, int size) {
     for (int y = 0; y < size; ++y) {
       for (int x = 0; x < size; ++x) {
         for (int channel = 0; channel < 3; ++channel) {
-          pixels.push_back(static_cast<uint8_t>((tile * 71 + y * (3 + channel) + x * (5 + tile) + channel * 40) % 256));
+          pixels.push_back(static_cast<uint8_t>(
+              (tile * 71 + y * (3 + channel) + x * (5 + tile) + channel * 40) % 256));
         }
       }
     }
@@ -126,18 +131,23 @@ class StepArrays {
         const int position = sequence.num_past + static_cast<int>(i);
         ids_.push_back(sequence.tokens[i]);
         positions_.push_back(position);
-        slots_.push_back(sequence.blocks.at(static_cast<size_t>(position / block_size)) * block_size + position % block_size);
+        slots_.push_back(sequence.blocks.at(static_cast<size_t>(position / block_size)) *
+                             block_size +
+                         position % block_size);
       }
       query_start_.push_back(static_cast<int32_t>(ids_.size()));
       kv_len_.push_back(sequence.num_past + static_cast<int>(sequence.tokens.size()));
       sample_rows_.push_back(static_cast<int32_t>(ids_.size()) - 1);
       for (int i = 0; i < max_blocks_; ++i) {
-        block_table_.push_back(i < static_cast<int>(sequence.blocks.size()) ? sequence.blocks[static_cast<size_t>(i)] : -1);
+        block_table_.push_back(i < static_cast<int>(sequence.blocks.size())
+                                   ? sequence.blocks[static_cast<size_t>(i)]
+                                   : -1);
       }
     }
   }
   StepBatch batch() const {
-    return {ids_, positions_, slots_, query_start_, kv_len_, block_table_, max_blocks_, sample_rows_};
+    return {ids_,    positions_,   slots_,      query_start_,
+            kv_len_, block_table_, max_blocks_, sample_rows_};
   }
 
  private:

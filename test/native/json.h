@@ -50,7 +50,8 @@ class Json {
 
  private:
   static void skip_space(std::string_view& text) {
-    while (!text.empty() && std::string_view(" \t\r\n").find(text[0]) != std::string_view::npos) text.remove_prefix(1);
+    while (!text.empty() && std::string_view(" \t\r\n").find(text[0]) != std::string_view::npos)
+      text.remove_prefix(1);
   }
   static bool take(std::string_view& text, char wanted) {
     skip_space(text);
@@ -91,7 +92,9 @@ class Json {
       return value;
     }
     size_t end = 0;
-    while (end < text.size() && std::string_view(",]} \t\r\n").find(text[end]) == std::string_view::npos) ++end;
+    while (end < text.size() &&
+           std::string_view(",]} \t\r\n").find(text[end]) == std::string_view::npos)
+      ++end;
     TM_CHECK(end > 0, "json: expected a value");
     value.scalar_ = text.substr(0, end);
     text.remove_prefix(end);

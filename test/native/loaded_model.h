@@ -1,5 +1,5 @@
-// A fixture loaded on a backend, with a KV cache and greedy decoding step by step: what the decoder's
-// and the vision tower's tests run.
+// A fixture loaded on a backend, with a KV cache and greedy decoding step by step: what the
+// decoder's and the vision tower's tests run.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +10,11 @@
 
 namespace turbomind::test {
 
-inline const char* const kTextFixtures[] = {"qwen2-bf16-sharded", "qwen2-f32",      "qwen2-mixed-unaligned",
-                                            "qwen2-awq-g32",      "qwen2-awq-g128", "qwen3-bf16"};
-inline const char* const kVisionFixtures[] = {"internvl-hf-bf16", "internvl-chat-awq", "internvl-chat-rms"};
+inline const char* const kTextFixtures[] = {"qwen2-bf16-sharded",    "qwen2-f32",
+                                            "qwen2-mixed-unaligned", "qwen2-awq-g32",
+                                            "qwen2-awq-g128",        "qwen3-bf16"};
+inline const char* const kVisionFixtures[] = {"internvl-hf-bf16", "internvl-chat-awq",
+                                              "internvl-chat-rms"};
 
 inline std::vector<std::string> all_fixtures() {
   std::vector<std::string> names(std::begin(kTextFixtures), std::end(kTextFixtures));
@@ -43,11 +45,12 @@ struct LoadedModel {
         decoder(loader, fixture.spec.decoder, kMaxTokens) {
     validate(fixture.spec);
     const DecoderSpec& spec = fixture.spec.decoder;
-    Backend::WorkspaceSpec workspace =
-        Decoder::workspace(spec, kMaxTokens, kMaxSequences, kMaxSequences, spec.max_position_embeddings);
+    Backend::WorkspaceSpec workspace = Decoder::workspace(
+        spec, kMaxTokens, kMaxSequences, kMaxSequences, spec.max_position_embeddings);
     if (fixture.spec.vision) {
       vision.emplace(loader, *fixture.spec.vision, spec.hidden_size, tiles_per_pass);
-      workspace = merge(workspace, VisionTower::workspace(*fixture.spec.vision, spec.hidden_size, tiles_per_pass));
+      workspace = merge(workspace, VisionTower::workspace(*fixture.spec.vision, spec.hidden_size,
+                                                          tiles_per_pass));
     }
     backend.reserve_workspace(workspace);
     cache = backend.make_kv_cache(Decoder::kv_cache_spec(spec, kBlockSize, kNumBlocks));
@@ -69,7 +72,8 @@ struct LoadedModel {
   }
 
   // One step of several sequences; answers [S, V] logits of their last tokens.
-  std::vector<float> step(const std::vector<StepSequence>& sequences, std::span<const EmbeddingOverride> overrides = {}) {
+  std::vector<float> step(const std::vector<StepSequence>& sequences,
+                          std::span<const EmbeddingOverride> overrides = {}) {
     const StepArrays arrays(sequences, kBlockSize);
     const StepBatch batch = arrays.batch();
     decoder.forward(batch, *cache, overrides);
@@ -97,7 +101,8 @@ struct LoadedModel {
   std::vector<TokenId> greedy(StepSequence sequence, std::vector<float> logits, size_t count) {
     std::vector<TokenId> ids;
     while (true) {
-      ids.push_back(static_cast<TokenId>(std::max_element(logits.begin(), logits.end()) - logits.begin()));
+      ids.push_back(
+          static_cast<TokenId>(std::max_element(logits.begin(), logits.end()) - logits.begin()));
       if (ids.size() == count) return ids;
       sequence.tokens = {ids.back()};
       logits = step({sequence});
@@ -106,12 +111,14 @@ struct LoadedModel {
   }
 
   // The part of each override that falls into rows [begin, end), in rows of that chunk.
-  static std::vector<EmbeddingOverride> cut(const std::vector<EmbeddingOverride>& overrides, int begin, int end) {
+  static std::vector<EmbeddingOverride> cut(const std::vector<EmbeddingOverride>& overrides,
+                                            int begin, int end) {
     std::vector<EmbeddingOverride> parts;
     for (const EmbeddingOverride& image : overrides) {
       const int first = std::max(begin, image.row);
       const int last = std::min(end, image.row + static_cast<int>(image.embeddings.dim(0)));
-      if (first < last) parts.push_back({first - begin, image.embeddings.rows(first - image.row, last - first)});
+      if (first < last)
+        parts.push_back({first - begin, image.embeddings.rows(first - image.row, last - first)});
     }
     return parts;
   }

@@ -13,9 +13,17 @@ namespace {
 
 ModelSpec good() {
   ModelSpec spec;
-  spec.decoder = {.hidden_size = 896, .num_layers = 24, .num_heads = 14, .num_kv_heads = 2, .head_dim = 64,
-                  .intermediate_size = 4864, .vocab_size = 151674, .max_position_embeddings = 32768,
-                  .norm_eps = 1e-6F, .rope_theta = 1e6F, .qkv_bias = true};
+  spec.decoder = {.hidden_size = 896,
+                  .num_layers = 24,
+                  .num_heads = 14,
+                  .num_kv_heads = 2,
+                  .head_dim = 64,
+                  .intermediate_size = 4864,
+                  .vocab_size = 151674,
+                  .max_position_embeddings = 32768,
+                  .norm_eps = 1e-6F,
+                  .rope_theta = 1e6F,
+                  .qkv_bias = true};
   spec.vision.emplace();
   spec.vision->image_size = 448;
   spec.vision->patch_size = 14;
@@ -49,7 +57,8 @@ const ErrorCode kInvalid = ErrorCode::invalid_config;
 
 const std::vector<Change> kChanges = {
     {"hidden_size", kInvalid, [](ModelSpec& s) { s.decoder.hidden_size = 0; }},
-    {"hidden_size", kInvalid, [](ModelSpec& s) { s.decoder.hidden_size = std::numeric_limits<int>::max(); }},
+    {"hidden_size", kInvalid,
+     [](ModelSpec& s) { s.decoder.hidden_size = std::numeric_limits<int>::max(); }},
     {"num_hidden_layers", kInvalid, [](ModelSpec& s) { s.decoder.num_layers = -1; }},
     {"num_hidden_layers", kInvalid, [](ModelSpec& s) { s.decoder.num_layers = 1000000; }},
     {"num_attention_heads", kInvalid, [](ModelSpec& s) { s.decoder.num_heads = 0; }},
@@ -58,11 +67,13 @@ const std::vector<Change> kChanges = {
     {"num_key_value_heads 28", kInvalid, [](ModelSpec& s) { s.decoder.num_kv_heads = 28; }},
     {"intermediate_size", kInvalid, [](ModelSpec& s) { s.decoder.intermediate_size = -4864; }},
     {"vocab_size", kInvalid, [](ModelSpec& s) { s.decoder.vocab_size = 2000000000; }},
-    {"max_position_embeddings", kInvalid, [](ModelSpec& s) { s.decoder.max_position_embeddings = 0; }},
+    {"max_position_embeddings", kInvalid,
+     [](ModelSpec& s) { s.decoder.max_position_embeddings = 0; }},
     {"head_dim is -64", kInvalid, [](ModelSpec& s) { s.decoder.head_dim = -64; }},
     {"head_dim is 65", ErrorCode::unsupported_model, [](ModelSpec& s) { s.decoder.head_dim = 65; }},
     {"head_dim is 72", ErrorCode::unsupported_model, [](ModelSpec& s) { s.decoder.head_dim = 72; }},
-    {"head_dim is 512", ErrorCode::unsupported_model, [](ModelSpec& s) { s.decoder.head_dim = 512; }},
+    {"head_dim is 512", ErrorCode::unsupported_model,
+     [](ModelSpec& s) { s.decoder.head_dim = 512; }},
     {"rms_norm_eps", kInvalid, [](ModelSpec& s) { s.decoder.norm_eps = 0; }},
     {"rms_norm_eps", kInvalid, [](ModelSpec& s) { s.decoder.norm_eps = kNan; }},
     {"rope_theta", kInvalid, [](ModelSpec& s) { s.decoder.rope_theta = -1; }},
@@ -76,15 +87,18 @@ const std::vector<Change> kChanges = {
     {"pixel shuffle factor", kInvalid, [](ModelSpec& s) { s.vision->shuffle_factor = 0; }},
     {"vision hidden_size", kInvalid, [](ModelSpec& s) { s.vision->hidden_size = 0; }},
     {"vision hidden_size", kInvalid, [](ModelSpec& s) { s.vision->num_heads = 15; }},
-    {"vision head size", ErrorCode::unsupported_model, [](ModelSpec& s) { s.vision->num_heads = 128; }},
+    {"vision head size", ErrorCode::unsupported_model,
+     [](ModelSpec& s) { s.vision->num_heads = 128; }},
     {"vision num_hidden_layers", kInvalid, [](ModelSpec& s) { s.vision->num_layers = 0; }},
     {"vision intermediate_size", kInvalid, [](ModelSpec& s) { s.vision->intermediate_size = 0; }},
     {"layer_norm_eps", kInvalid, [](ModelSpec& s) { s.vision->norm_eps = -1e-6F; }},
     {"projector", kInvalid, [](ModelSpec& s) { s.vision->projector_norm_eps = kNan; }},
     {"image_std", kInvalid, [](ModelSpec& s) { s.vision->std[1] = 0; }},
     {"image_mean", kInvalid, [](ModelSpec& s) { s.vision->mean[2] = kInfinity; }},
-    {"group_size is 48", ErrorCode::unsupported_quantization, [](ModelSpec& s) { s.quant.group_size = 48; }},
-    {"group_size is -1", ErrorCode::unsupported_quantization, [](ModelSpec& s) { s.quant.group_size = -1; }},
+    {"group_size is 48", ErrorCode::unsupported_quantization,
+     [](ModelSpec& s) { s.quant.group_size = 48; }},
+    {"group_size is -1", ErrorCode::unsupported_quantization,
+     [](ModelSpec& s) { s.quant.group_size = -1; }},
     {"group_size is 128", kInvalid, [](ModelSpec& s) { s.quant.method = QuantMethod::none; }},
     {"image_token_id", kInvalid, [](ModelSpec& s) { s.image_token_id = 151674; }},
     {"image_token_id", kInvalid, [](ModelSpec& s) { s.image_token_id = -1; }},

@@ -21,7 +21,8 @@ namespace turbomind::test {
 class HostBuffer : public Buffer {
  public:
   explicit HostBuffer(size_t bytes)
-      : values_((bytes + sizeof(float) - 1) / sizeof(float), std::numeric_limits<float>::quiet_NaN()),
+      : values_((bytes + sizeof(float) - 1) / sizeof(float),
+                std::numeric_limits<float>::quiet_NaN()),
         bytes_(bytes) {}
   void* data() override { return values_.data(); }
   size_t bytes() const override { return bytes_; }
@@ -72,9 +73,15 @@ class ReferenceBackend : public Backend {
   DeviceInfo info() const override { return {"reference", "plain loops", 0, 0}; }
   DType activation_dtype() const override { return DType::f32; }
 
-  std::unique_ptr<Buffer> allocate(size_t bytes) override { return std::make_unique<HostBuffer>(bytes); }
-  void upload(TensorView device, const void* host) override { std::memcpy(device.data, host, device.bytes()); }
-  void download(void* host, ConstTensorView device) override { std::memcpy(host, device.data, device.bytes()); }
+  std::unique_ptr<Buffer> allocate(size_t bytes) override {
+    return std::make_unique<HostBuffer>(bytes);
+  }
+  void upload(TensorView device, const void* host) override {
+    std::memcpy(device.data, host, device.bytes());
+  }
+  void download(void* host, ConstTensorView device) override {
+    std::memcpy(host, device.data, device.bytes());
+  }
   void synchronize() override {}
 
   std::unique_ptr<LinearWeight> load_linear(const LinearSource& source) override {
@@ -101,11 +108,15 @@ class ReferenceBackend : public Backend {
     source.parts.push_back(part);
     return load_linear(source);
   }
-  std::unique_ptr<LinearWeight> load_head(const LinearSource& source) override { return load_linear(source); }
+  std::unique_ptr<LinearWeight> load_head(const LinearSource& source) override {
+    return load_linear(source);
+  }
   std::unique_ptr<Buffer> load_vector(ConstTensorView source) override {
-    auto buffer = std::make_unique<HostBuffer>(static_cast<size_t>(source.elements()) * sizeof(float));
+    auto buffer =
+        std::make_unique<HostBuffer>(static_cast<size_t>(source.elements()) * sizeof(float));
     float* out = static_cast<float*>(buffer->data());
-    for (int64_t i = 0; i < source.elements(); ++i) out[i] = load_float(source.data, source.dtype, i);
+    for (int64_t i = 0; i < source.elements(); ++i)
+      out[i] = load_float(source.data, source.dtype, i);
     return buffer;
   }
 
@@ -126,11 +137,13 @@ class ReferenceBackend : public Backend {
     float* x = args.x.as<float>();
     for (int t = 0; t < batch_.num_tokens(); ++t) {
       const TokenId id = batch_.token_ids[t];
-      TM_CHECK(id >= 0 && id < table.n, "token id %d of a vocabulary of %lld", id, static_cast<long long>(table.n));
+      TM_CHECK(id >= 0 && id < table.n, "token id %d of a vocabulary of %lld", id,
+               static_cast<long long>(table.n));
       std::copy_n(table.row(id), h, x + t * h);
     }
     for (const EmbeddingOverride& image : args.overrides) {
-      TM_CHECK(image.row >= 0 && image.row + image.embeddings.dim(0) <= batch_.num_tokens(), "override rows");
+      TM_CHECK(image.row >= 0 && image.row + image.embeddings.dim(0) <= batch_.num_tokens(),
+               "override rows");
       std::copy_n(image.embeddings.as<float>(), image.embeddings.elements(), x + image.row * h);
     }
   }
@@ -151,14 +164,23 @@ class ReferenceBackend : public Backend {
     for (int64_t t = 0; t < args.x.dim(0); ++t) {
       std::copy_n(args.x.as<float>() + t * w.k, w.k, x.data());
       if (args.norm != nullptr) norm_row(*args.norm, x.data(), w.k, x.data());
-      for (int64_t n = 0; n < w.n; ++n) z[n] = static_cast<float>(dot(w.row(n), x.data(), w.k) + w.bias[n]);
+      for (int64_t n = 0; n < w.n; ++n)
+        z[n] = static_cast<float>(dot(w.row(n), x.data(), w.k) + w.bias[n]);
       float* y = args.y.as<float>() + t * args.y.dim(1);
       for (int64_t n = 0; n < args.y.dim(1); ++n) {
         switch (args.epilogue) {
-          case Epilogue::none: y[n] = z[n]; break;
-          case Epilogue::gelu: y[n] = static_cast<float>(0.5 * z[n] * (1 + std::erf(z[n] / std::sqrt(2.0)))); break;
-          case Epilogue::silu_mul: y[n] = static_cast<float>(z[n] / (1 + std::exp(-double{z[n]})) * z[n + w.n / 2]); break;
-          case Epilogue::residual: y[n] += (args.scale ? args.scale.as<float>()[n] : 1.0F) * z[n]; break;
+          case Epilogue::none:
+            y[n] = z[n];
+            break;
+          case Epilogue::gelu:
+            y[n] = static_cast<float>(0.5 * z[n] * (1 + std::erf(z[n] / std::sqrt(2.0))));
+            break;
+          case Epilogue::silu_mul:
+            y[n] = static_cast<float>(z[n] / (1 + std::exp(-double{z[n]})) * z[n + w.n / 2]);
+            break;
+          case Epilogue::residual:
+            y[n] += (args.scale ? args.scale.as<float>()[n] : 1.0F) * z[n];
+            break;
         }
       }
     }
@@ -173,18 +195,22 @@ class ReferenceBackend : public Backend {
       float* q = qkv + int64_t{t} * columns;
       float* k = q + a.num_heads * d;
       const float* v = k + a.num_kv_heads * d;
-      for (int h = 0; h < a.num_heads; ++h) prepare_head(a, a.q_norm, batch_.positions[t], q + h * d);
-      for (int h = 0; h < a.num_kv_heads; ++h) prepare_head(a, a.k_norm, batch_.positions[t], k + h * d);
+      for (int h = 0; h < a.num_heads; ++h)
+        prepare_head(a, a.q_norm, batch_.positions[t], q + h * d);
+      for (int h = 0; h < a.num_kv_heads; ++h)
+        prepare_head(a, a.k_norm, batch_.positions[t], k + h * d);
       const size_t to = cache.at(a.layer, batch_.slots[t]);
       std::copy_n(k, a.num_kv_heads * d, cache.keys.data() + to);
       std::copy_n(v, a.num_kv_heads * d, cache.values.data() + to);
     }
-    const double scale = a.softmax_scale != 0 ? a.softmax_scale : 1 / std::sqrt(static_cast<double>(d));
+    const double scale =
+        a.softmax_scale != 0 ? a.softmax_scale : 1 / std::sqrt(static_cast<double>(d));
     const int block_size = cache.spec().block_size;
     for (int s = 0; s < batch_.num_sequences(); ++s) {
       for (int t = batch_.query_start[s]; t < batch_.query_start[s + 1]; ++t) {
         const int tokens = batch_.positions[t] + 1;  // causal: this one and all before it
-        TM_CHECK(tokens <= batch_.kv_len[s], "position %d of %d tokens", tokens - 1, batch_.kv_len[s]);
+        TM_CHECK(tokens <= batch_.kv_len[s], "position %d of %d tokens", tokens - 1,
+                 batch_.kv_len[s]);
         std::vector<size_t> rows(static_cast<size_t>(tokens));
         for (int j = 0; j < tokens; ++j) {
           const int block = batch_.block_table[s * batch_.max_blocks + j / block_size];
@@ -192,10 +218,11 @@ class ReferenceBackend : public Backend {
         }
         for (int h = 0; h < a.num_heads; ++h) {
           const int kv_head = h / (a.num_heads / a.num_kv_heads);
-          attend(qkv + int64_t{t} * columns + h * d, d, scale, tokens,
-                 [&](int j) { return cache.keys.data() + rows[j] + kv_head * d; },
-                 [&](int j) { return cache.values.data() + rows[j] + kv_head * d; },
-                 a.y.as<float>() + (int64_t{t} * a.num_heads + h) * d);
+          attend(
+              qkv + int64_t{t} * columns + h * d, d, scale, tokens,
+              [&](int j) { return cache.keys.data() + rows[j] + kv_head * d; },
+              [&](int j) { return cache.values.data() + rows[j] + kv_head * d; },
+              a.y.as<float>() + (int64_t{t} * a.num_heads + h) * d);
         }
       }
     }
@@ -216,7 +243,8 @@ class ReferenceBackend : public Backend {
     std::vector<float> x(static_cast<size_t>(w.k));
     for (size_t r = 0; r < batch_.sample_rows.size(); ++r) {
       norm_row(*args.norm, args.x.as<float>() + batch_.sample_rows[r] * w.k, w.k, x.data());
-      for (int64_t n = 0; n < w.n; ++n) out[r * w.n + n] = static_cast<float>(dot(w.row(n), x.data(), w.k) + w.bias[n]);
+      for (int64_t n = 0; n < w.n; ++n)
+        out[r * w.n + n] = static_cast<float>(dot(w.row(n), x.data(), w.k) + w.bias[n]);
     }
   }
 
@@ -246,7 +274,8 @@ class ReferenceBackend : public Backend {
     const int64_t tokens = a.positions.dim(0);
     for (int64_t t = 0; t < a.num_tiles; ++t) {
       for (int64_t i = 0; i < tokens; ++i) {
-        const float* from = i == 0 ? a.cls.as<float>() : a.patches.as<float>() + (t * (tokens - 1) + i - 1) * c;
+        const float* from =
+            i == 0 ? a.cls.as<float>() : a.patches.as<float>() + (t * (tokens - 1) + i - 1) * c;
         for (int64_t j = 0; j < c; ++j) {
           a.x.as<float>()[(t * tokens + i) * c + j] = from[j] + a.positions.as<float>()[i * c + j];
         }
@@ -266,9 +295,11 @@ class ReferenceBackend : public Backend {
       const int64_t first = row / a.tokens_per_tile * a.tokens_per_tile;
       for (int h = 0; h < a.num_heads; ++h) {
         const float* base = qkv + first * 3 * c + h * a.head_dim;
-        attend(qkv + row * 3 * c + h * a.head_dim, a.head_dim, scale, a.tokens_per_tile,
-               [&](int j) { return base + j * 3 * c + c; }, [&](int j) { return base + j * 3 * c + 2 * c; },
-               a.y.as<float>() + row * c + h * a.head_dim);
+        attend(
+            qkv + row * 3 * c + h * a.head_dim, a.head_dim, scale, a.tokens_per_tile,
+            [&](int j) { return base + j * 3 * c + c; },
+            [&](int j) { return base + j * 3 * c + 2 * c; },
+            a.y.as<float>() + row * c + h * a.head_dim);
       }
     }
   }
@@ -283,7 +314,8 @@ class ReferenceBackend : public Backend {
           for (int64_t dr = 0; dr < a.factor; ++dr) {
             for (int64_t dc = 0; dc < a.factor; ++dc) {
               const int64_t patch = (r * a.factor + dr) * a.grid + q * a.factor + dc;
-              const float* from = a.x.as<float>() + (tile * (int64_t{a.grid} * a.grid + 1) + 1 + patch) * c;
+              const float* from =
+                  a.x.as<float>() + (tile * (int64_t{a.grid} * a.grid + 1) + 1 + patch) * c;
               out = std::copy_n(from, c, out);
             }
           }
@@ -328,7 +360,8 @@ class ReferenceBackend : public Backend {
   }
 
   template <class Key, class Value>
-  static void attend(const float* q, int d, double scale, int tokens, Key key, Value value, float* y) {
+  static void attend(const float* q, int d, double scale, int tokens, Key key, Value value,
+                     float* y) {
     std::vector<double> weights(static_cast<size_t>(tokens));
     for (int j = 0; j < tokens; ++j) weights[j] = dot(q, key(j), d) * scale;
     const double best = *std::max_element(weights.begin(), weights.end());
@@ -349,24 +382,29 @@ class ReferenceBackend : public Backend {
     seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
     for (TokenId id : seen) {
       if (id < 0 || static_cast<size_t>(id) >= logits.size()) continue;
-      logits[id] = logits[id] > 0 ? logits[id] / params.repetition_penalty : logits[id] * params.repetition_penalty;
+      logits[id] = logits[id] > 0 ? logits[id] / params.repetition_penalty
+                                  : logits[id] * params.repetition_penalty;
     }
     for (TokenId id : row.banned) logits[id] = never;
     for (const std::vector<TokenId>& word : params.bad_words) {
       const size_t n = word.size();
       if (n == 0 || row.tokens.size() < n - 1) continue;
-      if (std::equal(word.begin(), word.end() - 1, row.tokens.end() - (n - 1))) logits[word.back()] = never;
+      if (std::equal(word.begin(), word.end() - 1, row.tokens.end() - (n - 1)))
+        logits[word.back()] = never;
     }
     std::vector<TokenId> order(logits.size());
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](TokenId a, TokenId b) { return logits[a] > logits[b]; });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](TokenId a, TokenId b) { return logits[a] > logits[b]; });
 
     SampleResult result;
     result.token = params.do_sample ? draw(row, logits, order) : order[0];
     if (params.num_logprobs > 0) {
       double sum = 0;
       for (float logit : logits) sum += std::exp(double{logit} - logits[order[0]]);
-      const auto logprob = [&](TokenId id) { return static_cast<float>(logits[id] - logits[order[0]] - std::log(sum)); };
+      const auto logprob = [&](TokenId id) {
+        return static_cast<float>(logits[id] - logits[order[0]] - std::log(sum));
+      };
       result.logprob = logprob(result.token);
       for (int i = 0; i < params.num_logprobs && i < static_cast<int>(order.size()); ++i) {
         result.top_logprobs.emplace_back(order[i], logprob(order[i]));
@@ -376,14 +414,17 @@ class ReferenceBackend : public Backend {
   }
 
   // Inverse of the cumulative distribution over what the filters leave, best first.
-  static TokenId draw(const SampleRow& row, const std::vector<float>& logits, const std::vector<TokenId>& order) {
+  static TokenId draw(const SampleRow& row, const std::vector<float>& logits,
+                      const std::vector<TokenId>& order) {
     const SamplingParams& params = *row.params;
     std::vector<double> p;
-    for (TokenId id : order) p.push_back(std::exp((double{logits[id]} - logits[order[0]]) / params.temperature));
+    for (TokenId id : order)
+      p.push_back(std::exp((double{logits[id]} - logits[order[0]]) / params.temperature));
     if (params.top_k > 0 && static_cast<size_t>(params.top_k) < p.size()) p.resize(params.top_k);
     double total = std::accumulate(p.begin(), p.end(), 0.0);
     size_t keep = 0;
-    for (double sum = 0; keep < p.size() && (keep == 0 || sum < params.top_p * total); ++keep) sum += p[keep];
+    for (double sum = 0; keep < p.size() && (keep == 0 || sum < params.top_p * total); ++keep)
+      sum += p[keep];
     p.resize(keep);
     while (p.size() > 1 && p.back() < params.min_p * p[0]) p.pop_back();
     total = std::accumulate(p.begin(), p.end(), 0.0);

@@ -42,9 +42,11 @@ TEST("embeddings of every fixture are those of the float64 network") {
         const int num_tiles = static_cast<int>(expected["tiles"].integer());
         if (num_tiles == 0) continue;
         const std::vector<float> embeddings = encode(model, num_tiles);
-        EXPECT_EQ(embeddings.size(), static_cast<size_t>(num_tiles * model.vision->tokens_per_tile() *
-                                                         model.fixture.spec.decoder.hidden_size));
-        EXPECT_NEAR(largest_difference(embeddings, expected_embeddings(expected)), 0.0, tolerance.dense);
+        EXPECT_EQ(embeddings.size(),
+                  static_cast<size_t>(num_tiles * model.vision->tokens_per_tile() *
+                                      model.fixture.spec.decoder.hidden_size));
+        EXPECT_NEAR(largest_difference(embeddings, expected_embeddings(expected)), 0.0,
+                    tolerance.dense);
       }
     }
   });
@@ -70,7 +72,8 @@ TEST("memory is what activation_bytes announced, and grows with a request by its
   WeightLoader loader(backend, store, fixture.spec.quant);
   VisionTower tower(loader, *fixture.spec.vision, fixture.spec.decoder.hidden_size, 3);
   EXPECT_EQ(backend.allocated_bytes,
-            VisionTower::activation_bytes(*fixture.spec.vision, fixture.spec.decoder.hidden_size, DType::f32, 3));
+            VisionTower::activation_bytes(*fixture.spec.vision, fixture.spec.decoder.hidden_size,
+                                          DType::f32, 3));
   const size_t before = backend.allocated_bytes;
   const std::vector<uint8_t> pixels = formula_tiles(8, 56);
   const auto buffer = tower.encode(ConstTensorView(pixels.data(), DType::u8, {8, 56, 56, 3}));
@@ -100,7 +103,8 @@ TEST("tiles of another size, count or dtype are refused") {
 }
 
 TEST("missing and misshapen tensors are refused while loading") {
-  const auto load = [](const std::string& fixture_name, const std::function<void(Fixture&)>& change) {
+  const auto load = [](const std::string& fixture_name,
+                       const std::function<void(Fixture&)>& change) {
     Fixture fixture(fixture_folder(fixture_name));
     change(fixture);
     ReferenceBackend backend;
@@ -108,17 +112,25 @@ TEST("missing and misshapen tensors are refused while loading") {
     WeightLoader loader(backend, store, fixture.spec.quant);
     VisionTower tower(loader, *fixture.spec.vision, fixture.spec.decoder.hidden_size, 1);
   };
-  for (const char* name : {"vision.cls", "vision.positions", "vision.patch.bias", "vision.layers.1.norm2.bias",
-                           "vision.layers.0.attn.v.bias", "vision.layers.1.scale2", "projector.norm.bias",
-                           "projector.fc2.weight"}) {
+  for (const char* name :
+       {"vision.cls", "vision.positions", "vision.patch.bias", "vision.layers.1.norm2.bias",
+        "vision.layers.0.attn.v.bias", "vision.layers.1.scale2", "projector.norm.bias",
+        "projector.fc2.weight"}) {
     EXPECT_ERROR(load("internvl-hf-bf16",
-                      [&](Fixture& f) { std::erase_if(f.files.tensors, [&](const TensorEntry& t) { return t.name == name; }); }),
+                      [&](Fixture& f) {
+                        std::erase_if(f.files.tensors,
+                                      [&](const TensorEntry& t) { return t.name == name; });
+                      }),
                  ErrorCode::missing_tensor);
   }
-  EXPECT_ERROR(load("internvl-hf-bf16", [](Fixture& f) { f.spec.vision->image_size = 28; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(load("internvl-hf-bf16", [](Fixture& f) { f.spec.vision->qkv_bias = false; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(load("internvl-hf-bf16", [](Fixture& f) { f.spec.decoder.hidden_size = 48; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(load("internvl-chat-rms", [](Fixture& f) { f.spec.vision->rms_norm = false; }), ErrorCode::missing_tensor);
+  EXPECT_ERROR(load("internvl-hf-bf16", [](Fixture& f) { f.spec.vision->image_size = 28; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(load("internvl-hf-bf16", [](Fixture& f) { f.spec.vision->qkv_bias = false; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(load("internvl-hf-bf16", [](Fixture& f) { f.spec.decoder.hidden_size = 48; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(load("internvl-chat-rms", [](Fixture& f) { f.spec.vision->rms_norm = false; }),
+               ErrorCode::missing_tensor);
 }
 
 TEST_MAIN()

@@ -21,10 +21,12 @@ namespace {
 // A checkpoint of tensors given as raw bytes, in one file.
 class HandMade {
  public:
-  explicit HandMade(std::string name) : path_("/tmp/turbomind-format-" + std::to_string(getpid()) + name) {}
+  explicit HandMade(std::string name)
+      : path_("/tmp/turbomind-format-" + std::to_string(getpid()) + name) {}
   ~HandMade() { std::remove(path_.c_str()); }
   template <class T>
-  void add(const std::string& name, DType dtype, std::vector<int64_t> shape, const std::vector<T>& values) {
+  void add(const std::string& name, DType dtype, std::vector<int64_t> shape,
+           const std::vector<T>& values) {
     const uint64_t bytes = values.size() * sizeof(T);
     entries_.push_back({name, dtype, std::move(shape), 0, data_.size(), bytes});
     const size_t begin = data_.size();
@@ -32,7 +34,8 @@ class HandMade {
     std::memcpy(data_.data() + begin, values.data(), bytes);
   }
   std::unique_ptr<WeightStore> open() const {
-    std::ofstream(path_, std::ios::binary).write(data_.data(), static_cast<std::streamsize>(data_.size()));
+    std::ofstream(path_, std::ios::binary)
+        .write(data_.data(), static_cast<std::streamsize>(data_.size()));
     return std::make_unique<WeightStore>(CheckpointFiles{{path_}, entries_});
   }
 
@@ -100,18 +103,23 @@ TEST("AWQ of every group size dequantises to (q - zero) * scale") {
     format.dequantize(part, {k, n}, group, out);
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t j = 0; j < k; ++j) {
-        const float wanted = static_cast<float>(quantised(j, i) - zero_point(j / group, i)) * scale_of(j / group, i);
-        if (out[static_cast<size_t>(i * k + j)] != wanted) EXPECT_EQ(out[static_cast<size_t>(i * k + j)], wanted);
+        const float wanted =
+            static_cast<float>(quantised(j, i) - zero_point(j / group, i)) * scale_of(j / group, i);
+        if (out[static_cast<size_t>(i * k + j)] != wanted)
+          EXPECT_EQ(out[static_cast<size_t>(i * k + j)], wanted);
       }
     }
   }
 }
 
 TEST("half and brain floats are read exactly, subnormals and infinities too") {
-  const std::vector<uint16_t> half = {0x3C00, 0xC000, 0x0001, 0x83FF, 0x7BFF, 0x7C00, 0x8000, 0x0400};
-  const std::vector<double> wanted = {1.0, -2.0, 0x1p-24, -1023 * 0x1p-24, 65504.0, HUGE_VAL, -0.0, 0x1p-14};
+  const std::vector<uint16_t> half = {0x3C00, 0xC000, 0x0001, 0x83FF,
+                                      0x7BFF, 0x7C00, 0x8000, 0x0400};
+  const std::vector<double> wanted = {1.0,     -2.0,     0x1p-24, -1023 * 0x1p-24,
+                                      65504.0, HUGE_VAL, -0.0,    0x1p-14};
   for (size_t i = 0; i < half.size(); ++i) {
-    EXPECT_EQ(static_cast<double>(load_float(half.data(), DType::f16, static_cast<int64_t>(i))), wanted[i]);
+    EXPECT_EQ(static_cast<double>(load_float(half.data(), DType::f16, static_cast<int64_t>(i))),
+              wanted[i]);
   }
   EXPECT(std::isnan(load_float(std::vector<uint16_t>{0x7E00}.data(), DType::f16, 0)));
   const std::vector<uint16_t> brain = {0x3F80, 0xC049, 0x0001};
@@ -143,9 +151,12 @@ TEST("an AWQ layer with a wrong group size, width or dtype is refused with the n
   const auto load = [&](const char* prefix, int64_t k, int64_t n, int group) {
     return kAwqFormat.load(*store, prefix, {k, n}, group);
   };
-  for (int group : {0, 16, 48, 96, -1, 256}) EXPECT_ERROR(load("up", 64, 24, group), ErrorCode::unsupported_quantization);
-  EXPECT_ERROR(load("up", 72, 24, 32), ErrorCode::unsupported_quantization);  // 32 does not divide 72
-  EXPECT_ERROR(load("up", 64, 28, 32), ErrorCode::unsupported_quantization);  // 8 does not divide 28
+  for (int group : {0, 16, 48, 96, -1, 256})
+    EXPECT_ERROR(load("up", 64, 24, group), ErrorCode::unsupported_quantization);
+  EXPECT_ERROR(load("up", 72, 24, 32),
+               ErrorCode::unsupported_quantization);  // 32 does not divide 72
+  EXPECT_ERROR(load("up", 64, 28, 32),
+               ErrorCode::unsupported_quantization);  // 8 does not divide 28
   EXPECT_ERROR(load("up", 64, 32, 32), ErrorCode::tensor_mismatch);
   EXPECT_ERROR(load("up", 64, 24, 64), ErrorCode::tensor_mismatch);  // qzeros have rows for 32
   EXPECT_ERROR(load("half", 64, 24, 32), ErrorCode::missing_tensor);
@@ -158,7 +169,8 @@ TEST("a layer in no format at all is reported under its plain name") {
   file.add("norm.weight", DType::f32, {1}, std::vector<float>(1));
   const auto store = file.open();
   EXPECT_ERROR(weight_format_of(*store, "up"), ErrorCode::missing_tensor);
-  EXPECT(message_of([&] { weight_format_of(*store, "up"); }).find("'up.weight'") != std::string::npos);
+  EXPECT(message_of([&] { weight_format_of(*store, "up"); }).find("'up.weight'") !=
+         std::string::npos);
 }
 
 TEST("the loader joins parts in order, dense and AWQ, and gives each its own bias") {
@@ -177,8 +189,10 @@ TEST("the loader joins parts in order, dense and AWQ, and gives each its own bia
   const auto weight = loader.linear(32, {{"q", 16, Bias::required}, {"k", 8, Bias::optional}});
   const auto& joined = static_cast<const ReferenceWeight&>(*weight);
   EXPECT_EQ(joined.n, int64_t{24});
-  EXPECT_EQ(joined.row(0)[3], static_cast<float>(quantised(3, 0) - zero_point(0, 0)) * scale_of(0, 0));
-  EXPECT_EQ(joined.row(17)[5], static_cast<float>(quantised(5, 1) - zero_point(0, 1)) * scale_of(0, 1));
+  EXPECT_EQ(joined.row(0)[3],
+            static_cast<float>(quantised(3, 0) - zero_point(0, 0)) * scale_of(0, 0));
+  EXPECT_EQ(joined.row(17)[5],
+            static_cast<float>(quantised(5, 1) - zero_point(0, 1)) * scale_of(0, 1));
   EXPECT_EQ(joined.bias[15], 1.0F);
   EXPECT_EQ(joined.bias[16], 0.0F);
   EXPECT_EQ(reported, store->total_bytes() - 256 * sizeof(float));

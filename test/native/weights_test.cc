@@ -31,7 +31,8 @@ class TemporaryFolder {
   }
   std::string write(const std::string& name, const std::vector<char>& bytes) {
     const std::string file = path(name);
-    std::ofstream(file, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+    std::ofstream(file, std::ios::binary)
+        .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
     return file;
   }
 
@@ -56,7 +57,9 @@ std::string message_of(const std::function<void()>& body) {
   return "";
 }
 
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 // 1,024 floats 0, 1, 2, … in one file.
 struct CountingFile {
@@ -73,7 +76,8 @@ struct CountingFile {
 
 TEST("a tensor is found by name with its dtype, shape and bytes") {
   CountingFile file;
-  const WeightStore store({{file.path}, {{"a", DType::f32, {2, 3}, 0, 8, 24}, {"b", DType::f32, {}, 0, 0, 4}}});
+  const WeightStore store(
+      {{file.path}, {{"a", DType::f32, {2, 3}, 0, 8, 24}, {"b", DType::f32, {}, 0, 0, 4}}});
   const ConstTensorView a = store.view("a", {2, 3});
   EXPECT_EQ(a.rank, 2);
   EXPECT_EQ(a.bytes(), size_t{24});
@@ -88,33 +92,43 @@ TEST("a tensor may end at the last byte of its file and not one byte later") {
   CountingFile file;
   const WeightStore store({{file.path}, {{"a", DType::f32, {4}, 0, 4080, 16}}});
   EXPECT_EQ(store.view("a").as<float>()[3], 1023.0F);
-  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {4}, 0, 4081, 16}}}), ErrorCode::invalid_checkpoint);
-  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {1025}, 0, 0, 4100}}}), ErrorCode::invalid_checkpoint);
+  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {4}, 0, 4081, 16}}}),
+               ErrorCode::invalid_checkpoint);
+  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {1025}, 0, 0, 4100}}}),
+               ErrorCode::invalid_checkpoint);
 }
 
 TEST("offsets and shapes that overflow 64 bits are refused") {
   CountingFile file;
   const uint64_t top = std::numeric_limits<uint64_t>::max();
-  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {4}, 0, top - 7, 16}}}), ErrorCode::invalid_checkpoint);
+  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {4}, 0, top - 7, 16}}}),
+               ErrorCode::invalid_checkpoint);
   const int64_t half = int64_t{1} << 32;
-  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {half, half, 4}, 0, 0, 0}}}), ErrorCode::invalid_checkpoint);
-  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {-1, -4}, 0, 0, 16}}}), ErrorCode::invalid_checkpoint);
+  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {half, half, 4}, 0, 0, 0}}}),
+               ErrorCode::invalid_checkpoint);
+  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {-1, -4}, 0, 0, 16}}}),
+               ErrorCode::invalid_checkpoint);
 }
 
 TEST("bytes that contradict the shape are refused with both numbers") {
   CountingFile file;
-  const std::string message =
-      message_of([&] { WeightStore store({{file.path}, {{"layers.0.mlp.up.weight", DType::bf16, {4, 4}, 0, 0, 64}}}); });
-  EXPECT(contains(message, "layers.0.mlp.up.weight") && contains(message, "32") && contains(message, "64"));
+  const std::string message = message_of([&] {
+    WeightStore store({{file.path}, {{"layers.0.mlp.up.weight", DType::bf16, {4, 4}, 0, 0, 64}}});
+  });
+  EXPECT(contains(message, "layers.0.mlp.up.weight") && contains(message, "32") &&
+         contains(message, "64"));
 }
 
 TEST("a name given twice, a rank of five and a file index out of range are refused") {
   CountingFile file;
   const TensorEntry a{"a", DType::f32, {4}, 0, 0, 16};
   EXPECT_ERROR(WeightStore({{file.path}, {a, a}}), ErrorCode::invalid_checkpoint);
-  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {1, 1, 1, 1, 4}, 0, 0, 16}}}), ErrorCode::invalid_checkpoint);
-  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {4}, 1, 0, 16}}}), ErrorCode::invalid_checkpoint);
-  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {4}, -1, 0, 16}}}), ErrorCode::invalid_checkpoint);
+  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {1, 1, 1, 1, 4}, 0, 0, 16}}}),
+               ErrorCode::invalid_checkpoint);
+  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {4}, 1, 0, 16}}}),
+               ErrorCode::invalid_checkpoint);
+  EXPECT_ERROR(WeightStore({{file.path}, {{"a", DType::f32, {4}, -1, 0, 16}}}),
+               ErrorCode::invalid_checkpoint);
 }
 
 TEST("files that are missing, empty, folders or pipes are refused by name") {
@@ -122,7 +136,8 @@ TEST("files that are missing, empty, folders or pipes are refused by name") {
   const std::string empty = folder.write("empty.safetensors", {});
   const std::string pipe = folder.path("pipe.safetensors");
   EXPECT_EQ(mkfifo(pipe.c_str(), 0600), 0);
-  for (const std::string& path : {folder.path("none.safetensors"), empty, std::string("/tmp"), pipe}) {
+  for (const std::string& path :
+       {folder.path("none.safetensors"), empty, std::string("/tmp"), pipe}) {
     const CheckpointFiles files{{path}, {{"a", DType::f32, {1}, 0, 0, 4}}};
     EXPECT_ERROR(WeightStore(files), ErrorCode::invalid_checkpoint);
     EXPECT(contains(message_of([&] { WeightStore store(files); }), path));
@@ -143,8 +158,8 @@ TEST("a wrong shape is refused with both shapes and the file") {
   EXPECT_ERROR(store.view("norm.weight", {3, 2}), ErrorCode::tensor_mismatch);
   EXPECT_ERROR(store.view("norm.weight", {6}), ErrorCode::tensor_mismatch);
   const std::string message = message_of([&] { store.view("norm.weight", {3, 2}); });
-  EXPECT(contains(message, "norm.weight") && contains(message, "[2, 3]") && contains(message, "[3, 2]") &&
-         contains(message, "model.safetensors"));
+  EXPECT(contains(message, "norm.weight") && contains(message, "[2, 3]") &&
+         contains(message, "[3, 2]") && contains(message, "model.safetensors"));
 }
 
 TEST("a tensor at an odd offset is read from an aligned copy that survives dropped pages") {
@@ -172,7 +187,8 @@ TEST("dropped and prefetched pages read the same") {
 
 TEST("a file that shrinks after it was opened is an error, not a fault") {
   CountingFile file;
-  const WeightStore store({{file.path}, {{"a", DType::f32, {512}, 0, 2048, 2048}, {"b", DType::f32, {4}, 0, 0, 16}}});
+  const WeightStore store(
+      {{file.path}, {{"a", DType::f32, {512}, 0, 2048, 2048}, {"b", DType::f32, {4}, 0, 0, 16}}});
   EXPECT_EQ(truncate(file.path.c_str(), 2048), 0);
   EXPECT_ERROR(store.view("a"), ErrorCode::invalid_checkpoint);
   EXPECT_EQ(store.view("b").as<float>()[3], 3.0F);

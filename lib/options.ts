@@ -255,7 +255,7 @@ export function resolveGenerationOptions(
 ): ResolvedGenerationOptions {
   check.checkOptions<GenerationOptions>('generation options', options, GENERATION_RULES);
   const sampled = options.doSample === true && options.temperature !== 0;
-  if (!sampled) checkGreedy(options);
+  checkGreedy(options);
   const maxNewTokens = options.maxNewTokens === undefined ? 512 : options.maxNewTokens;
   const minNewTokens = options.minNewTokens ?? 0;
   if (maxNewTokens !== null && minNewTokens > maxNewTokens) {
@@ -289,10 +289,13 @@ export function resolveGenerationOptions(
 
 const SAMPLING_ONLY = ['temperature', 'topK', 'topP', 'minP', 'randomSeed'] as const;
 
-// A setting that could change nothing is a mistake of the caller's, and is said so.
+// A setting that could change nothing is a mistake of the caller's, and is said so. Temperature 0
+// is the usual way to ask for greedy decoding, so it is none.
 function checkGreedy(options: GenerationOptions): void {
-  if (options.temperature === 0) return; // greedy, said another way
-  const useless = SAMPLING_ONLY.find((key) => options[key] !== undefined);
+  if (options.doSample === true) return;
+  const useless = SAMPLING_ONLY.find(
+    (key) => options[key] !== undefined && !(key === 'temperature' && options[key] === 0),
+  );
   if (useless === undefined) return;
   throw new TurbomindError(
     'ERR_TM_INVALID_OPTION',

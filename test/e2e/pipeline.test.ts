@@ -179,7 +179,7 @@ describe('aborts', () => {
 
 describe('batches', () => {
   test('give what each prompt gives alone, in order, whatever else runs', async () => {
-    const alone = [];
+    const alone: (readonly number[])[] = [];
     for (const prompt of PROMPTS) alone.push((await pipe(prompt)).tokenIds);
     const many = Array.from({ length: 40 }, (_, i) => PROMPTS[i % PROMPTS.length] ?? 'Hello!');
     const responses = await pipe(many);

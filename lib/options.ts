@@ -53,7 +53,7 @@ export interface PipelineOptions {
   readonly signal?: AbortSignal | undefined;
   /** Gets the loaded share of the weights, 0..1. */
   readonly onProgress?: ((share: number) => void) | undefined;
-  /** Caps the instruction set of the CPU kernels; results do not depend on it. For diagnosis. */
+  /** Caps the instruction set of the CPU kernels, for diagnosis. Results agree up to rounding. */
   readonly cpuIsa?: 'scalar' | 'avx2' | 'avx512' | 'amx' | undefined;
 }
 

@@ -72,11 +72,12 @@ function warnUnused(devices: readonly string[]): void {
 
 /** Asks the CUDA backend library for GPUs, in a child process. Never rejects. */
 export async function probeCuda(): Promise<CudaProbe> {
-  const library = findCudaLibrary();
+  const { path } = loadNative();
+  const library = findCudaLibrary(path);
   if (library === '')
     return { library, devices: [], reason: 'no CUDA backend library is installed' };
   if (!driverMayExist()) return { library, devices: [], reason: 'no NVIDIA driver is loaded' };
-  return { library, ...(await queryInChild(loadNative().path, library)) };
+  return { library, ...(await queryInChild(path, library)) };
 }
 
 // On Linux a usable GPU always has a device node (native, WSL, Tegra): without one a child process

@@ -155,11 +155,11 @@ function platformPackagePath(name: string): string {
   }
 }
 
-/** Path of the CUDA backend library; '' when there is none. */
-export function findCudaLibrary(root: string = packageRoot()): string {
+/** Path of the CUDA backend library that goes with an addon; '' when there is none. */
+export function findCudaLibrary(addonPath: string): string {
   const file = process.platform === 'win32' ? 'turbomind_cuda.dll' : 'libturbomind_cuda.so';
-  const local = join(root, 'build', 'Release', file);
-  if (existsSync(local)) return local;
+  const sibling = join(dirname(addonPath), file);
+  if (existsSync(sibling)) return sibling;
   try {
     return unpackAsar(require.resolve('@org/turbomind-node-linux-x64-cuda/libturbomind_cuda.so'));
   } catch {

@@ -53,7 +53,7 @@ export interface PipelineOptions {
   readonly signal?: AbortSignal | undefined;
   /** Gets the loaded share of the weights, 0..1. */
   readonly onProgress?: ((share: number) => void) | undefined;
-  /** Caps the instruction set of the CPU kernels; results do not depend on it. For diagnosis. */
+  /** Caps the instruction set of the CPU kernels, for diagnosis. Results agree up to rounding. */
   readonly cpuIsa?: 'scalar' | 'avx2' | 'avx512' | 'amx' | undefined;
 }
 
@@ -255,7 +255,7 @@ export function resolveGenerationOptions(
 ): ResolvedGenerationOptions {
   check.checkOptions<GenerationOptions>('generation options', options, GENERATION_RULES);
   const sampled = options.doSample === true && options.temperature !== 0;
-  if (!sampled) checkGreedy(options);
+  checkGreedy(options);
   const maxNewTokens = options.maxNewTokens === undefined ? 512 : options.maxNewTokens;
   const minNewTokens = options.minNewTokens ?? 0;
   if (maxNewTokens !== null && minNewTokens > maxNewTokens) {
@@ -289,10 +289,13 @@ export function resolveGenerationOptions(
 
 const SAMPLING_ONLY = ['temperature', 'topK', 'topP', 'minP', 'randomSeed'] as const;
 
-// A setting that could change nothing is a mistake of the caller's, and is said so.
+// A setting that could change nothing is a mistake of the caller's, and is said so. Temperature 0
+// is the usual way to ask for greedy decoding, so it is none.
 function checkGreedy(options: GenerationOptions): void {
-  if (options.temperature === 0) return; // greedy, said another way
-  const useless = SAMPLING_ONLY.find((key) => options[key] !== undefined);
+  if (options.doSample === true) return;
+  const useless = SAMPLING_ONLY.find(
+    (key) => options[key] !== undefined && !(key === 'temperature' && options[key] === 0),
+  );
   if (useless === undefined) return;
   throw new TurbomindError(
     'ERR_TM_INVALID_OPTION',

@@ -10,7 +10,7 @@ import { TextStream } from './detokenizer.js';
 import { resolveDevice } from './device.js';
 import { TurbomindError } from './errors.js';
 import { normalizePrompts, type Prompt, type PromptInput } from './messages.js';
-import { findCudaLibrary, fromNative, loadNative, packageRoot } from './native.js';
+import { fromNative, loadNative, packageRoot } from './native.js';
 import type { NativeAddon, NativeEngine, NativeOpenOptions, NativeStats } from './native-types.js';
 import {
   type GenerationOptions,
@@ -303,7 +303,7 @@ function withTemplate(checkpoint: Checkpoint, template: string | undefined): Che
 function nativeOptions(
   checkpoint: Checkpoint,
   options: ResolvedPipelineOptions,
-  device: string,
+  device: 'cpu',
 ): NativeOpenOptions {
   return {
     spec: checkpoint.spec,
@@ -317,7 +317,7 @@ function nativeOptions(
     blockSize: options.blockSize,
     cacheMaxEntryCount: options.cacheMaxEntryCount,
     cpuIsa: options.cpuIsa,
-    cudaLibrary: device === 'cpu' ? '' : findCudaLibrary(),
+    cudaLibrary: '',
   };
 }
 

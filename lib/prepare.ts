@@ -40,6 +40,8 @@ export class RequestPreparer {
   readonly #context: PrepareContext;
   // A decoded picture may take hundreds of MB: a batch of a thousand must not decode at once.
   readonly #pictures = new Limiter(Math.max(2, availableParallelism()));
+  // Prompts of a batch are encoded one behind the other, with pauses for events.
+  readonly #encoding = new Limiter(1);
   #yieldedAt = 0;
 
   constructor(context: PrepareContext) {
@@ -52,8 +54,18 @@ export class RequestPreparer {
     options: ResolvedGenerationOptions,
   ): Promise<Omit<NativeRequest, 'id'>> {
     const tiles = await this.#cutPictures(conversation, options);
-    await this.#giveWay();
-    options.signal?.throwIfAborted();
+    return await this.#encoding.run(async () => {
+      await this.#giveWay();
+      options.signal?.throwIfAborted();
+      return this.#build(conversation, tiles, options);
+    });
+  }
+
+  #build(
+    conversation: readonly ChatMessage[],
+    tiles: readonly NativeTiles[],
+    options: ResolvedGenerationOptions,
+  ): Omit<NativeRequest, 'id'> {
     const { promptBuilder, sessionLen } = this.#context;
     const { ids, imageSpans } = promptBuilder.build(
       conversation,

@@ -1,6 +1,6 @@
 // What the scripts share: running a command in the repository, finding files, telling steps.
 import { spawnSync } from 'node:child_process';
-import { existsSync, readdirSync, statSync } from 'node:fs';
+import { existsSync, lstatSync, readdirSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
@@ -57,7 +57,6 @@ const native = () => [
   join(root, 'CMakeLists.txt'),
   ...walk(join(root, 'native'), (name) => /\.(cc|h|cu|cuh|json|txt)$/.test(name)),
 ];
-const tests = () => walk(join(root, 'test', 'native'), (name) => /\.(cc|h|txt)$/.test(name));
 const typescript = () => [
   join(root, 'package.json'),
   join(root, 'tsconfig.json'),
@@ -67,6 +66,9 @@ const typescript = () => [
 /** Steps that bring a fresh clone, or a changed one, up to date. Each returns an exit status. */
 export const prepare = {
   install() {
+    // A linked node_modules belongs to another checkout, which looks after it.
+    const folder = join(root, 'node_modules');
+    if (existsSync(folder) && lstatSync(folder).isSymbolicLink()) return 0;
     const lock = join(root, 'package-lock.json');
     const installed = join(root, 'node_modules', '.package-lock.json');
     return isStale(installed, [lock]) ? run('npm', ['ci', '--no-audit', '--no-fund']) : 0;
@@ -80,5 +82,4 @@ export const prepare = {
     const output = join(root, 'dist', 'index.cjs');
     return isStale(output, typescript()) ? run('node', ['scripts/build-ts.mjs']) : 0;
   },
-  hasTests: () => tests().length > 0,
 };

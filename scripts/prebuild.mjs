@@ -1,5 +1,5 @@
 // Builds the CPU addon for this platform into prebuilds/, as npm ships it. Run it through
-// `npm run prebuild`: node-gyp finds Node's headers only under npm.
+// `npm run prebuilds`: node-gyp finds Node's headers only under npm.
 import { run } from './lib.mjs';
 
 const tool = 'node_modules/prebuildify/bin.js';

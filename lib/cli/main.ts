@@ -4,7 +4,7 @@
 import { Command, CommanderError } from 'commander';
 import { packageVersion } from '../native.js';
 import type { InspectFlags } from './inspect.js';
-import { describeError, EXIT, installPipeGuard, log } from './output.js';
+import { describeError, EXIT, installPipeGuard, log, UsageError } from './output.js';
 import type { RunFlags } from './run.js';
 import { addModelFlags, append, type ModelFlags, parseNumber } from './settings.js';
 
@@ -61,7 +61,7 @@ async function main(): Promise<void> {
       return;
     }
     log(describeError(error));
-    process.exitCode = EXIT.failed;
+    process.exitCode = error instanceof UsageError ? EXIT.usage : EXIT.failed;
   }
 }
 

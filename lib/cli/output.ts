@@ -5,6 +5,9 @@ import { TurbomindError } from '../errors.js';
 /** Exit statuses: 1 something failed, 2 wrong usage, 130 interrupted. */
 export const EXIT = { failed: 1, usage: 2, interrupted: 130 } as const;
 
+/** Wrong flags, found after parsing. */
+export class UsageError extends Error {}
+
 export function installPipeGuard(): void {
   for (const stream of [process.stdout, process.stderr]) {
     stream.on('error', (error: NodeJS.ErrnoException) => {

@@ -4,7 +4,7 @@ import { text as readAll } from 'node:stream/consumers';
 import type { ChatMessageInput, ContentPartInput } from '../messages.js';
 import { type Pipeline, pipeline } from '../pipeline.js';
 import type { Response } from '../response.js';
-import { EXIT, log, printJson, progressBar } from './output.js';
+import { EXIT, log, printJson, progressBar, UsageError } from './output.js';
 import { type ModelFlags, toGenerationOptions, toPipelineOptions } from './settings.js';
 
 export interface RunFlags extends ModelFlags {
@@ -35,6 +35,9 @@ export async function run(model: string | undefined, flags: RunFlags): Promise<v
 
 async function readPrompt(flags: RunFlags): Promise<string> {
   if (flags.prompt !== undefined && flags.prompt !== '-') return flags.prompt;
+  if (flags.prompt === undefined && process.stdin.isTTY === true) {
+    throw new UsageError("error: --prompt is missing; '--prompt -' reads it from the terminal");
+  }
   return (await readAll(process.stdin)).trimEnd();
 }
 

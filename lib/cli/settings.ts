@@ -6,7 +6,7 @@ import type { GenerationOptions, PipelineOptions } from '../options.js';
 
 /** Parsed flags of run and chat. */
 export interface ModelFlags {
-  readonly device?: string;
+  readonly device?: Device;
   readonly threads?: number;
   readonly sessionLen?: number;
   readonly maxNewTokens?: number;
@@ -20,7 +20,7 @@ export interface ModelFlags {
 
 export function addModelFlags(command: Command): Command {
   return command
-    .option('--device <device>', "'auto', 'cpu', 'cuda' or 'cuda:N'", 'auto')
+    .option('--device <device>', "'auto', 'cpu', 'cuda' or 'cuda:N'", parseDevice)
     .option('--threads <n>', 'CPU threads (default: all)', parseNumber)
     .option('--session-len <n>', 'most tokens of prompt and completion', parseNumber)
     .option('--max-new-tokens <n>', 'most tokens of an answer', parseNumber)
@@ -44,7 +44,7 @@ export function append(text: string, before: readonly string[] = []): string[] {
 }
 
 export function toPipelineOptions(flags: ModelFlags): PipelineOptions {
-  return { device: toDevice(flags.device), threads: flags.threads, sessionLen: flags.sessionLen };
+  return { device: flags.device, threads: flags.threads, sessionLen: flags.sessionLen };
 }
 
 // A flag that only matters for draws asks for draws.
@@ -58,10 +58,9 @@ export function toGenerationOptions(flags: ModelFlags): GenerationOptions {
   return { maxNewTokens, stopWords: stop, ...sampling };
 }
 
-function toDevice(text: string | undefined): Device | undefined {
-  if (text === undefined || text === 'auto' || text === 'cpu' || text === 'cuda') return text;
+function parseDevice(text: string): Device {
+  if (text === 'auto' || text === 'cpu' || text === 'cuda') return text;
   const match = /^cuda:(\d+)$/.exec(text);
-  if (match === null)
-    throw new InvalidArgumentError(`--device ${text}: not 'auto', 'cpu', 'cuda' or 'cuda:N'.`);
+  if (match === null) throw new InvalidArgumentError("not 'auto', 'cpu', 'cuda' or 'cuda:N'.");
   return `cuda:${Number(match[1])}`;
 }

@@ -119,4 +119,9 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
 }  // namespace
 }  // namespace turbomind::addon
 
-NODE_API_MODULE(turbomind, turbomind::addon::init)
+// The macro pastes the function's name, so it must be an unqualified one.
+static Napi::Object init_turbomind(Napi::Env env, Napi::Object exports) {
+  return turbomind::addon::init(env, exports);
+}
+
+NODE_API_MODULE(turbomind, init_turbomind)

@@ -243,6 +243,7 @@ int64_t Field::integer(int64_t min, int64_t max) const {
       return static_cast<int64_t>(number);
     }
   }
+  if (min == INT32_MIN && max == INT32_MAX) fail("an integer of 32 bits");
   fail(format("an integer from %lld to %lld", static_cast<long long>(min),
               static_cast<long long>(max)).c_str());
 }

@@ -1,4 +1,4 @@
-// InternViT, pixel shuffle and projector: image tiles → embeddings for the decoder's image tokens.
+// InternViT, pixel shuffle and projector: image tiles → embeddings of the decoder's image tokens.
 // Owns its weights and activations; works in passes of a bounded number of tiles, so that its
 // memory does not grow with a request. Engine thread, between steps (never inside
 // Backend::execute).

@@ -136,6 +136,7 @@ describe('sampling', () => {
   test('temperature 0 is greedy, with doSample or without', () => {
     expect(resolveGenerationOptions({ temperature: 0 }).doSample).toBe(false);
     expect(resolveGenerationOptions({ temperature: 0, doSample: true }).doSample).toBe(false);
+    expect(messageOf(() => generate({ temperature: 0, topK: 5 }))).toContain('topK: has no effect');
   });
 
   test('a seed is kept in all its 64 bits; without one two differ', () => {

@@ -106,7 +106,7 @@ struct Kernels {
                  float* out);
 };
 
-// The table for `isa`: levels without a kernel of their own take the one below.
+// The table for `isa`, which this machine must have.
 const Kernels& kernels_for(Isa isa);
 
 extern const Kernels kScalarKernels;

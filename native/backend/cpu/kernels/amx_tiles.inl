@@ -97,7 +97,7 @@ inline void u4_add(const U4Pending& p) {
 
 template <int kLines>
 inline void prefetch_lines(const int8_t* p) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kLines; ++i) _mm_prefetch(reinterpret_cast<const char*>(p) + i * 64, _MM_HINT_T0);
 }
 
@@ -223,48 +223,72 @@ inline void bf16_split(const RowNorm* norm, const NormStats& stats, const float*
   }
 }
 
-// Two row blocks (or one, of rows0 rows) times one block of 32 columns, all of k.
+// Two row blocks (or one) times one block of columns over `steps` tiles of k. Sums go on from acc
+// unless `first`. The next step's tiles are asked for a step ahead: loads that miss stall the products.
 template <bool kTwo>
 inline void bf16_multiply(const uint16_t* block, int64_t steps, const uint16_t* x0, int64_t plane0,
-                          const uint16_t* x1, int64_t plane1, float* acc0, float* acc1) {
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
+                          const uint16_t* x1, int64_t plane1, float* acc0, float* acc1, bool first) {
+  constexpr int64_t kStride = kBlockColumns * sizeof(float);
+  constexpr int64_t kAhead = kTwo ? 1024 : 2048;  // weights: one row block takes half the time a step
   publish_stores();
+  if (first) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+  } else {
+    tile_load<0>(acc0, kStride);
+    tile_load<1>(acc0 + 16, kStride);
+    if constexpr (kTwo) {
+      tile_load<2>(acc1, kStride);
+      tile_load<3>(acc1 + 16, kStride);
+    }
+  }
   for (int64_t s = 0; s < steps; ++s) {
+    const int8_t* soon0 = reinterpret_cast<const int8_t*>(x0 + 2 * plane0);
+    const int8_t* soon1 = reinterpret_cast<const int8_t*>(x1 + 2 * plane1);
+    const int8_t* soon_w = reinterpret_cast<const int8_t*>(block + kAhead);
     tile_load<6>(block, 64);
     tile_load<4>(x0, 64);
     tile_multiply_bf16<0, 4, 6>();
+    prefetch_lines<16>(soon_w);
     tile_load<7>(block + 512, 64);
     tile_multiply_bf16<1, 4, 7>();
+    prefetch_lines<16>(soon_w + 1024);
     if constexpr (kTwo) {
       tile_load<5>(x1, 64);
       tile_multiply_bf16<2, 5, 6>();
+      prefetch_lines<16>(soon0);
       tile_multiply_bf16<3, 5, 7>();
+      prefetch_lines<16>(soon0 + 1024);
     }
     tile_load<4>(x0 + plane0, 64);
     tile_multiply_bf16<0, 4, 6>();
     tile_multiply_bf16<1, 4, 7>();
     if constexpr (kTwo) {
+      prefetch_lines<16>(soon1);
       tile_load<5>(x1 + plane1, 64);
       tile_multiply_bf16<2, 5, 6>();
+      prefetch_lines<16>(soon1 + 1024);
       tile_multiply_bf16<3, 5, 7>();
       x1 += 2 * plane1;
     }
     x0 += 2 * plane0;
     block += 1024;
   }
-  tile_store<0>(acc0, kBlockColumns * sizeof(float));
-  tile_store<1>(acc0 + 16, kBlockColumns * sizeof(float));
+  tile_store<0>(acc0, kStride);
+  tile_store<1>(acc0 + 16, kStride);
   if constexpr (kTwo) {
-    tile_store<2>(acc1, kBlockColumns * sizeof(float));
-    tile_store<3>(acc1 + 16, kBlockColumns * sizeof(float));
+    tile_store<2>(acc1, kStride);
+    tile_store<3>(acc1 + 16, kStride);
   }
 }
 
-inline void bf16_tiles(const uint16_t* block, int64_t k, const uint16_t* planes, int64_t rows,
-                       float* acc) {
+// A pair of row blocks over 256 of k (32 kB) stays in the first cache while all blocks of columns
+// pass; sums rest in `acc` between such pieces, which changes no bit.
+inline void bf16_tiles(const uint16_t* blocks, int count, int64_t k, const uint16_t* planes, int64_t rows,
+                       float* acc, int64_t acc_stride) {
+  constexpr int64_t kPiece = 8;
   const int64_t steps = (k + 31) / 32;
   int configured0 = 0, configured1 = 0;
   while (rows > 0) {
@@ -275,14 +299,25 @@ inline void bf16_tiles(const uint16_t* block, int64_t k, const uint16_t* planes,
       configured0 = rows0;
       configured1 = rows1;
     }
-    const uint16_t* x1 = planes + steps * 2 * rows0 * 32;
-    float* acc1 = acc + kTileRows * kBlockColumns;
-    if (rows1 > 0) {
-      bf16_multiply<true>(block, steps, planes, rows0 * 32, x1, rows1 * 32, acc, acc1);
-    } else {
-      bf16_multiply<false>(block, steps, planes, rows0 * 32, x1, 0, acc, acc1);
+    const int64_t plane0 = rows0 * 32, plane1 = rows1 * 32;
+    const uint16_t* second = planes + steps * 2 * plane0;
+    const int64_t piece = count > 1 ? kPiece : steps;
+    for (int64_t s = 0; s < steps; s += piece) {
+      const int64_t part = std::min(piece, steps - s);
+      const uint16_t* x0 = planes + s * 2 * plane0;
+      const uint16_t* x1 = second + s * 2 * plane1;
+      for (int i = 0; i < count; ++i) {
+        const uint16_t* block = blocks + (i * steps + s) * 1024;
+        float* acc0 = acc + i * acc_stride;
+        float* acc1 = acc0 + kTileRows * kBlockColumns;
+        if (rows1 > 0) {
+          bf16_multiply<true>(block, part, x0, plane0, x1, plane1, acc0, acc1, s == 0);
+        } else {
+          bf16_multiply<false>(block, part, x0, plane0, x1, plane1, acc0, acc1, s == 0);
+        }
+      }
     }
-    planes = x1 + steps * 2 * rows1 * 32;
+    planes = second + steps * 2 * plane1;
     acc += 2 * kTileRows * kBlockColumns;
     rows -= rows0 + rows1;
   }

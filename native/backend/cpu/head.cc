@@ -7,7 +7,6 @@
 #include <cstring>
 #include <limits>
 
-#include "backend/cpu/kernels/float_formats.h"
 #include "backend/cpu/linear_dense.h"
 #include "backend/cpu/linear_u4.h"
 #include "base/error.h"
@@ -19,21 +18,6 @@ constexpr int64_t kRows = 16;                   // vocabulary rows a block
 constexpr int64_t kScreenedRows = 16;           // rows of x screened at once
 constexpr int64_t kSmallHead = int64_t{4} << 20;  // weights below which all rows are scored exactly
 constexpr int64_t kMostFeatures = 65536;        // the bound and int32 sums hold up to here
-
-float read(DenseType type, const uint8_t* row, int64_t i) {
-  uint16_t half;
-  float whole;
-  if (type == DenseType::f32) {
-    std::memcpy(&whole, row + 4 * i, 4);
-    return whole;
-  }
-  std::memcpy(&half, row + 2 * i, 2);
-  return type == DenseType::f16 ? f16_to_f32(half) : bf16_to_f32(half);
-}
-
-float round_up_to_float(double value) {
-  return std::nextafter(static_cast<float>(value), std::numeric_limits<float>::infinity());
-}
 
 // k-th largest of values; reorders them.
 float kth_largest(float* values, int64_t count, int64_t k) {
@@ -93,23 +77,11 @@ void Head::pack_block(int64_t block, const uint8_t* rows) {
   const int64_t count = std::min(kRows, v_ - block * kRows);
   for (int64_t n = 0; n < count; ++n) {
     const uint8_t* row = rows + static_cast<size_t>(n) * row_bytes_;
-    float top = 0.0F;
-    for (int64_t i = 0; i < h_; ++i) top = std::max(top, std::fabs(read(type_, row, i)));
-    const float scale = top / 127.0F;
-    const float inverse = top > 1e-30F ? 127.0F / top : 0.0F;
-    double residual = 0, norm = 0;
-    for (int64_t i = 0; i < h_; ++i) {
-      const float w = read(type_, row, i);
-      const float u = std::clamp(std::nearbyint(w * inverse), -127.0F, 127.0F);
-      out[(i / 4) * 64 + n * 4 + i % 4] = static_cast<uint8_t>(static_cast<int>(u) + 128);
-      const double r = static_cast<double>(w) - static_cast<double>(scale) * u;
-      residual += r * r;
-      norm += static_cast<double>(w) * w;
-    }
+    const HeadRow packed = kernels_.pack_head_row(type_, row, h_, out + n * 4);
     const size_t at = static_cast<size_t>(block * kRows + n);
-    scale_[at] = scale;
-    residual_[at] = round_up_to_float(std::sqrt(residual));
-    norm_[at] = round_up_to_float(std::sqrt(norm));
+    scale_[at] = packed.scale;
+    residual_[at] = packed.residual;
+    norm_[at] = packed.norm;
   }
 }
 

@@ -65,6 +65,7 @@ void pack_fma_block(const LinearSource& source, int64_t block, DenseType type, v
 
 // Rows a task keeps: its sums (128 bytes a row) stay in the first cache.
 constexpr int64_t kTaskRows = 128;
+constexpr int64_t kTaskBlocks = 4;  // blocks of columns a tile task takes together
 
 int64_t block_grain(int64_t row_tasks, size_t block_bytes) {
   return row_tasks > 1 ? 1 : std::max<int64_t>(1, (32 << 10) / static_cast<int64_t>(block_bytes));
@@ -158,15 +159,23 @@ void LinearDense::run_tiles(const LinearCall& call, uint16_t* planes, ThreadPool
                           rows, static_cast<int>(row - first));
     }
   });
-  const int64_t strips = ceil_div(call.rows, kTaskRows);
-  pool.parallel_for(strips * blocks_, block_grain(strips, block_bytes_), [&](int64_t begin, int64_t end) {
-    alignas(64) float acc[kTaskRows * kBlockColumns];
+  // Few rows wait for memory: single blocks share it out evenly. Many rows reuse what the caches hold.
+  const int64_t per_task = call.rows <= 2 * kTileRows ? 1 : kTaskBlocks;
+  const int64_t strips = ceil_div(call.rows, kTaskRows), groups = ceil_div(blocks_, per_task);
+  const int64_t grain = per_task > 1 ? 1 : block_grain(strips, block_bytes_);
+  pool.parallel_for(strips * groups, grain, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kSums = kTaskRows * kBlockColumns;
+    alignas(64) float acc[kTaskBlocks * kSums];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / blocks_ * kTaskRows;
+      const int64_t row = task / groups * kTaskRows;
       const int64_t rows = std::min(kTaskRows, call.rows - row);
-      const int64_t b = task % blocks_;
-      kernels_.bf16_tiles(reinterpret_cast<const uint16_t*>(block(b)), k_, planes + row * depth * 2, rows, acc);
-      finish_block(kernels_, call, bias_, out_columns_, b, row, rows, acc);
+      const int64_t first = task % groups * per_task;
+      const int64_t count = std::min(per_task, blocks_ - first);
+      kernels_.bf16_tiles(reinterpret_cast<const uint16_t*>(block(first)), static_cast<int>(count), k_,
+                          planes + row * depth * 2, rows, acc, kSums);
+      for (int64_t i = 0; i < count; ++i) {
+        finish_block(kernels_, call, bias_, out_columns_, first + i, row, rows, acc + i * kSums);
+      }
     }
   });
 }

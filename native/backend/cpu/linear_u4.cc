@@ -122,7 +122,8 @@ struct LinearU4::RowBlocks {
 
 size_t LinearU4::scratch_bytes(int64_t rows) const {
   const size_t entries = static_cast<size_t>(rows * shape_.groups);
-  return round_up(static_cast<size_t>(rows * shape_.k) * 2 + entries * 12, size_t{64});
+  // A tile of the last row block may read past it; see u4_tiles.
+  return round_up(static_cast<size_t>(rows * shape_.k) * 2 + entries * 12 + kTileRows * 64 * 2, size_t{64});
 }
 
 LinearU4::RowBlocks LinearU4::lay_out(void* scratch, int64_t rows) const {

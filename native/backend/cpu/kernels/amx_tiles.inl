@@ -10,6 +10,31 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
+// The tile instructions with the tile's number as a template value (the intrinsics want a literal).
+// Loads do not name the memory they read, so that vector code may move across them: what they read
+// must be written out before, by publish_stores.
+inline void publish_stores() { __asm__ volatile("" ::: "memory"); }
+template <int kTile>
+inline void tile_zero() {
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+template <int kTile>
+inline void tile_load(const void* p, int64_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(kTile));
+}
+template <int kTile>
+inline void tile_store(void* p, int64_t stride) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(kTile) : "memory");
+}
+template <int kSum, int kX, int kW>  // sum += x * w, int8 by int8
+inline void tile_multiply_s8() {
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kX), "i"(kW));
+}
+template <int kSum, int kX, int kW>  // sum += x * w, bf16 pairs
+inline void tile_multiply_bf16() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kX), "i"(kW));
+}
+
 // x tiles: rows x depth_bytes; weight tiles: depth_bytes / 4 x 64 bytes; sums: rows x 16 words.
 inline void configure(int rows0, int rows1, int depth_bytes) {
   TileConfig config;
@@ -22,6 +47,7 @@ inline void configure(int rows0, int rows1, int depth_bytes) {
   config.row_bytes[4] = config.row_bytes[5] = static_cast<uint16_t>(depth_bytes);
   config.rows[6] = config.rows[7] = static_cast<uint8_t>(depth_bytes / 4);
   config.row_bytes[6] = config.row_bytes[7] = 64;
+  publish_stores();
   _tile_loadconfig(&config);
 }
 
@@ -49,77 +75,119 @@ inline void u4_unpack_group(const U4Shape& shape, const uint8_t* block, int64_t 
   }
 }
 
-// sums [plane][half][16][16] = one row block times one group.
-inline void u4_multiply_group(const U4Shape& shape, const int8_t* tiles, const int8_t* planes,
-                              int64_t plane, int32_t* sums) {
-  const int64_t tile = static_cast<int64_t>(shape.step) * 16;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int step = 0; step < shape.group; step += shape.step) {
-    _tile_loadd(6, tiles, 64);
-    _tile_loadd(4, planes, shape.step);
-    _tile_dpbssd(0, 4, 6);
-    _tile_loadd(7, tiles + tile, 64);
-    _tile_dpbssd(1, 4, 7);
-    _tile_loadd(5, planes + plane, shape.step);
-    _tile_dpbssd(2, 5, 6);
-    _tile_dpbssd(3, 5, 7);
-    tiles += 2 * tile;
-    planes += 2 * plane;
-  }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
-}
+// Integer sums waiting to be scaled and added: 16 columns of one row block and group. Always 16 rows:
+// what missing rows hold is added to sums that nobody reads.
+struct U4Pending {
+  const int32_t* sums = nullptr;      // [hi, lo][16][16]
+  const float* row_scale = nullptr;   // [16]
+  F scale;                            // of the 16 columns
+  float* acc = nullptr;               // [16][32], at the first of the columns
+};
 
-inline void u4_add_group(const int32_t* sums, const float* row_scale, int rows, F scale0, F scale1,
-                         float* acc) {
-  for (int r = 0; r < rows; ++r) {
-    const F factor = f_set(row_scale[r]);
-    for (int half = 0; half < 2; ++half) {
-      const int32_t* hi = sums + half * 256 + r * 16;
-      const I value = i_add(i_shl<8>(I{_mm512_load_si512(hi)}), I{_mm512_load_si512(hi + 512)});
-      float* to = acc + r * kBlockColumns + half * 16;
-      f_store(to, f_fma(f_from_i(value), f_mul(half == 0 ? scale0 : scale1, factor), f_load(to)));
-    }
+template <int kBegin, int kEnd>
+inline void u4_add(const U4Pending& p) {
+#pragma GCC unroll 16
+  for (int r = kBegin; r < kEnd; ++r) {
+    const I hi{_mm512_load_si512(p.sums + r * 16)}, lo{_mm512_load_si512(p.sums + 256 + r * 16)};
+    float* to = p.acc + r * kBlockColumns;
+    const F value = f_from_i(i_add(i_shl<8>(hi), lo));
+    f_store(to, f_fma(value, f_mul(p.scale, f_set(p.row_scale[r])), f_load(to)));
   }
 }
 
-// The sums of one row block are added while the matrix unit works on the next.
+template <int kLines>
+inline void prefetch_lines(const int8_t* p) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLines; ++i) _mm_prefetch(reinterpret_cast<const char*>(p) + i * 64, _MM_HINT_T0);
+}
+
+// One unit: a row block times 16 columns of one group, in sum tiles `kSet` and `kSet` + 1. Between its
+// products stand the stores of the unit before (the other two sum tiles) and the additions of the
+// unit before that: vector, store and matrix work overlap only when the program mixes them, because
+// tiles are not renamed and a waiting product blocks what is issued behind the next load (measured:
+// 128 ns a pair of units in sequence, 70 mixed).
+// `soon`: 2 kB that a coming unit will load; tile loads that miss the first cache stall everything.
+template <int kSet>
+inline void u4_unit(const U4Shape& shape, const int8_t* tiles, const int8_t* planes, int64_t plane,
+                    int32_t* store_to, const U4Pending& add, const int8_t* soon) {
+  constexpr int kOther = 2 - kSet;
+  const int64_t next_tiles = static_cast<int64_t>(shape.step) * 32;
+  publish_stores();
+  tile_zero<kSet>();
+  tile_zero<kSet + 1>();
+  tile_load<6>(tiles, 64);
+  tile_load<4>(planes, shape.step);
+  tile_multiply_s8<kSet, 4, 6>();
+  prefetch_lines<8>(soon);
+  u4_add<0, 4>(add);
+  tile_store<kOther>(store_to, 64);
+  tile_load<5>(planes + plane, shape.step);
+  tile_multiply_s8<kSet + 1, 5, 6>();
+  prefetch_lines<8>(soon + 512);
+  u4_add<4, 8>(add);
+  tile_store<kOther + 1>(store_to + 256, 64);
+  if (shape.group > shape.step) {
+    tile_load<7>(tiles + next_tiles, 64);
+    tile_load<4>(planes + 2 * plane, shape.step);
+    tile_multiply_s8<kSet, 4, 7>();
+  }
+  prefetch_lines<8>(soon + 1024);
+  u4_add<8, 12>(add);
+  if (shape.group > shape.step) {
+    tile_load<5>(planes + 3 * plane, shape.step);
+    tile_multiply_s8<kSet + 1, 5, 7>();
+  }
+  prefetch_lines<8>(soon + 1536);
+  u4_add<12, 16>(add);
+}
+
+// Row blocks other than a lone one are multiplied as 16 rows: the last one's missing rows read
+// whatever follows it in scratch, and their sums are ignored.
 inline void u4_tiles(const U4Shape& shape, const uint8_t* block, const U4Rows* x, int row_blocks,
                      float* acc) {
-  alignas(64) int8_t tiles[128 * kBlockColumns];
-  alignas(64) int32_t sums[2][4 * 256];
+  alignas(64) int8_t tiles[2][128 * kBlockColumns];
+  alignas(64) int32_t sums[2][2 * 256];
   for (int b = 0; b < row_blocks; ++b) {
     std::memset(acc + b * kTileRows * kBlockColumns, 0,
                 static_cast<size_t>(x[b].rows) * kBlockColumns * sizeof(float));
   }
-  int rows = x[0].rows;
+  const int rows = row_blocks == 1 ? x[0].rows : kTileRows;
   configure(rows, rows, shape.step);
+  // `stored`: the unit whose sums the next unit stores; `ready`: whose sums lie in memory.
+  // The first two units find sums of nothing there, to be added to a row block of their own.
+  alignas(64) float nowhere[kTileRows * kBlockColumns];
+  alignas(64) static constexpr float kNoScale[kTileRows] = {};
+  std::memset(sums, 0, sizeof(sums));
+  std::memset(nowhere, 0, sizeof(nowhere));
+  const U4Pending nothing = {sums[0], kNoScale, f_zero(), nowhere};
+  U4Pending stored = nothing, ready = nothing;
+  const int64_t half_tile = static_cast<int64_t>(shape.step) * 16;
+  u4_unpack_group(shape, block, 0, tiles[0]);
   for (int64_t g = 0; g < shape.groups; ++g) {
-    u4_unpack_group(shape, block, g, tiles);
+    if (g + 1 < shape.groups) u4_unpack_group(shape, block, g + 1, tiles[(g + 1) & 1]);
+    const int8_t* b_tiles = tiles[g & 1];
     const F scale0 = load_scales(shape.scale_type, block, g * kBlockColumns);
     const F scale1 = load_scales(shape.scale_type, block, g * kBlockColumns + 16);
-    for (int b = 0; b <= row_blocks; ++b) {
-      if (b < row_blocks) {
-        if (x[b].rows != rows) {
-          rows = x[b].rows;
-          configure(rows, rows, shape.step);
-        }
-        const int64_t plane = static_cast<int64_t>(rows) * shape.step;
-        u4_multiply_group(shape, tiles, x[b].planes + g * shape.group / shape.step * 2 * plane, plane,
-                          sums[b & 1]);
-      }
-      if (b > 0) {
-        const U4Rows& done = x[b - 1];
-        u4_add_group(sums[(b - 1) & 1], done.scale + g * done.rows, done.rows, scale0, scale1,
-                     acc + (b - 1) * kTileRows * kBlockColumns);
-      }
+    for (int b = 0; b < row_blocks; ++b) {
+      const int64_t plane = static_cast<int64_t>(x[b].rows) * shape.step;
+      const int8_t* planes = x[b].planes + g * shape.group / shape.step * 2 * plane;
+      const bool last = b + 1 == row_blocks;
+      const int8_t* soon = last ? x[0].planes + (g + 1) * x[0].rows * shape.group * 2
+                                : x[b + 1].planes + g * x[b + 1].rows * shape.group * 2;
+      const float* row_scale = x[b].scale + g * x[b].rows;
+      float* to = acc + b * kTileRows * kBlockColumns;
+      u4_unit<0>(shape, b_tiles, planes, plane, sums[1], ready, soon);
+      ready = stored;
+      stored = {sums[0], row_scale, scale0, to};
+      u4_unit<2>(shape, b_tiles + half_tile, planes, plane, sums[0], ready, soon + 2048);
+      ready = stored;
+      stored = {sums[1], row_scale, scale1, to + 16};
     }
   }
+  u4_add<0, kTileRows>(ready);
+  tile_store<2>(sums[1], 64);
+  tile_store<3>(sums[1] + 256, 64);
+  u4_add<0, kTileRows>(stored);
   _tile_release();
 }
 
@@ -155,47 +223,72 @@ inline void bf16_split(const RowNorm* norm, const NormStats& stats, const float*
   }
 }
 
-// Two row blocks (or one, of rows0 rows) times one block of 32 columns, all of k.
+// Two row blocks (or one) times one block of columns over `steps` tiles of k. Sums go on from acc
+// unless `first`. The next step's tiles are asked for a step ahead: loads that miss stall the products.
 template <bool kTwo>
 inline void bf16_multiply(const uint16_t* block, int64_t steps, const uint16_t* x0, int64_t plane0,
-                          const uint16_t* x1, int64_t plane1, float* acc0, float* acc1) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t s = 0; s < steps; ++s) {
-    _tile_loadd(6, block, 64);
-    _tile_loadd(4, x0, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, block + 512, 64);
-    _tile_dpbf16ps(1, 4, 7);
+                          const uint16_t* x1, int64_t plane1, float* acc0, float* acc1, bool first) {
+  constexpr int64_t kStride = kBlockColumns * sizeof(float);
+  constexpr int64_t kAhead = kTwo ? 1024 : 2048;  // weights: one row block takes half the time a step
+  publish_stores();
+  if (first) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+  } else {
+    tile_load<0>(acc0, kStride);
+    tile_load<1>(acc0 + 16, kStride);
     if constexpr (kTwo) {
-      _tile_loadd(5, x1, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      tile_load<2>(acc1, kStride);
+      tile_load<3>(acc1 + 16, kStride);
     }
-    _tile_loadd(4, x0 + plane0, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    const int8_t* soon0 = reinterpret_cast<const int8_t*>(x0 + 2 * plane0);
+    const int8_t* soon1 = reinterpret_cast<const int8_t*>(x1 + 2 * plane1);
+    const int8_t* soon_w = reinterpret_cast<const int8_t*>(block + kAhead);
+    tile_load<6>(block, 64);
+    tile_load<4>(x0, 64);
+    tile_multiply_bf16<0, 4, 6>();
+    prefetch_lines<16>(soon_w);
+    tile_load<7>(block + 512, 64);
+    tile_multiply_bf16<1, 4, 7>();
+    prefetch_lines<16>(soon_w + 1024);
     if constexpr (kTwo) {
-      _tile_loadd(5, x1 + plane1, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      tile_load<5>(x1, 64);
+      tile_multiply_bf16<2, 5, 6>();
+      prefetch_lines<16>(soon0);
+      tile_multiply_bf16<3, 5, 7>();
+      prefetch_lines<16>(soon0 + 1024);
+    }
+    tile_load<4>(x0 + plane0, 64);
+    tile_multiply_bf16<0, 4, 6>();
+    tile_multiply_bf16<1, 4, 7>();
+    if constexpr (kTwo) {
+      prefetch_lines<16>(soon1);
+      tile_load<5>(x1 + plane1, 64);
+      tile_multiply_bf16<2, 5, 6>();
+      prefetch_lines<16>(soon1 + 1024);
+      tile_multiply_bf16<3, 5, 7>();
       x1 += 2 * plane1;
     }
     x0 += 2 * plane0;
     block += 1024;
   }
-  _tile_stored(0, acc0, kBlockColumns * sizeof(float));
-  _tile_stored(1, acc0 + 16, kBlockColumns * sizeof(float));
+  tile_store<0>(acc0, kStride);
+  tile_store<1>(acc0 + 16, kStride);
   if constexpr (kTwo) {
-    _tile_stored(2, acc1, kBlockColumns * sizeof(float));
-    _tile_stored(3, acc1 + 16, kBlockColumns * sizeof(float));
+    tile_store<2>(acc1, kStride);
+    tile_store<3>(acc1 + 16, kStride);
   }
 }
 
-inline void bf16_tiles(const uint16_t* block, int64_t k, const uint16_t* planes, int64_t rows,
-                       float* acc) {
+// A pair of row blocks over 256 of k (32 kB) stays in the first cache while all blocks of columns
+// pass; sums rest in `acc` between such pieces, which changes no bit.
+inline void bf16_tiles(const uint16_t* blocks, int count, int64_t k, const uint16_t* planes, int64_t rows,
+                       float* acc, int64_t acc_stride) {
+  constexpr int64_t kPiece = 8;
   const int64_t steps = (k + 31) / 32;
   int configured0 = 0, configured1 = 0;
   while (rows > 0) {
@@ -206,14 +299,25 @@ inline void bf16_tiles(const uint16_t* block, int64_t k, const uint16_t* planes,
       configured0 = rows0;
       configured1 = rows1;
     }
-    const uint16_t* x1 = planes + steps * 2 * rows0 * 32;
-    float* acc1 = acc + kTileRows * kBlockColumns;
-    if (rows1 > 0) {
-      bf16_multiply<true>(block, steps, planes, rows0 * 32, x1, rows1 * 32, acc, acc1);
-    } else {
-      bf16_multiply<false>(block, steps, planes, rows0 * 32, x1, 0, acc, acc1);
+    const int64_t plane0 = rows0 * 32, plane1 = rows1 * 32;
+    const uint16_t* second = planes + steps * 2 * plane0;
+    const int64_t piece = count > 1 ? kPiece : steps;
+    for (int64_t s = 0; s < steps; s += piece) {
+      const int64_t part = std::min(piece, steps - s);
+      const uint16_t* x0 = planes + s * 2 * plane0;
+      const uint16_t* x1 = second + s * 2 * plane1;
+      for (int i = 0; i < count; ++i) {
+        const uint16_t* block = blocks + (i * steps + s) * 1024;
+        float* acc0 = acc + i * acc_stride;
+        float* acc1 = acc0 + kTileRows * kBlockColumns;
+        if (rows1 > 0) {
+          bf16_multiply<true>(block, part, x0, plane0, x1, plane1, acc0, acc1, s == 0);
+        } else {
+          bf16_multiply<false>(block, part, x0, plane0, x1, plane1, acc0, acc1, s == 0);
+        }
+      }
     }
-    planes = x1 + steps * 2 * rows1 * 32;
+    planes = second + steps * 2 * plane1;
     acc += 2 * kTileRows * kBlockColumns;
     rows -= rows0 + rows1;
   }

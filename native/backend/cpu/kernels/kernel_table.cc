@@ -6,6 +6,9 @@
 namespace turbomind::cpu {
 
 const Kernels& kernels_for(Isa isa) {
+  // best_isa() also obtains the permission that the first tile instruction needs.
+  TM_CHECK(isa <= best_isa(), "kernels for %s on a machine with %s at best", to_string(isa),
+           to_string(best_isa()));
 #if defined(__x86_64__)
   switch (isa) {
     case Isa::scalar: return kScalarKernels;

@@ -68,6 +68,13 @@ struct Finish {
   int valid = 0;
 };
 
+// What screening must know of a row w and its 8-bit form u: w = scale * u + r.
+struct HeadRow {
+  float scale = 0.0F;
+  float residual = 0.0F;  // at least ||r||
+  float norm = 0.0F;      // at least ||w||
+};
+
 struct Kernels {
   Isa isa;
 
@@ -91,14 +98,17 @@ struct Kernels {
   // Matrix units, or null both. x in two bf16 terms: planes [k / 32][hi, lo][rows][32] bf16.
   void (*bf16_split)(const RowNorm* norm, const NormStats& stats, const float* x, int64_t k,
                      uint16_t* planes, int rows, int row);
-  // acc: 16 rows a row block; rows: of all row blocks; blocks of [k / 32][2][16][16][2] bf16.
-  void (*bf16_tiles)(const uint16_t* block, int64_t k, const uint16_t* planes, int64_t rows,
-                     float* acc);
+  // `count` neighbouring blocks of [k / 32][2][16][16][2] bf16; rows: of all row blocks; the sums of
+  // block i go to acc + i * acc_stride, [rows rounded up to 16][32].
+  void (*bf16_tiles)(const uint16_t* blocks, int count, int64_t k, const uint16_t* planes,
+                     int64_t rows, float* acc, int64_t acc_stride);
 
   void (*finish)(const Finish& args);
 
   // Head: sum over i of row[i] * x[i], in one fixed order.
   float (*dot)(DenseType type, const void* row, const float* x, int64_t n);
+  // One row to 8 bits: u = round(w / scale) + 128 at out + (i / 4) * 64 + i % 4.
+  HeadRow (*pack_head_row)(DenseType type, const void* row, int64_t n, uint8_t* out);
   // Screening: out[r][16] = for 16 rows of 8-bit weights (u8, offset 128; [k / 4][16][4]) the dot
   // product with row r's planes, minus the offset: 256 * hi + lo as f32 (two roundings).
   void (*screen)(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo,
@@ -106,7 +116,7 @@ struct Kernels {
                  float* out);
 };
 
-// The table for `isa`: levels without a kernel of their own take the one below.
+// The table for `isa`, which this machine must have.
 const Kernels& kernels_for(Isa isa);
 
 extern const Kernels kScalarKernels;

@@ -58,6 +58,7 @@ const Kernels kAmxKernels = {
     .bf16_tiles = amx_kernels::bf16_tiles,
     .finish = amx_kernels::finish,
     .dot = amx_kernels::dot,
+    .pack_head_row = amx_kernels::pack_head_row,
     .screen = amx_kernels::screen,
 };
 

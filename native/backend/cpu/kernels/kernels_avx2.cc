@@ -165,6 +165,7 @@ const Kernels kAvx2Kernels = {
     .bf16_tiles = nullptr,
     .finish = avx2_kernels::finish,
     .dot = avx2_kernels::dot,
+    .pack_head_row = avx2_kernels::pack_head_row,
     .screen = avx2_kernels::screen,
 };
 

@@ -56,6 +56,7 @@ const Kernels kAvx512Kernels = {
     .bf16_tiles = nullptr,
     .finish = avx512_kernels::finish,
     .dot = avx512_kernels::dot,
+    .pack_head_row = avx512_kernels::pack_head_row,
     .screen = avx512_kernels::screen,
 };
 

@@ -104,6 +104,7 @@ const Kernels kScalarKernels = {
     .bf16_tiles = nullptr,
     .finish = scalar_kernels::finish,
     .dot = scalar_kernels::dot,
+    .pack_head_row = scalar_kernels::pack_head_row,
     .screen = scalar_kernels::screen,
 };
 

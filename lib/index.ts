@@ -1,1 +1,24 @@
+// The public exports and nothing else.
+
+export type { CallOptions } from './call.js';
+export type { Device } from './device.js';
+export type { LoadAttempt, TurbomindErrorCode } from './errors.js';
 export { BackendNotFoundError, TurbomindError } from './errors.js';
+export type {
+  ChatMessageInput,
+  ChatRole,
+  ContentPartInput,
+  ImageSource,
+  Prompt,
+  PromptInput,
+  RawImage,
+  SharpLike,
+  TextWithImages,
+} from './messages.js';
+export type { NativeStats } from './native-types.js';
+export type { GenerationOptions, ImageFetchOptions, PipelineOptions } from './options.js';
+export type { PipelineInfo } from './pipeline.js';
+export { Pipeline, pipeline } from './pipeline.js';
+export type { FinishReason, Response, StreamPart, Timings, TokenLogprobs } from './response.js';
+export { ResponseStream } from './stream.js';
+export type { Tokenizer } from './tokenizer.js';

@@ -13,8 +13,12 @@ const root = join(here, '..', '..');
 const run = promisify(execFile);
 const { values } = parseArgs({
   options: {
-    peer: { type: 'string' }, tokenizer: { type: 'string' }, repeats: { type: 'string', default: '3' },
-    threads: { type: 'string', default: '2' }, work: { type: 'string', default: join(root, '.bench') }, out: { type: 'string' },
+    peer: { type: 'string' },
+    tokenizer: { type: 'string' },
+    repeats: { type: 'string', default: '3' },
+    threads: { type: 'string', default: '2' },
+    work: { type: 'string', default: join(root, '.bench') },
+    out: { type: 'string' },
   },
 });
 const model = join(values.work, 'qwen2.5-0.5b-awq');
@@ -35,19 +39,29 @@ if (values.peer && !existsSync(gguf)) {
 const ours = () => run(node, [join(here, 'run-ours.mjs'), model, '--threads', values.threads]);
 // The peer sizes its context by its sequences: 4 for the main figures, 16 in a process of its own.
 async function peer() {
-  const args = [join(here, 'run-peer.mjs'), gguf, '--from', values.peer, '--threads', values.threads];
+  const args = [
+    join(here, 'run-peer.mjs'),
+    gguf,
+    '--from',
+    values.peer,
+    '--threads',
+    values.threads,
+  ];
   const four = JSON.parse((await run(node, args)).stdout);
   const sixteen = JSON.parse((await run(node, [...args, '--sequences', '16'])).stdout);
   return { ...four, decode4: four.decodeTogether, decode16: sixteen.decodeTogether };
 }
 const bandwidthTool = join(root, 'build', 'test', 'native', 'bench_bandwidth');
 async function bandwidth() {
-  if (!existsSync(bandwidthTool)) throw new Error(`${bandwidthTool} is missing: run npm run build:native first`);
+  if (!existsSync(bandwidthTool))
+    throw new Error(`${bandwidthTool} is missing: run npm run build:native first`);
   return JSON.parse((await run(bandwidthTool, [values.threads])).stdout).gbPerSecond;
 }
 function burn() {
   const children = os.cpus().map(() => spawn(node, ['-e', 'for(;;){}'], { stdio: 'ignore' }));
-  return () => { for (const child of children) child.kill('SIGKILL'); };
+  return () => {
+    for (const child of children) child.kill('SIGKILL');
+  };
 }
 const median = (list) => [...list].sort((a, b) => a - b)[list.length >> 1];
 
@@ -71,9 +85,21 @@ async function measure(label, repeats) {
   const table = Object.entries(columns).map(([name, read]) => {
     const a = samples.ours.map(read);
     const b = samples.peer.map(read);
-    return { name, ours: median(a), range: [Math.min(...a), Math.max(...a)], ...(b.length ? { peer: median(b), peerRange: [Math.min(...b), Math.max(...b)] } : {}) };
+    return {
+      name,
+      ours: median(a),
+      range: [Math.min(...a), Math.max(...a)],
+      ...(b.length ? { peer: median(b), peerRange: [Math.min(...b), Math.max(...b)] } : {}),
+    };
   });
-  return { label, bandwidthGBs: median(samples.bandwidth), weightBytes: samples.ours[0].weightBytes, device: samples.ours[0].device, table, samples };
+  return {
+    label,
+    bandwidthGBs: median(samples.bandwidth),
+    weightBytes: samples.ours[0].weightBytes,
+    device: samples.ours[0].device,
+    table,
+    samples,
+  };
 }
 
 const repeats = Number(values.repeats);
@@ -85,20 +111,38 @@ try {
 } finally {
   stop();
 }
-const report = { date: new Date().toISOString(), cpu: os.cpus()[0]?.model, cores: os.cpus().length, node: process.version, quiet, busy };
+const report = {
+  date: new Date().toISOString(),
+  cpu: os.cpus()[0]?.model,
+  cores: os.cpus().length,
+  node: process.version,
+  quiet,
+  busy,
+};
 const out = values.out ?? join(values.work, 'bench-cpu.json');
 writeFileSync(out, JSON.stringify(report, null, 1));
 
 const show = (v) => (v >= 100 ? v.toFixed(0) : v.toFixed(1));
 for (const part of [quiet, busy]) {
-  console.log(`\n${part.label}: ${report.cpu} x ${report.cores}, ${part.device}, read bandwidth ${show(part.bandwidthGBs)} GB/s`);
-  console.log('| figure | turbomind-node | range | node-llama-cpp | range | ratio |\n| --- | --- | --- | --- | --- | --- |');
+  console.log(
+    `\n${part.label}: ${report.cpu} x ${report.cores}, ${part.device}, read bandwidth ${show(part.bandwidthGBs)} GB/s`,
+  );
+  console.log(
+    '| figure | turbomind-node | range | node-llama-cpp | range | ratio |\n| --- | --- | --- | --- | --- | --- |',
+  );
   for (const row of part.table) {
-    const peerCells = row.peer === undefined ? '– | – | –' : `${show(row.peer)} | ${row.peerRange.map(show).join('–')} | ${(row.ours / row.peer).toFixed(2)}`;
-    console.log(`| ${row.name} | ${show(row.ours)} | ${row.range.map(show).join('–')} | ${peerCells} |`);
+    const peerCells =
+      row.peer === undefined
+        ? '– | – | –'
+        : `${show(row.peer)} | ${row.peerRange.map(show).join('–')} | ${(row.ours / row.peer).toFixed(2)}`;
+    console.log(
+      `| ${row.name} | ${show(row.ours)} | ${row.range.map(show).join('–')} | ${peerCells} |`,
+    );
   }
   const decode = part.table.find((row) => row.name.startsWith('decode, batch 1')).ours;
   const limit = (part.bandwidthGBs * 1e9) / part.weightBytes;
-  console.log(`decode at batch 1: ${(100 * decode / limit).toFixed(0)} % of what reading ${(part.weightBytes / 1e6).toFixed(0)} MB of weights a token allows (${show(limit)} tok/s)`);
+  console.log(
+    `decode at batch 1: ${((100 * decode) / limit).toFixed(0)} % of what reading ${(part.weightBytes / 1e6).toFixed(0)} MB of weights a token allows (${show(limit)} tok/s)`,
+  );
 }
 log(`written: ${out}`);

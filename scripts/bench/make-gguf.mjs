@@ -3,10 +3,13 @@
 // Format: github.com/ggml-org/ggml docs/gguf.md (version 3, little endian, alignment 32).
 import { closeSync, openSync, writeSync } from 'node:fs';
 import { parseArgs } from 'node:util';
-import { Random, SHAPE as S, f16 } from './model-shape.mjs';
+import { f16, Random, SHAPE as S } from './model-shape.mjs';
 import { makeTokenizer } from './tokenizer.mjs';
 
-const { values, positionals } = parseArgs({ allowPositionals: true, options: { tokenizer: { type: 'string' } } });
+const { values, positionals } = parseArgs({
+  allowPositionals: true,
+  options: { tokenizer: { type: 'string' } },
+});
 const random = new Random(43);
 const tokenizer = makeTokenizer(values.tokenizer);
 const tokens = new Array(S.vocab);
@@ -25,17 +28,74 @@ for (let i = 0; i < S.vocab; i++) tokens[i] ??= `[PAD${i}]`;
 const merges = tokenizer.json.model.merges.map((m) => (Array.isArray(m) ? m.join(' ') : m));
 
 const parts = [];
-const u32 = (v) => { const b = Buffer.alloc(4); b.writeUInt32LE(v); parts.push(b); };
-const u64 = (v) => { const b = Buffer.alloc(8); b.writeBigUInt64LE(BigInt(v)); parts.push(b); };
-const f32 = (v) => { const b = Buffer.alloc(4); b.writeFloatLE(v); parts.push(b); };
-const str = (s) => { const b = Buffer.from(s, 'utf8'); u64(b.length); parts.push(b); };
+const u32 = (v) => {
+  const b = Buffer.alloc(4);
+  b.writeUInt32LE(v);
+  parts.push(b);
+};
+const u64 = (v) => {
+  const b = Buffer.alloc(8);
+  b.writeBigUInt64LE(BigInt(v));
+  parts.push(b);
+};
+const f32 = (v) => {
+  const b = Buffer.alloc(4);
+  b.writeFloatLE(v);
+  parts.push(b);
+};
+const str = (s) => {
+  const b = Buffer.from(s, 'utf8');
+  u64(b.length);
+  parts.push(b);
+};
 let keys = 0;
 const meta = [];
-const kv = (write) => { keys++; meta.push(write); };
-const put = { u32: (k, v) => kv(() => { str(k); u32(4); u32(v); }), f32: (k, v) => kv(() => { str(k); u32(6); f32(v); }),
-  str: (k, v) => kv(() => { str(k); u32(8); str(v); }), bool: (k, v) => kv(() => { str(k); u32(7); parts.push(Buffer.from([v ? 1 : 0])); }),
-  strs: (k, v) => kv(() => { str(k); u32(9); u32(8); u64(v.length); for (const s of v) str(s); }),
-  i32s: (k, v) => kv(() => { str(k); u32(9); u32(5); u64(v.length); parts.push(Buffer.from(v.buffer)); }) };
+const kv = (write) => {
+  keys++;
+  meta.push(write);
+};
+const put = {
+  u32: (k, v) =>
+    kv(() => {
+      str(k);
+      u32(4);
+      u32(v);
+    }),
+  f32: (k, v) =>
+    kv(() => {
+      str(k);
+      u32(6);
+      f32(v);
+    }),
+  str: (k, v) =>
+    kv(() => {
+      str(k);
+      u32(8);
+      str(v);
+    }),
+  bool: (k, v) =>
+    kv(() => {
+      str(k);
+      u32(7);
+      parts.push(Buffer.from([v ? 1 : 0]));
+    }),
+  strs: (k, v) =>
+    kv(() => {
+      str(k);
+      u32(9);
+      u32(8);
+      u64(v.length);
+      for (const s of v) str(s);
+    }),
+  i32s: (k, v) =>
+    kv(() => {
+      str(k);
+      u32(9);
+      u32(5);
+      u64(v.length);
+      parts.push(Buffer.from(v.buffer));
+    }),
+};
 put.str('general.architecture', 'qwen2');
 put.str('general.name', 'random');
 put.u32('general.file_type', 2);
@@ -66,7 +126,11 @@ for (let i = 0; i < S.layers; i++) {
   const b = `blk.${i}`;
   const d = 0.7 / Math.sqrt(S.hidden);
   add(`${b}.attn_norm.weight`, F32, [S.hidden], 1);
-  for (const [p, n] of [['q', S.heads], ['k', S.kvHeads], ['v', S.kvHeads]]) {
+  for (const [p, n] of [
+    ['q', S.heads],
+    ['k', S.kvHeads],
+    ['v', S.kvHeads],
+  ]) {
     add(`${b}.attn_${p}.weight`, Q4_0, [S.hidden, n * S.headDim], d);
     add(`${b}.attn_${p}.bias`, F32, [n * S.headDim], 0.02);
   }
@@ -83,18 +147,28 @@ function fill(t) {
   const [block, bytes] = BYTES[t.type];
   const data = Buffer.alloc((n / block) * bytes);
   if (t.type === F32) {
-    for (let i = 0; i < n; i++) data.writeFloatLE(t.deviation === 1 ? 1 + 0.05 * random.normal() : t.deviation * random.normal(), i * 4);
+    for (let i = 0; i < n; i++)
+      data.writeFloatLE(
+        t.deviation === 1 ? 1 + 0.05 * random.normal() : t.deviation * random.normal(),
+        i * 4,
+      );
     return data;
   }
   random.fill(data);
   const scale = t.type === Q4_0 ? t.deviation / 4.6 : t.deviation / 73;
-  for (let at = 0; at < data.length; at += bytes) data.writeUInt16LE(f16(scale * (0.75 + 0.5 * random.uniform())), at);
+  for (let at = 0; at < data.length; at += bytes)
+    data.writeUInt16LE(f16(scale * (0.75 + 0.5 * random.uniform())), at);
   return data;
 }
 
 const file = openSync(positionals[0], 'w');
 let written = 0;
-const flush = () => { for (const b of parts.splice(0)) { writeSync(file, b); written += b.length; } };
+const flush = () => {
+  for (const b of parts.splice(0)) {
+    writeSync(file, b);
+    written += b.length;
+  }
+};
 parts.push(Buffer.from('GGUF'));
 u32(3);
 u64(tensors.length);
@@ -114,11 +188,18 @@ for (const t of tensors) {
 const all = Buffer.concat(parts.splice(0));
 writeSync(file, all);
 written = all.length;
-const pad = () => { const n = (32 - (written % 32)) % 32; if (n) { writeSync(file, Buffer.alloc(n)); written += n; } };
+const pad = () => {
+  const n = (32 - (written % 32)) % 32;
+  if (n) {
+    writeSync(file, Buffer.alloc(n));
+    written += n;
+  }
+};
 pad();
 for (const t of tensors) {
   const data = fill(t);
-  for (let at = 0; at < data.length; at += 1 << 28) writeSync(file, data, at, Math.min(1 << 28, data.length - at));
+  for (let at = 0; at < data.length; at += 1 << 28)
+    writeSync(file, data, at, Math.min(1 << 28, data.length - at));
   written += data.length;
   pad();
 }

@@ -6,17 +6,29 @@ import { pipeline } from '../../dist/index.js';
 
 const { values, positionals } = parseArgs({
   allowPositionals: true,
-  options: { threads: { type: 'string', default: '2' }, prompt: { type: 'string', default: '512' }, tokens: { type: 'string', default: '128' } },
+  options: {
+    threads: { type: 'string', default: '2' },
+    prompt: { type: 'string', default: '512' },
+    tokens: { type: 'string', default: '128' },
+  },
 });
 const promptLength = Number(values.prompt);
 const count = Number(values.tokens);
-const pipe = await pipeline(positionals[0], { device: 'cpu', threads: Number(values.threads), sessionLen: 2048, maxBatchSize: 16 });
+const pipe = await pipeline(positionals[0], {
+  device: 'cpu',
+  threads: Number(values.threads),
+  sessionLen: 2048,
+  maxBatchSize: 16,
+});
 const loadMs = performance.now();
 const stats = pipe.stats();
 
 /** A text of exactly `length` tokens, different for every salt. */
 function text(length, salt) {
-  const words = Array.from({ length: length * 2 }, (_, i) => `${(i * 7919 + salt * 104_729) % 9973}`).join(' ');
+  const words = Array.from(
+    { length: length * 2 },
+    (_, i) => `${(i * 7919 + salt * 104_729) % 9973}`,
+  ).join(' ');
   let low = 1;
   let high = words.length;
   while (low < high) {
@@ -29,7 +41,8 @@ function text(length, salt) {
 const options = { maxNewTokens: count, ignoreEos: true };
 const one = async (prompt) => {
   const r = await pipe(prompt, options);
-  if (r.generateTokenLen !== count) throw new Error(`generated ${r.generateTokenLen} of ${count} tokens`);
+  if (r.generateTokenLen !== count)
+    throw new Error(`generated ${r.generateTokenLen} of ${count} tokens`);
   return {
     prefill: r.inputTokenLen / (r.timings.prefillMs / 1e3),
     decode1: (r.generateTokenLen - 1) / (r.timings.decodeMs / 1e3),
@@ -39,7 +52,10 @@ const one = async (prompt) => {
   };
 };
 const together = async (n) => {
-  const done = await pipe(Array.from({ length: n }, (_, i) => text(32, i + 10)), options);
+  const done = await pipe(
+    Array.from({ length: n }, (_, i) => text(32, i + 10)),
+    options,
+  );
   const decodeMs = Math.max(...done.map((r) => r.timings.decodeMs));
   return done.reduce((a, r) => a + r.generateTokenLen - 1, 0) / (decodeMs / 1e3);
 };
@@ -48,9 +64,20 @@ const first = await one(prompts[0]);
 const steady = await one(prompts[1]);
 const decode4 = await together(4);
 const decode16 = await together(16);
-const peakRssMiB = Number(/VmHWM:\s+(\d+)/.exec(readFileSync('/proc/self/status', 'utf8'))?.[1]) / 1024;
+const peakRssMiB =
+  Number(/VmHWM:\s+(\d+)/.exec(readFileSync('/proc/self/status', 'utf8'))?.[1]) / 1024;
 await pipe.close();
-console.log(JSON.stringify({
-  engine: 'turbomind-node', loadMs, first, steady, decode4, decode16, peakRssMiB,
-  weightBytes: stats.weightBytes, kvCacheBytes: stats.kvCacheBytes, device: stats.deviceDescription,
-}));
+console.log(
+  JSON.stringify({
+    engine: 'turbomind-node',
+    loadMs,
+    first,
+    steady,
+    decode4,
+    decode16,
+    peakRssMiB,
+    weightBytes: stats.weightBytes,
+    kvCacheBytes: stats.kvCacheBytes,
+    device: stats.deviceDescription,
+  }),
+);

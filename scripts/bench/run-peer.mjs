@@ -9,7 +9,13 @@ import { parseArgs } from 'node:util';
 
 const { values, positionals } = parseArgs({
   allowPositionals: true,
-  options: { from: { type: 'string' }, threads: { type: 'string', default: '2' }, prompt: { type: 'string', default: '512' }, tokens: { type: 'string', default: '128' }, sequences: { type: 'string', default: '4' } },
+  options: {
+    from: { type: 'string' },
+    threads: { type: 'string', default: '2' },
+    prompt: { type: 'string', default: '512' },
+    tokens: { type: 'string', default: '128' },
+    sequences: { type: 'string', default: '4' },
+  },
 });
 const threads = Number(values.threads);
 const promptLength = Number(values.prompt);
@@ -17,9 +23,19 @@ const count = Number(values.tokens);
 const sequences = Number(values.sequences);
 const entry = createRequire(join(values.from, 'package.json')).resolve('node-llama-cpp');
 const { getLlama, LlamaLogLevel } = await import(pathToFileURL(entry).href);
-const llama = await getLlama({ gpu: false, build: 'never', logLevel: LlamaLogLevel.error, maxThreads: threads });
+const llama = await getLlama({
+  gpu: false,
+  build: 'never',
+  logLevel: LlamaLogLevel.error,
+  maxThreads: threads,
+});
 const model = await llama.loadModel({ modelPath: positionals[0] });
-const context = await model.createContext({ contextSize: 1024, sequences, threads, batchSize: 512 });
+const context = await model.createContext({
+  contextSize: 1024,
+  sequences,
+  threads,
+  batchSize: 512,
+});
 const loadMs = performance.now();
 
 /** Prefill, then `count` greedy tokens; times of the first token and of the rest. */
@@ -42,7 +58,11 @@ const [sequence] = all;
 for (let rep = 0; rep < 2; rep++) {
   await sequence.clearHistory();
   const one = await generate(sequence, promptLength, rep);
-  rows.push({ prefill: promptLength / (one.prefillMs / 1e3), decode1: one.tokens / (one.decodeMs / 1e3), firstTokenMs: one.prefillMs });
+  rows.push({
+    prefill: promptLength / (one.prefillMs / 1e3),
+    decode1: one.tokens / (one.decodeMs / 1e3),
+    firstTokenMs: one.prefillMs,
+  });
 }
 async function together(n) {
   for (const s of all) await s.clearHistory();
@@ -53,5 +73,15 @@ async function together(n) {
 const decodeTogether = await together(sequences);
 const status = readFileSync('/proc/self/status', 'utf8');
 const peakRssMiB = Number(/VmHWM:\s+(\d+)/.exec(status)?.[1]) / 1024;
-console.log(JSON.stringify({ engine: 'node-llama-cpp', loadMs, first: rows[0], steady: rows[1], sequences, decodeTogether, peakRssMiB }));
+console.log(
+  JSON.stringify({
+    engine: 'node-llama-cpp',
+    loadMs,
+    first: rows[0],
+    steady: rows[1],
+    sequences,
+    decodeTogether,
+    peakRssMiB,
+  }),
+);
 process.exit(0);

@@ -47,12 +47,23 @@ export function makeTokenizer(folder) {
   }
   const vocab = Object.fromEntries(tokens.map((t, i) => [t, i]));
   const added = SPECIALS.map((content, i) => ({
-    id: 151_643 + i, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special: true,
+    id: 151_643 + i,
+    content,
+    single_word: false,
+    lstrip: false,
+    rstrip: false,
+    normalized: false,
+    special: true,
   }));
-  const split = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+  const split =
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
   return {
     json: {
-      version: '1.0', truncation: null, padding: null, added_tokens: added, normalizer: { type: 'NFC' },
+      version: '1.0',
+      truncation: null,
+      padding: null,
+      added_tokens: added,
+      normalizer: { type: 'NFC' },
       pre_tokenizer: {
         type: 'Sequence',
         pretokenizers: [
@@ -60,16 +71,40 @@ export function makeTokenizer(folder) {
           { type: 'ByteLevel', add_prefix_space: false, trim_offsets: false, use_regex: false },
         ],
       },
-      post_processor: { type: 'ByteLevel', add_prefix_space: false, trim_offsets: false, use_regex: false },
-      decoder: { type: 'ByteLevel', add_prefix_space: false, trim_offsets: false, use_regex: false },
+      post_processor: {
+        type: 'ByteLevel',
+        add_prefix_space: false,
+        trim_offsets: false,
+        use_regex: false,
+      },
+      decoder: {
+        type: 'ByteLevel',
+        add_prefix_space: false,
+        trim_offsets: false,
+        use_regex: false,
+      },
       model: {
-        type: 'BPE', dropout: null, unk_token: null, continuing_subword_prefix: '', end_of_word_suffix: '',
-        fuse_unk: false, byte_fallback: false, ignore_merges: false, vocab, merges: merges.map((m) => m.join(' ')),
+        type: 'BPE',
+        dropout: null,
+        unk_token: null,
+        continuing_subword_prefix: '',
+        end_of_word_suffix: '',
+        fuse_unk: false,
+        byte_fallback: false,
+        ignore_merges: false,
+        vocab,
+        merges: merges.map((m) => m.join(' ')),
       },
     },
     config: {
-      add_prefix_space: false, bos_token: null, eos_token: '<|endoftext|>', pad_token: '<|endoftext|>',
-      clean_up_tokenization_spaces: false, model_max_length: 32_768, tokenizer_class: 'Qwen2Tokenizer', unk_token: null,
+      add_prefix_space: false,
+      bos_token: null,
+      eos_token: '<|endoftext|>',
+      pad_token: '<|endoftext|>',
+      clean_up_tokenization_spaces: false,
+      model_max_length: 32_768,
+      tokenizer_class: 'Qwen2Tokenizer',
+      unk_token: null,
     },
   };
 }

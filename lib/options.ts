@@ -1,0 +1,327 @@
+// Every option users can set: types, defaults, checks. LMDeploy's names in camelCase and
+// LMDeploy's defaults: sampling settings in a model's generation_config.json are not taken over
+// (its end-of-sequence ids are). No option is accepted and ignored. Pure functions.
+import { randomBytes } from 'node:crypto';
+import * as check from './check.js';
+import type { Device } from './device.js';
+import { TurbomindError } from './errors.js';
+import type { Tokenizer } from './tokenizer.js';
+
+/** Limits of pictures named by URL. */
+export interface ImageFetchOptions {
+  /** Whole download, redirects included, in ms. Defaults to 30000. */
+  readonly timeoutMs?: number | undefined;
+  /** Encoded bytes of one picture, from wherever it comes. Defaults to 64 MiB. */
+  readonly maxBytes?: number | undefined;
+}
+
+/** Settings of a pipeline: its device, its memory and how pictures are cut. */
+export interface PipelineOptions {
+  /** 'auto' | 'cpu' | 'cuda' | 'cuda:N'. Defaults to 'auto'. */
+  readonly device?: Device | undefined;
+  /** CPU threads. Defaults to 0: as many as the process may use. */
+  readonly threads?: number | undefined;
+  /** Most tokens of prompt and completion together. Defaults to what the model was made for. */
+  readonly sessionLen?: number | undefined;
+  /** Most sequences in one step. Defaults to 128. */
+  readonly maxBatchSize?: number | undefined;
+  /** Most tokens in one step. Defaults to 512. */
+  readonly maxPrefillTokenNum?: number | undefined;
+  /** Share of the memory left after loading that the KV cache may take. Defaults to 0.8. */
+  readonly cacheMaxEntryCount?: number | undefined;
+  /** Tokens in a KV block. 64 is the only size implemented. */
+  readonly cacheBlockSeqLen?: number | undefined;
+  /** Bits of the KV cache: 0 (unquantised) is the only policy implemented. */
+  readonly quantPolicy?: number | undefined;
+  /** Devices a model is split over: 1 is the only number implemented. */
+  readonly tp?: number | undefined;
+  /** Fewest tiles of a picture's grid. Defaults to the model's own. */
+  readonly minDynamicPatch?: number | undefined;
+  /** Most tiles of a picture's grid, thumbnail not counted. Defaults to the model's own. */
+  readonly maxDynamicPatch?: number | undefined;
+  /** Whether a grid of several tiles gets the whole picture as one more. Defaults to the model's own. */
+  readonly useThumbnail?: boolean | undefined;
+  /** Most pixels of a picture, before any resize. Defaults to 100 million. */
+  readonly maxImagePixels?: number | undefined;
+  /** Limits of pictures named by URL. */
+  readonly imageFetch?: ImageFetchOptions | undefined;
+  /** A tokenizer to use instead of the folder's tokenizer.json. */
+  readonly tokenizer?: Tokenizer | undefined;
+  /** A Jinja chat template to use instead of the model's own. */
+  readonly chatTemplate?: string | undefined;
+  /** Aborts the loading: `pipeline()` rejects with `signal.reason`. */
+  readonly signal?: AbortSignal | undefined;
+  /** Gets the loaded share of the weights, 0..1. */
+  readonly onProgress?: ((share: number) => void) | undefined;
+  /** Caps the instruction set of the CPU kernels, for diagnosis. Results agree up to rounding. */
+  readonly cpuIsa?: 'scalar' | 'avx2' | 'avx512' | 'amx' | undefined;
+}
+
+/** How one prompt, or one batch, is answered. */
+export interface GenerationOptions {
+  /** Most tokens of a completion; null: as many as the session holds. Defaults to 512. */
+  readonly maxNewTokens?: number | null | undefined;
+  /** Tokens before an end-of-sequence or stop id may end it. Defaults to 0. */
+  readonly minNewTokens?: number | undefined;
+  /** Draws tokens at random instead of taking the best one. Defaults to false. */
+  readonly doSample?: boolean | undefined;
+  /** 0 to 2; needs doSample, except 0, which is greedy. Defaults to 0.8. */
+  readonly temperature?: number | undefined;
+  /** Draws among this many best tokens; 0: no limit. Needs doSample. Defaults to 50. */
+  readonly topK?: number | undefined;
+  /** Draws among the best tokens of this joint probability. Needs doSample. Defaults to 1. */
+  readonly topP?: number | undefined;
+  /** Leaves out tokens below this share of the best one's probability. Needs doSample. Defaults to 0. */
+  readonly minP?: number | undefined;
+  /** Divides the scores of tokens seen in prompt and completion, greedy too. Defaults to 1. */
+  readonly repetitionPenalty?: number | undefined;
+  /** 64-bit seed of the draws. Needs doSample. Defaults to a random one. */
+  readonly randomSeed?: number | bigint | undefined;
+  /** Texts that end a completion; they and what follows are left out of `text`. */
+  readonly stopWords?: readonly string[] | undefined;
+  /** Token ids that end a completion, beside the model's own. */
+  readonly stopTokenIds?: readonly number[] | undefined;
+  /** Texts that may not be generated. */
+  readonly badWords?: readonly string[] | undefined;
+  /** Goes on past the model's end-of-sequence ids. Defaults to false. */
+  readonly ignoreEos?: boolean | undefined;
+  /** Leaves special tokens out of `text`. Defaults to true. */
+  readonly skipSpecialTokens?: boolean | undefined;
+  /** Log probabilities of this many best tokens at each position; true: 1. Defaults to none. */
+  readonly logprobs?: number | boolean | undefined;
+  /** Fewest tiles of a picture's grid. Defaults to the pipeline's. */
+  readonly minDynamicPatch?: number | undefined;
+  /** Most tiles of a picture's grid. Defaults to the pipeline's. */
+  readonly maxDynamicPatch?: number | undefined;
+  /** Whether a grid of several tiles gets a thumbnail. Defaults to the pipeline's. */
+  readonly useThumbnail?: boolean | undefined;
+  /** Tiles of all the pictures of a prompt together, thumbnails not counted, shared out evenly. */
+  readonly maxTiles?: number | undefined;
+  /** Aborts the request: the call rejects with `signal.reason`. */
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** PipelineOptions with defaults filled in; what the model decides is left open. */
+export interface ResolvedPipelineOptions {
+  readonly device: Device;
+  readonly threads: number;
+  readonly sessionLen: number;
+  readonly maxBatchSize: number;
+  readonly maxPrefillTokenNum: number;
+  readonly cacheMaxEntryCount: number;
+  readonly blockSize: number;
+  readonly tiling: TilingOptions;
+  readonly maxImagePixels: number;
+  readonly fetchTimeoutMs: number;
+  readonly maxImageBytes: number;
+  readonly tokenizer: Tokenizer | undefined;
+  readonly chatTemplate: string | undefined;
+  readonly signal: AbortSignal | undefined;
+  readonly onProgress: ((share: number) => void) | undefined;
+  readonly cpuIsa: string;
+}
+
+/** How pictures are cut; undefined: the model's own. */
+export interface TilingOptions {
+  readonly minTiles: number | undefined;
+  readonly maxTiles: number | undefined;
+  readonly useThumbnail: boolean | undefined;
+}
+
+/** GenerationOptions with defaults filled in. */
+export interface ResolvedGenerationOptions {
+  readonly maxNewTokens: number | null;
+  readonly minNewTokens: number;
+  readonly doSample: boolean;
+  readonly temperature: number;
+  readonly topK: number;
+  readonly topP: number;
+  readonly minP: number;
+  readonly repetitionPenalty: number;
+  readonly seed: bigint;
+  readonly stopWords: readonly string[];
+  readonly stopTokenIds: readonly number[];
+  readonly badWords: readonly string[];
+  readonly ignoreEos: boolean;
+  readonly skipSpecialTokens: boolean;
+  readonly numLogprobs: number;
+  readonly tiling: TilingOptions;
+  readonly tileBudget: number | undefined;
+  readonly signal: AbortSignal | undefined;
+}
+
+const MAX_SEED = 2n ** 64n - 1n;
+const MAX_INT32 = 2 ** 31 - 1;
+const MAX_TILES = 1024;
+
+const device: check.Rule = (value) =>
+  typeof value === 'string' && /^(auto|cpu|cuda|cuda:\d{1,3})$/.test(value)
+    ? undefined
+    : "'auto', 'cpu', 'cuda' or 'cuda:N'";
+
+const imageFetch: check.Rule = (value) => {
+  check.checkOptions<ImageFetchOptions>('imageFetch', value, {
+    timeoutMs: check.integer(1, MAX_INT32),
+    maxBytes: check.integer(1, 2 ** 32),
+  });
+  return undefined;
+};
+
+const tokenizer: check.Rule = (value) =>
+  typeof value === 'object' && value !== null && 'encode' in value && 'bytesOf' in value
+    ? undefined
+    : 'an object that implements Tokenizer';
+
+const PIPELINE_RULES: check.Rules<PipelineOptions> = {
+  device,
+  threads: check.integer(0, 1024),
+  sessionLen: check.integer(1, MAX_INT32),
+  maxBatchSize: check.integer(1, 4096),
+  maxPrefillTokenNum: check.integer(1, 2 ** 20),
+  cacheMaxEntryCount: check.number('above 0 and at most 1', (value) => value > 0 && value <= 1),
+  cacheBlockSeqLen: check.exactly(64, '64: other block sizes are not implemented'),
+  quantPolicy: check.exactly(0, '0: a KV cache of 4 or 8 bits is not implemented'),
+  tp: check.exactly(1, '1: splitting a model over devices is not implemented'),
+  minDynamicPatch: check.integer(1, MAX_TILES),
+  maxDynamicPatch: check.integer(1, MAX_TILES),
+  useThumbnail: check.boolean,
+  maxImagePixels: check.integer(1, 2 ** 32),
+  imageFetch,
+  tokenizer,
+  chatTemplate: check.text,
+  signal: check.abortSignal,
+  onProgress: check.callback,
+  cpuIsa: check.oneOf('scalar', 'avx2', 'avx512', 'amx'),
+};
+
+const seed: check.Rule = (value) =>
+  (typeof value === 'bigint' && value >= 0n && value <= MAX_SEED) ||
+  (typeof value === 'number' && Number.isSafeInteger(value) && value >= 0)
+    ? undefined
+    : 'an integer from 0 to 2 ** 64 - 1 (a bigint above 2 ** 53)';
+
+const GENERATION_RULES: check.Rules<GenerationOptions> = {
+  maxNewTokens: check.either(
+    check.integer(1, MAX_INT32),
+    check.exactly(null, 'null to fill the session'),
+  ),
+  minNewTokens: check.integer(0, MAX_INT32),
+  doSample: check.boolean,
+  temperature: check.number('from 0 to 2', (value) => value >= 0 && value <= 2),
+  topK: check.integer(0, MAX_INT32),
+  topP: check.number('above 0 and at most 1', (value) => value > 0 && value <= 1),
+  minP: check.number('from 0 to below 1', (value) => value >= 0 && value < 1),
+  repetitionPenalty: check.number('above 0 and at most 10', (value) => value > 0 && value <= 10),
+  randomSeed: seed,
+  stopWords: check.listOf(check.text, 256),
+  stopTokenIds: check.listOf(check.integer(0, MAX_INT32), 1024),
+  badWords: check.listOf(check.text, 1024),
+  ignoreEos: check.boolean,
+  skipSpecialTokens: check.boolean,
+  logprobs: check.either(check.integer(0, 1024), check.boolean),
+  minDynamicPatch: check.integer(1, MAX_TILES),
+  maxDynamicPatch: check.integer(1, MAX_TILES),
+  useThumbnail: check.boolean,
+  maxTiles: check.integer(1, 2 ** 16),
+  signal: check.abortSignal,
+};
+
+/** @throws TurbomindError ERR_TM_INVALID_OPTION */
+export function resolvePipelineOptions(options: PipelineOptions = {}): ResolvedPipelineOptions {
+  check.checkOptions<PipelineOptions>('pipeline options', options, PIPELINE_RULES);
+  return {
+    device: options.device ?? 'auto',
+    threads: options.threads ?? 0,
+    sessionLen: options.sessionLen ?? 0,
+    maxBatchSize: options.maxBatchSize ?? 128,
+    maxPrefillTokenNum: options.maxPrefillTokenNum ?? 512,
+    cacheMaxEntryCount: options.cacheMaxEntryCount ?? 0.8,
+    blockSize: options.cacheBlockSeqLen ?? 64,
+    tiling: resolveTiling(options),
+    maxImagePixels: options.maxImagePixels ?? 100_000_000,
+    fetchTimeoutMs: options.imageFetch?.timeoutMs ?? 30_000,
+    maxImageBytes: options.imageFetch?.maxBytes ?? 64 * 2 ** 20,
+    tokenizer: options.tokenizer,
+    chatTemplate: options.chatTemplate,
+    signal: options.signal,
+    onProgress: options.onProgress,
+    cpuIsa: options.cpuIsa ?? '',
+  };
+}
+
+/** @throws TurbomindError ERR_TM_INVALID_OPTION */
+export function resolveGenerationOptions(
+  options: GenerationOptions = {},
+): ResolvedGenerationOptions {
+  check.checkOptions<GenerationOptions>('generation options', options, GENERATION_RULES);
+  const sampled = options.doSample === true && options.temperature !== 0;
+  checkGreedy(options);
+  const maxNewTokens = options.maxNewTokens === undefined ? 512 : options.maxNewTokens;
+  const minNewTokens = options.minNewTokens ?? 0;
+  if (maxNewTokens !== null && minNewTokens > maxNewTokens) {
+    throw check.invalidOption(
+      'minNewTokens',
+      minNewTokens,
+      `at most maxNewTokens (${maxNewTokens})`,
+    );
+  }
+  return {
+    maxNewTokens,
+    minNewTokens,
+    doSample: sampled,
+    temperature: sampled ? (options.temperature ?? 0.8) : 1,
+    topK: options.topK ?? 50,
+    topP: options.topP ?? 1,
+    minP: options.minP ?? 0,
+    repetitionPenalty: options.repetitionPenalty ?? 1,
+    seed: sampled ? resolveSeed(options.randomSeed) : 0n,
+    stopWords: options.stopWords ?? [],
+    stopTokenIds: options.stopTokenIds ?? [],
+    badWords: options.badWords ?? [],
+    ignoreEos: options.ignoreEos ?? false,
+    skipSpecialTokens: options.skipSpecialTokens ?? true,
+    numLogprobs: Number(options.logprobs ?? 0),
+    tiling: resolveTiling(options),
+    tileBudget: options.maxTiles,
+    signal: options.signal,
+  };
+}
+
+const SAMPLING_ONLY = ['temperature', 'topK', 'topP', 'minP', 'randomSeed'] as const;
+
+// A setting that could change nothing is a mistake of the caller's, and is said so. Temperature 0
+// is the usual way to ask for greedy decoding, so it is none.
+function checkGreedy(options: GenerationOptions): void {
+  if (options.doSample === true) return;
+  const useless = SAMPLING_ONLY.find(
+    (key) => options[key] !== undefined && !(key === 'temperature' && options[key] === 0),
+  );
+  if (useless === undefined) return;
+  throw new TurbomindError(
+    'ERR_TM_INVALID_OPTION',
+    `${useless}: has no effect without sampling; add doSample: true, or leave ${useless} out`,
+  );
+}
+
+function resolveSeed(value: number | bigint | undefined): bigint {
+  return value === undefined ? randomBytes(8).readBigUInt64LE() : BigInt(value);
+}
+
+function resolveTiling(options: {
+  readonly minDynamicPatch?: number | undefined;
+  readonly maxDynamicPatch?: number | undefined;
+  readonly useThumbnail?: boolean | undefined;
+}): TilingOptions {
+  const { minDynamicPatch, maxDynamicPatch } = options;
+  if (minDynamicPatch !== undefined && maxDynamicPatch !== undefined) {
+    if (minDynamicPatch > maxDynamicPatch) {
+      const expected = `at most maxDynamicPatch (${maxDynamicPatch})`;
+      throw check.invalidOption('minDynamicPatch', minDynamicPatch, expected);
+    }
+  }
+  return {
+    minTiles: minDynamicPatch,
+    maxTiles: maxDynamicPatch,
+    useThumbnail: options.useThumbnail,
+  };
+}

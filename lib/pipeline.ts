@@ -1,0 +1,352 @@
+// pipeline() and class Pipeline: opens a checkpoint on a device, and is itself the function that
+// answers prompts. Checkpoints, prompts and options are understood elsewhere; this file owns the
+// order of opening and closing. Runs on the JS thread; the engine has a thread of its own.
+import { join } from 'node:path';
+import { Call, type CallOptions } from './call.js';
+import { PromptBuilder } from './chat.js';
+import { type Checkpoint, openCheckpoint } from './checkpoint/checkpoint.js';
+import type { Completion, CompletionListener } from './completion.js';
+import { TextStream } from './detokenizer.js';
+import { resolveDevice } from './device.js';
+import { TurbomindError } from './errors.js';
+import { normalizePrompts, type Prompt, type PromptInput } from './messages.js';
+import { fromNative, loadNative, packageRoot } from './native.js';
+import type { NativeAddon, NativeEngine, NativeOpenOptions, NativeStats } from './native-types.js';
+import {
+  type GenerationOptions,
+  type PipelineOptions,
+  type ResolvedPipelineOptions,
+  resolveGenerationOptions,
+  resolvePipelineOptions,
+} from './options.js';
+import { RequestPreparer } from './prepare.js';
+import type { Response } from './response.js';
+import { EventRouter } from './router.js';
+import { ResponseStream } from './stream.js';
+import { loadTokenizer, type Tokenizer } from './tokenizer.js';
+
+/** Facts about an open pipeline. */
+export interface PipelineInfo {
+  /** Absolute path of the model folder. */
+  readonly model: string;
+  readonly architecture: string;
+  readonly device: string;
+  /** Tokens of prompt and completion together. */
+  readonly sessionLen: number;
+  readonly parameters: number;
+  /** 'none' or 'awq'. */
+  readonly quantization: string;
+  readonly hasVision: boolean;
+}
+
+/** What an open pipeline is made of; tests hand in fakes. */
+export interface PipelineParts {
+  readonly addon: NativeAddon;
+  readonly engine: NativeEngine;
+  readonly router: EventRouter;
+  readonly checkpoint: Checkpoint;
+  readonly tokenizer: Tokenizer;
+  readonly options: ResolvedPipelineOptions;
+}
+
+// A class whose instances are functions: `super(target)` makes `this` the target, so that private
+// fields are installed on it.
+class Callable {
+  constructor(target: object) {
+    // biome-ignore lint/correctness/noConstructorReturn: this is how an instance becomes callable
+    return Object.setPrototypeOf(target, new.target.prototype);
+  }
+}
+Object.setPrototypeOf(Callable.prototype, Function.prototype);
+
+/**
+ * An open model. Call it with a prompt, or with a list of prompts, which run together.
+ *
+ * @example
+ * await using pipe = await pipeline();
+ * const { text } = await pipe({ text: 'What colour is the largest shape?', images: ['a.png'] });
+ * const answers = await pipe(['What is 37 + 45?', 'Spell the word tensor.']);
+ */
+export interface Pipeline {
+  (prompt: Prompt, options?: GenerationOptions): Promise<Response>;
+  (prompts: readonly Prompt[], options?: CallOptions): Promise<Response[]>;
+}
+
+// biome-ignore lint/suspicious/noUnsafeDeclarationMerging: the call signatures are Callable's
+export class Pipeline extends Callable implements AsyncDisposable {
+  readonly #parts: PipelineParts;
+  readonly #preparer: RequestPreparer;
+  #closing: Promise<void> | undefined;
+
+  /** Made by `pipeline()`. */
+  constructor(parts: PipelineParts) {
+    const call = (prompt: PromptInput, options?: CallOptions): Promise<Response | Response[]> =>
+      this.#run(prompt, options ?? {});
+    super(call);
+    this.#parts = parts;
+    const { addon, checkpoint, tokenizer, options } = parts;
+    this.#preparer = new RequestPreparer({
+      addon,
+      tokenizer,
+      promptBuilder: new PromptBuilder(checkpoint, tokenizer),
+      image: checkpoint.image,
+      tiling: options.tiling,
+      imageLimits: {
+        maxPixels: options.maxImagePixels,
+        maxBytes: options.maxImageBytes,
+        timeoutMs: options.fetchTimeoutMs,
+      },
+      sessionLen: parts.engine.stats().sessionLen,
+      vocabSize: checkpoint.spec.decoder.vocabSize,
+    });
+  }
+
+  /**
+   * The answer as it is made. Work starts at the first pull; leaving the loop aborts it.
+   *
+   * @example
+   * for await (const { text } of pipe.stream('Hello!')) process.stdout.write(text);
+   */
+  stream(prompt: PromptInput, options: CallOptions = {}): ResponseStream {
+    return new ResponseStream(this.#call(prompt, options));
+  }
+
+  /** Scores of every token of the vocabulary for the place after the prompt, [vocabSize]. */
+  async promptLogits(prompt: Prompt, options: GenerationOptions = {}): Promise<Float32Array> {
+    const { engine } = this.#parts.router;
+    const conversation = normalizePrompts(prompt).conversations[0] ?? [];
+    const resolved = resolveGenerationOptions(options);
+    const request = await this.#preparer.prepare(conversation, resolved);
+    try {
+      return await engine.promptLogits({ ...request, id: 0 });
+    } catch (error) {
+      throw fromNative(error);
+    }
+  }
+
+  /** The model's prompt ids for this prompt, those of pictures included. */
+  async promptIds(prompt: Prompt, options: GenerationOptions = {}): Promise<Int32Array> {
+    const conversation = normalizePrompts(prompt).conversations[0] ?? [];
+    const resolved = resolveGenerationOptions(options);
+    return (await this.#preparer.prepare(conversation, resolved)).promptTokens;
+  }
+
+  /** Text ↔ token ids of this model. */
+  get tokenizer(): Tokenizer {
+    return this.#parts.tokenizer;
+  }
+
+  /** Token ids to text. */
+  decode(ids: Iterable<number>, options: { readonly skipSpecialTokens?: boolean } = {}): string {
+    const stream = new TextStream(this.#parts.tokenizer, options);
+    let text = '';
+    for (const id of ids) text += stream.push(id).text;
+    return text + stream.flush().text;
+  }
+
+  /** Facts that do not change while the pipeline is open. */
+  get info(): PipelineInfo {
+    const { checkpoint, engine, router } = this.#parts;
+    void router.engine;
+    const stats = engine.stats();
+    return {
+      model: checkpoint.folder,
+      architecture: checkpoint.architecture,
+      device: stats.deviceName,
+      sessionLen: stats.sessionLen,
+      parameters: checkpoint.totals.parameters,
+      quantization: checkpoint.spec.quant.method,
+      hasVision: checkpoint.image !== undefined,
+    };
+  }
+
+  /** Load, memory and counters at this moment. */
+  stats(): NativeStats {
+    return this.#parts.router.engine.stats();
+  }
+
+  /**
+   * Ends what runs (its calls reject with ERR_TM_DISPOSED), waits for native work and frees the
+   * model's memory. Calling it again is harmless.
+   */
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  async #close(): Promise<void> {
+    this.#parts.router.close();
+    await this.#parts.engine.close();
+  }
+
+  #call(prompt: PromptInput, options: CallOptions): Call {
+    const { router, tokenizer } = this.#parts;
+    return new Call({ router, tokenizer, preparer: this.#preparer }, prompt, options);
+  }
+
+  async #run(prompt: PromptInput, options: CallOptions): Promise<Response | Response[]> {
+    const call = this.#call(prompt, options);
+    const responses = await collect(call);
+    if (call.isBatch()) return responses;
+    const [response] = responses;
+    if (response === undefined) throw new TurbomindError('ERR_TM_INTERNAL', 'no response');
+    if (response.error !== undefined) throw response.error;
+    return response;
+  }
+}
+
+// All responses of a call, in the order of its prompts.
+function collect(call: Call): Promise<Response[]> {
+  return new Promise((resolve, reject) => {
+    const responses: Response[] = [];
+    let numFinished = 0;
+    let total: number | undefined;
+    const settle = (): void => {
+      if (numFinished === total) resolve(responses);
+    };
+    const listener: CompletionListener = {
+      updated: () => undefined,
+      finished: (completion: Completion) => {
+        if (completion.response !== undefined) responses[completion.index] = completion.response;
+        numFinished += 1;
+        settle();
+      },
+      failed: reject,
+    };
+    call.start(listener).then(
+      (count) => {
+        total = count;
+        settle();
+      },
+      (reason: unknown) => {
+        call.abort();
+        reject(reason);
+      },
+    );
+  });
+}
+
+/** Folder of the model that comes with this package. */
+export function embeddedModel(): string {
+  return join(packageRoot(), 'models', 'tiny-internvl');
+}
+
+/**
+ * Opens a Hugging Face model folder; without one, the small model that comes with this package.
+ *
+ * @example
+ * const pipe = await pipeline('/models/InternVL3-1B-hf', { device: 'cpu', sessionLen: 4096 });
+ */
+export function pipeline(options?: PipelineOptions): Promise<Pipeline>;
+export function pipeline(model: string | undefined, options?: PipelineOptions): Promise<Pipeline>;
+export async function pipeline(
+  first?: string | PipelineOptions,
+  second?: PipelineOptions,
+): Promise<Pipeline> {
+  const [model, options] = readArguments(first, second);
+  return await openPipeline(model ?? embeddedModel(), options);
+}
+
+function readArguments(
+  first: unknown,
+  second: PipelineOptions | undefined,
+): [string | undefined, PipelineOptions | undefined] {
+  if (first === undefined || typeof first === 'string') return [first, second];
+  if (typeof first === 'object' && first !== null && second === undefined)
+    return [undefined, first];
+  const message = 'pipeline: expected pipeline(model?, options?), model being the path of a folder';
+  throw new TurbomindError('ERR_TM_INVALID_OPTION', message);
+}
+
+/** `pipeline()` with the addon given; tests hand in a fake. */
+export async function openPipeline(
+  model: string,
+  given?: PipelineOptions,
+  givenAddon?: NativeAddon,
+): Promise<Pipeline> {
+  const options = resolvePipelineOptions(given);
+  const { signal } = options;
+  signal?.throwIfAborted();
+  const addon = givenAddon ?? loadNative().addon;
+  const [device, found] = await Promise.all([resolveDevice(options.device), openCheckpoint(model)]);
+  signal?.throwIfAborted();
+  const checkpoint = withTemplate(found, options.chatTemplate);
+  const router = new EventRouter();
+  const opening = openEngine(addon, nativeOptions(checkpoint, options, device), router, options);
+  opening.catch(() => undefined); // it is awaited below, after the tokenizer is read
+  try {
+    const tokenizer = options.tokenizer ?? (await loadTokenizer(checkpoint));
+    tokenizer.prepare();
+    const engine = await abortable(opening, signal);
+    router.attach(engine);
+    return new Pipeline({ addon, engine, router, checkpoint, tokenizer, options });
+  } catch (error) {
+    // Nobody else will: a load that was aborted or whose tokenizer is broken is undone here.
+    await opening.then(
+      (engine) => engine.close(),
+      () => undefined,
+    );
+    throw error;
+  }
+}
+
+function withTemplate(checkpoint: Checkpoint, template: string | undefined): Checkpoint {
+  if (template === undefined) return checkpoint;
+  const chatTemplate = { type: 'jinja', file: 'the chatTemplate option', template } as const;
+  return { ...checkpoint, chatTemplate };
+}
+
+function nativeOptions(
+  checkpoint: Checkpoint,
+  options: ResolvedPipelineOptions,
+  device: 'cpu',
+): NativeOpenOptions {
+  return {
+    spec: checkpoint.spec,
+    files: checkpoint.files,
+    tensors: checkpoint.tensors,
+    device,
+    threads: options.threads,
+    sessionLen: options.sessionLen,
+    maxBatchSize: options.maxBatchSize,
+    maxPrefillTokenNum: options.maxPrefillTokenNum,
+    blockSize: options.blockSize,
+    cacheMaxEntryCount: options.cacheMaxEntryCount,
+    cpuIsa: options.cpuIsa,
+    cudaLibrary: '',
+  };
+}
+
+async function openEngine(
+  addon: NativeAddon,
+  options: NativeOpenOptions,
+  router: EventRouter,
+  { onProgress }: ResolvedPipelineOptions,
+): Promise<NativeEngine> {
+  try {
+    return await addon.open(options, router.onEvents, onProgress ?? (() => undefined));
+  } catch (error) {
+    throw fromNative(error);
+  }
+}
+
+// Native loading cannot be interrupted; the caller of an aborted load does not wait for it.
+async function abortable<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  if (signal === undefined) return await promise;
+  signal.throwIfAborted();
+  let unlisten = (): void => undefined;
+  const aborted = new Promise<never>((_, reject) => {
+    const onAbort = (): void => reject(signal.reason);
+    signal.addEventListener('abort', onAbort, { once: true });
+    unlisten = () => signal.removeEventListener('abort', onAbort);
+  });
+  try {
+    return await Promise.race([promise, aborted]);
+  } finally {
+    unlisten();
+  }
+}

@@ -1,0 +1,216 @@
+// One conversation and its options → the plain request that crosses to native: pictures decoded
+// and cut, prompt rendered and encoded, limits applied. Tiles are cut on native threads; the rest
+// runs on the JS thread.
+import { availableParallelism } from 'node:os';
+import { setImmediate as nextTurn } from 'node:timers/promises';
+import type { PromptBuilder } from './chat.js';
+import type { ImageSettings } from './checkpoint/checkpoint.js';
+import { TurbomindError } from './errors.js';
+import { type ImageLimits, loadImage } from './image.js';
+import { Limiter } from './limiter.js';
+import { type ChatMessage, type ImagePart, imagesOf } from './messages.js';
+import { fromNative } from './native.js';
+import type {
+  NativeAddon,
+  NativeRequest,
+  NativeSampling,
+  NativeTileOptions,
+  NativeTiles,
+} from './native-types.js';
+import type { ResolvedGenerationOptions, TilingOptions } from './options.js';
+import type { Tokenizer } from './tokenizer.js';
+
+/** What preparing needs of an open pipeline. */
+export interface PrepareContext {
+  readonly addon: Pick<NativeAddon, 'makeTiles'>;
+  readonly tokenizer: Tokenizer;
+  readonly promptBuilder: PromptBuilder;
+  readonly image: ImageSettings | undefined;
+  readonly tiling: TilingOptions;
+  readonly imageLimits: ImageLimits;
+  /** Tokens of prompt and completion. */
+  readonly sessionLen: number;
+  readonly vocabSize: number;
+}
+
+// The JS thread hands over to events and timers at least this often while it encodes a batch.
+const MAX_BLOCKING_MS = 8;
+
+export class RequestPreparer {
+  readonly #context: PrepareContext;
+  // A decoded picture may take hundreds of MB: a batch of a thousand must not decode at once.
+  readonly #pictures = new Limiter(Math.max(2, availableParallelism()));
+  // Prompts of a batch are encoded one behind the other, with pauses for events.
+  readonly #encoding = new Limiter(1);
+  #yieldedAt = 0;
+
+  constructor(context: PrepareContext) {
+    this.#context = context;
+  }
+
+  /** @throws TurbomindError for this prompt alone; `signal.reason` when the caller aborts. */
+  async prepare(
+    conversation: readonly ChatMessage[],
+    options: ResolvedGenerationOptions,
+  ): Promise<Omit<NativeRequest, 'id'>> {
+    const tiles = await this.#cutPictures(conversation, options);
+    return await this.#encoding.run(async () => {
+      await this.#giveWay();
+      options.signal?.throwIfAborted();
+      return this.#build(conversation, tiles, options);
+    });
+  }
+
+  #build(
+    conversation: readonly ChatMessage[],
+    tiles: readonly NativeTiles[],
+    options: ResolvedGenerationOptions,
+  ): Omit<NativeRequest, 'id'> {
+    const { promptBuilder, sessionLen } = this.#context;
+    const { ids, imageSpans } = promptBuilder.build(
+      conversation,
+      tiles.map(({ numTiles }) => numTiles),
+    );
+    const room = sessionLen - ids.length;
+    if (room < 1) throw tooLong(ids.length, sessionLen, imageSpans.length);
+    const maxNewTokens = Math.min(options.maxNewTokens ?? room, room);
+    return {
+      promptTokens: ids,
+      images: imageSpans.map((span, index) => ({ tiles: at(tiles, index), ...span })),
+      sampling: this.#sampling(options),
+      maxNewTokens,
+      minNewTokens: Math.min(options.minNewTokens, maxNewTokens),
+      stopTokenIds: this.#stopTokenIds(options),
+    };
+  }
+
+  async #cutPictures(
+    conversation: readonly ChatMessage[],
+    options: ResolvedGenerationOptions,
+  ): Promise<NativeTiles[]> {
+    const pictures = imagesOf(conversation);
+    if (pictures.length === 0) return [];
+    const { image } = this.#context;
+    if (image === undefined) {
+      throw new TurbomindError(
+        'ERR_TM_INVALID_PROMPT',
+        `the prompt holds ${pictures.length} image(s), but this model reads text only`,
+      );
+    }
+    return await settleAll(
+      pictures.map((picture) => {
+        const tiling = this.#tileOptions(image, picture, pictures.length, options);
+        return this.#pictures.run(() => this.#cut(picture, tiling, options.signal));
+      }),
+    );
+  }
+
+  async #cut(
+    picture: ImagePart,
+    tiling: NativeTileOptions,
+    signal: AbortSignal | undefined,
+  ): Promise<NativeTiles> {
+    signal?.throwIfAborted();
+    const { addon, imageLimits } = this.#context;
+    const { data, width, height, channels } = await loadImage(picture.image, imageLimits, signal);
+    signal?.throwIfAborted();
+    try {
+      return await addon.makeTiles(data, width, height, channels, tiling);
+    } catch (error) {
+      throw fromNative(error);
+    }
+  }
+
+  // The nearest setting wins: picture, request, pipeline, model. A budget only lowers it, shared
+  // out as InternVL does over the pictures of a prompt.
+  #tileOptions(
+    image: ImageSettings,
+    picture: ImagePart,
+    numPictures: number,
+    options: ResolvedGenerationOptions,
+  ): NativeTileOptions {
+    const { tiling } = this.#context;
+    const limit =
+      picture.maxDynamicPatch ??
+      options.tiling.maxTiles ??
+      tiling.maxTiles ??
+      image.maxDynamicPatch;
+    const share =
+      options.tileBudget === undefined
+        ? limit
+        : Math.max(1, Math.floor(options.tileBudget / numPictures));
+    const maxTiles = Math.min(limit, share);
+    const minTiles = options.tiling.minTiles ?? tiling.minTiles ?? image.minDynamicPatch;
+    return {
+      tileSize: image.tileSize,
+      minTiles: Math.min(minTiles, maxTiles),
+      maxTiles,
+      useThumbnail: options.tiling.useThumbnail ?? tiling.useThumbnail ?? image.useThumbnail,
+    };
+  }
+
+  #sampling(options: ResolvedGenerationOptions): NativeSampling {
+    const { doSample, temperature, topK, topP, minP, repetitionPenalty, seed } = options;
+    return {
+      doSample,
+      temperature,
+      topK: topK >= this.#context.vocabSize ? 0 : topK,
+      topP,
+      minP,
+      repetitionPenalty,
+      seed,
+      numLogprobs: Math.min(options.numLogprobs, this.#context.vocabSize),
+      badWords: options.badWords.flatMap((word) => this.#banned(word)),
+    };
+  }
+
+  // A word inside a text usually carries the space before it in its first token.
+  #banned(word: string): number[][] {
+    const { tokenizer } = this.#context;
+    const forms = word.startsWith(' ') ? [word] : [word, ` ${word}`];
+    return forms.map((form) => tokenizer.encode(form)).filter((ids) => ids.length > 0);
+  }
+
+  #stopTokenIds(options: ResolvedGenerationOptions): number[] {
+    const { tokenizer, vocabSize } = this.#context;
+    const outside = options.stopTokenIds.find((id) => id >= vocabSize);
+    if (outside !== undefined) {
+      throw new TurbomindError(
+        'ERR_TM_INVALID_OPTION',
+        `stopTokenIds: ${outside} is not a token; expected 0 to ${vocabSize - 1}`,
+      );
+    }
+    return [...new Set([...(options.ignoreEos ? [] : tokenizer.eosIds), ...options.stopTokenIds])];
+  }
+
+  async #giveWay(): Promise<void> {
+    if (performance.now() - this.#yieldedAt < MAX_BLOCKING_MS) return;
+    await nextTurn();
+    this.#yieldedAt = performance.now();
+  }
+}
+
+// Like Promise.all, but ends only when no picture is being worked on any more.
+async function settleAll<T>(promises: readonly Promise<T>[]): Promise<T[]> {
+  await Promise.allSettled(promises);
+  return await Promise.all(promises);
+}
+
+function at<T>(list: readonly T[], index: number): T {
+  const item = list[index];
+  if (item === undefined) {
+    throw new TurbomindError('ERR_TM_INTERNAL', `the prompt has more placeholders than images`);
+  }
+  return item;
+}
+
+function tooLong(numTokens: number, sessionLen: number, numImages: number): TurbomindError {
+  const remedy =
+    numImages > 0
+      ? 'shorten it, raise sessionLen, or lower maxDynamicPatch or maxTiles'
+      : 'shorten it, or raise sessionLen';
+  return new TurbomindError(
+    'ERR_TM_PROMPT_TOO_LONG',
+    `the prompt has ${numTokens} tokens, but a session holds ${sessionLen}, the completion included; ${remedy}`,
+  );
+}

@@ -1,0 +1,174 @@
+import { describe, expect, test } from 'vitest';
+import { nearestName } from '../../lib/check.js';
+import {
+  type GenerationOptions,
+  type PipelineOptions,
+  resolveGenerationOptions,
+  resolvePipelineOptions,
+} from '../../lib/options.js';
+
+// What a caller without types may pass.
+function generate(options: object): unknown {
+  return resolveGenerationOptions(options as GenerationOptions);
+}
+function open(options: object): unknown {
+  return resolvePipelineOptions(options as PipelineOptions);
+}
+
+function messageOf(action: () => unknown): string {
+  try {
+    action();
+  } catch (error) {
+    expect(error).toMatchObject({ name: 'TurbomindError', code: 'ERR_TM_INVALID_OPTION' });
+    return error instanceof Error ? error.message : '';
+  }
+  throw new Error('nothing was thrown');
+}
+
+describe('unknown keys', () => {
+  test.each([
+    ['max_new_tokens', 'maxNewTokens'],
+    ['maxnewtokens', 'maxNewTokens'],
+    ['maxNewToken', 'maxNewTokens'],
+    ['max_tokens', 'maxNewTokens'],
+    ['temprature', 'temperature'],
+    ['top_k', 'topK'],
+    ['seed', 'randomSeed'],
+    ['stop', 'stopWords'],
+    ['repetition_penalty', 'repetitionPenalty'],
+  ])('%s suggests %s', (wrong, right) => {
+    expect(messageOf(() => generate({ [wrong]: 1 }))).toContain(`did you mean ${right}?`);
+  });
+
+  test('of a pipeline suggest too', () => {
+    expect(messageOf(() => open({ session_len: 1 }))).toContain('did you mean sessionLen?');
+    expect(messageOf(() => open({ numThreads: 1 }))).toContain('did you mean threads?');
+    expect(messageOf(() => open({ imageFetch: { timeout: 1 } }))).toContain('timeoutMs');
+  });
+
+  test('without a near name list the known ones', () => {
+    expect(messageOf(() => generate({ zzzzzzzzzz: 1 }))).toContain('known options: maxNewTokens');
+    expect(nearestName('zzzzzzzzzz', ['maxNewTokens'])).toBeUndefined();
+  });
+});
+
+describe('values', () => {
+  test.each([
+    { maxNewTokens: 0 },
+    { maxNewTokens: 1.5 },
+    { maxNewTokens: '5' },
+    { minNewTokens: -1 },
+    { maxNewTokens: 3, minNewTokens: 4 },
+    { doSample: 1 },
+    { doSample: true, temperature: -0.1 },
+    { doSample: true, temperature: 2.1 },
+    { doSample: true, temperature: Number.NaN },
+    { doSample: true, topK: -1 },
+    { doSample: true, topP: 0 },
+    { doSample: true, topP: 1.01 },
+    { doSample: true, minP: 1 },
+    { doSample: true, randomSeed: -1 },
+    { doSample: true, randomSeed: 2n ** 64n },
+    { repetitionPenalty: 0 },
+    { stopWords: 'text' },
+    { stopWords: [''] },
+    { stopTokenIds: [-1] },
+    { badWords: [1] },
+    { ignoreEos: 'yes' },
+    { logprobs: -1 },
+    { logprobs: 1025 },
+    { minDynamicPatch: 4, maxDynamicPatch: 3 },
+    { maxTiles: 0 },
+    { signal: {} },
+  ])('generation: %o is refused and named', (options) => {
+    const message = messageOf(() => generate(options));
+    expect(Object.keys(options).some((key) => message.includes(key))).toBe(true);
+    expect(message).toContain('expected');
+  });
+
+  test.each([
+    { device: 'gpu' },
+    { device: 'cuda:x' },
+    { threads: -1 },
+    { sessionLen: 0 },
+    { maxBatchSize: 0 },
+    { maxPrefillTokenNum: 0 },
+    { cacheMaxEntryCount: 0 },
+    { cacheMaxEntryCount: 1.1 },
+    { cacheBlockSeqLen: 32 },
+    { quantPolicy: 8 },
+    { tp: 2 },
+    { useThumbnail: 1 },
+    { maxImagePixels: 0 },
+    { imageFetch: { timeoutMs: 0 } },
+    { tokenizer: {} },
+    { chatTemplate: '' },
+    { onProgress: 1 },
+    { cpuIsa: 'neon' },
+  ])('pipeline: %o is refused and named', (options) => {
+    const [key = ''] = Object.keys(options);
+    const inner = key === 'imageFetch' ? 'timeoutMs' : key;
+    expect(messageOf(() => open(options))).toContain(inner);
+  });
+
+  test('what is not implemented says so', () => {
+    expect(messageOf(() => open({ quantPolicy: 4 }))).toContain('not implemented');
+    expect(messageOf(() => open({ tp: 2 }))).toContain('not implemented');
+    expect(messageOf(() => open({ cacheBlockSeqLen: 128 }))).toContain('not implemented');
+  });
+
+  test('options must be an object', () => {
+    expect(messageOf(() => generate([]))).toContain('expected an object');
+    expect(messageOf(() => resolveGenerationOptions(JSON.parse('null')))).toContain('an object');
+  });
+});
+
+describe('sampling', () => {
+  test.each(['temperature', 'topK', 'topP', 'minP', 'randomSeed'])(
+    '%s without doSample is refused, because it could change nothing',
+    (key) => {
+      const value = key === 'topK' || key === 'randomSeed' ? 1 : 0.5;
+      expect(messageOf(() => generate({ [key]: value }))).toContain('add doSample: true');
+      expect(generate({ doSample: true, [key]: value })).toMatchObject({ doSample: true });
+    },
+  );
+
+  test('temperature 0 is greedy, with doSample or without', () => {
+    expect(resolveGenerationOptions({ temperature: 0 }).doSample).toBe(false);
+    expect(resolveGenerationOptions({ temperature: 0, doSample: true }).doSample).toBe(false);
+    expect(messageOf(() => generate({ temperature: 0, topK: 5 }))).toContain('topK: has no effect');
+  });
+
+  test('a seed is kept in all its 64 bits; without one two differ', () => {
+    const max = 2n ** 64n - 1n;
+    const given = resolveGenerationOptions({ doSample: true, randomSeed: max });
+    expect(given.seed).toBe(max);
+    const first = resolveGenerationOptions({ doSample: true }).seed;
+    expect(resolveGenerationOptions({ doSample: true }).seed).not.toBe(first);
+  });
+
+  test('defaults are LMDeploy’s', () => {
+    expect(resolveGenerationOptions({ doSample: true, randomSeed: 1 })).toMatchObject({
+      maxNewTokens: 512,
+      temperature: 0.8,
+      topK: 50,
+      topP: 1,
+      minP: 0,
+      repetitionPenalty: 1,
+      ignoreEos: false,
+      skipSpecialTokens: true,
+      numLogprobs: 0,
+    });
+    expect(resolveGenerationOptions()).toMatchObject({ doSample: false, maxNewTokens: 512 });
+  });
+
+  test('logprobs may be a number or a flag', () => {
+    expect(resolveGenerationOptions({ logprobs: true }).numLogprobs).toBe(1);
+    expect(resolveGenerationOptions({ logprobs: false }).numLogprobs).toBe(0);
+    expect(resolveGenerationOptions({ logprobs: 5 }).numLogprobs).toBe(5);
+  });
+
+  test('undefined means the default', () => {
+    expect(resolveGenerationOptions({ maxNewTokens: undefined }).maxNewTokens).toBe(512);
+  });
+});

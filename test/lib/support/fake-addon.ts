@@ -1,0 +1,188 @@
+// A NativeAddon without native code: requests are answered with scripted tokens, one a step, in
+// one batch of events for all that run, as the real engine does. Steps run by themselves between
+// turns of the event loop, or by hand.
+import type {
+  NativeAddon,
+  NativeEngine,
+  NativeEvent,
+  NativeOpenOptions,
+  NativeRequest,
+  NativeStats,
+  NativeTileOptions,
+  NativeTiles,
+} from '../../../lib/native-types.js';
+
+export interface FakeSettings {
+  /** Tokens that answer a request, the stop token included. */
+  readonly answer: (request: NativeRequest) => readonly number[];
+  /** Steps happen when `engine.step()` is called. */
+  readonly manual?: boolean;
+  readonly openError?: Error;
+  readonly sessionLen?: number;
+}
+
+interface Running {
+  readonly request: NativeRequest;
+  readonly tokens: readonly number[];
+  numSent: number;
+}
+
+export class FakeEngine implements NativeEngine {
+  readonly submitted: NativeRequest[] = [];
+  readonly aborted: number[] = [];
+  readonly running = new Map<number, Running>();
+  isClosed = false;
+  numCloses = 0;
+  readonly #settings: FakeSettings;
+  readonly #emit: (events: readonly NativeEvent[]) => void;
+  readonly #sessionLen: number;
+  #ticking = false;
+
+  constructor(
+    settings: FakeSettings,
+    options: NativeOpenOptions,
+    emit: (events: readonly NativeEvent[]) => void,
+  ) {
+    this.#settings = settings;
+    this.#emit = emit;
+    this.#sessionLen =
+      settings.sessionLen ?? (options.sessionLen || options.spec.decoder.maxPositionEmbeddings);
+  }
+
+  submit(request: NativeRequest): void {
+    if (this.isClosed) throw Object.assign(new Error('closed'), { code: 'ERR_TM_DISPOSED' });
+    this.submitted.push(request);
+    const tokens = this.#settings.answer(request);
+    this.running.set(request.id, { request, tokens, numSent: 0 });
+    if (this.#settings.manual !== true) this.#tick();
+  }
+
+  abort(id: number): void {
+    this.aborted.push(id);
+    if (this.running.delete(id)) this.#emit([{ id, tokens: [], finishReason: 'abort' }]);
+  }
+
+  /** One token for every running request. */
+  step(): void {
+    const events: NativeEvent[] = [];
+    for (const running of this.running.values()) events.push(this.#advance(running));
+    if (events.length > 0) this.#emit(events);
+  }
+
+  fail(id: number, errorCode: string, errorMessage: string): void {
+    this.running.delete(id);
+    this.#emit([{ id, tokens: [], finishReason: 'error', errorCode, errorMessage }]);
+  }
+
+  stats(): NativeStats {
+    return {
+      running: this.running.size,
+      waiting: 0,
+      totalBlocks: 8,
+      freeBlocks: 8,
+      steps: 0,
+      preemptions: 0,
+      promptTokens: 0,
+      completionTokens: 0,
+      weightBytes: 0,
+      kvCacheBytes: 0,
+      workspaceBytes: 0,
+      loadMs: 0,
+      sessionLen: this.#sessionLen,
+      deviceName: 'fake',
+      deviceDescription: 'no device',
+    };
+  }
+
+  async close(): Promise<void> {
+    this.numCloses += 1;
+    this.isClosed = true;
+    this.running.clear();
+  }
+
+  async promptLogits(request: NativeRequest): Promise<Float32Array> {
+    return Float32Array.from([request.promptTokens.length]);
+  }
+
+  #advance(running: Running): NativeEvent {
+    const { request, tokens } = running;
+    const token = tokens[running.numSent] ?? 0;
+    running.numSent += 1;
+    const logprobs =
+      request.sampling.numLogprobs > 0
+        ? { logprob: -0.5, topLogprobs: [[token, -0.5] as const] }
+        : {};
+    const event = { id: request.id, tokens: [{ token, ...logprobs }] };
+    const timings = { queueMs: 1, visionMs: 2, prefillMs: 3, firstTokenMs: 4, decodeMs: 5 };
+    if (request.stopTokenIds.includes(token)) {
+      this.running.delete(request.id);
+      return { ...event, finishReason: 'stop', matchedStop: token, timings };
+    }
+    if (running.numSent === request.maxNewTokens || running.numSent === tokens.length) {
+      this.running.delete(request.id);
+      return { ...event, finishReason: 'length', timings };
+    }
+    return event;
+  }
+
+  #tick(): void {
+    if (this.#ticking) return;
+    this.#ticking = true;
+    setImmediate(() => {
+      this.#ticking = false;
+      this.step();
+      if (this.running.size > 0) this.#tick();
+    });
+  }
+}
+
+export interface FakeAddon extends NativeAddon {
+  readonly engines: FakeEngine[];
+  readonly opened: NativeOpenOptions[];
+  readonly tiled: (NativeTileOptions & { readonly width: number; readonly height: number })[];
+}
+
+export function makeFakeAddon(settings: FakeSettings): FakeAddon {
+  const engines: FakeEngine[] = [];
+  const opened: NativeOpenOptions[] = [];
+  const tiled: FakeAddon['tiled'] = [];
+  return {
+    engines,
+    opened,
+    tiled,
+    version: '0.1.0',
+    cpuInfo: () => ({
+      isa: 'scalar',
+      features: [],
+      threads: 1,
+      totalMemoryBytes: 1,
+      freeMemoryBytes: 1,
+    }),
+    queryCuda: () => ({ deviceCount: 0, devices: [], error: 'fake' }),
+    open: async (options, onEvents, onProgress) => {
+      opened.push(options);
+      onProgress(1);
+      if (settings.openError) throw settings.openError;
+      const engine = new FakeEngine(settings, options, onEvents);
+      engines.push(engine);
+      return engine;
+    },
+    makeTiles: async (_pixels, width, height, _channels, options) => {
+      tiled.push({ ...options, width, height });
+      return makeFakeTiles(options.maxTiles, options.tileSize);
+    },
+    chooseGrid: () => ({ columns: 1, rows: 1 }),
+    resizeBicubic: (pixels) => pixels,
+  };
+}
+
+function makeFakeTiles(numTiles: number, tileSize: number): NativeTiles {
+  return {
+    columns: numTiles,
+    rows: 1,
+    numTiles,
+    tileSize,
+    pixels: () => new Uint8Array(),
+    contentHash: '0'.repeat(32),
+  };
+}

@@ -1,3 +1,4 @@
+// See backends.h.
 #include "backend/backends.h"
 
 #include "backend/cpu/cpu_backend.h"

@@ -1,3 +1,5 @@
+// See host_sampler.h. Works on blocks of 64 logits: one pass finds each block's maximum, and later
+// passes skip blocks that hold nothing of interest.
 #include "backend/host_sampler.h"
 
 #include <algorithm>
@@ -11,7 +13,6 @@ namespace turbomind {
 namespace {
 
 constexpr size_t kBlock = 64;  // logits behind one entry of block_max_
-constexpr size_t kLanes = 16;
 constexpr int kHeapLimit = 4096;  // above, selecting by partition beats a heap
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -22,22 +23,36 @@ struct RadixDigit {
 };
 constexpr RadixDigit kRadixDigits[] = {{21, 11}, {10, 11}, {0, 10}};
 
-// exp(x) for x <= 0 in plain float arithmetic that compilers vectorise; 2 ulp; 0 below -87.
-// Our own, so that a draw does not depend on the C library.
-inline float exp_fast(float x) {
-  const float clamped = x < -87.0F ? -87.0F : x;
-  const float shifted = clamped * 1.44269504F + 12582912.0F;
-  const float n = shifted - 12582912.0F;
-  const float r = (clamped - n * 0.693145752F) - n * 1.42860677e-6F;
-  float q = 0x1.6a2256p-10F;
-  q = q * r + 0x1.123b02p-7F;
+// Four lanes by the compiler's vector extension: SSE2 or NEON, which every target has. Wider
+// instructions would gain little, for the logits come from the second-level cache.
+using F4 = float __attribute__((vector_size(16)));
+using I4 = int32_t __attribute__((vector_size(16)));
+
+inline F4 load(const float* p) {
+  F4 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, F4 v) { std::memcpy(p, &v, sizeof v); }
+inline F4 splat(float x) { return F4{x, x, x, x}; }
+inline float largest(F4 v) { return std::max(std::max(v[0], v[1]), std::max(v[2], v[3])); }
+
+// exp(x) for x <= 0, to 2 ulp; 0 below -87. Our own, so that a draw does not depend on the C
+// library; multiplications and additions only, so that it does not depend on fma either.
+inline F4 exp_nonpositive(F4 x) {
+  const I4 tiny = x < -87.0F;
+  const F4 clamped = tiny ? splat(-87.0F) : x;
+  const F4 shifted = clamped * 1.44269504F + 12582912.0F;  // 1.5 * 2^23 rounds to an integer
+  const F4 n = shifted - 12582912.0F;
+  const F4 r = (clamped - n * 0.693145752F) - n * 1.42860677e-6F;
+  F4 q = r * 0x1.6a2256p-10F + 0x1.123b02p-7F;  // exp(r) = 1 + r + r^2 q(r)
   q = q * r + 0x1.5558f8p-5F;
   q = q * r + 0x1.55549p-3F;
   q = q * r + 0x1.fffffcp-2F;
-  const float y = r * r * q + r + 1.0F;
-  const float power =
-      std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + 0x3f800000U);
-  return x < -87.0F ? 0.0F : y * power;
+  const F4 y = r * r * q + r + 1.0F;
+  // The low bits of `shifted` are n: moved to the exponent they multiply by 2^n.
+  const I4 power = (std::bit_cast<I4>(shifted) << 23) + 0x3f800000;
+  return tiny ? splat(0.0F) : y * std::bit_cast<F4>(power);
 }
 
 // Probability mass the nucleus must reach. The margin is there because 0.1 is not a float: ten of
@@ -46,23 +61,54 @@ double nucleus_mass(float top_p, double total) {
   return static_cast<double>(top_p) * total * (1.0 - 1e-7);
 }
 
-// p[i] = exp((l[i] - max) / temperature); returns the sum, added in fixed lanes.
-double exponentials(std::span<float> values, float max, float temperature) {
-  double lanes[kLanes] = {};
-  const size_t n = values.size();
-  size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    float* v = values.data() + i;
-    for (size_t l = 0; l < kLanes; ++l) v[l] = exp_fast((v[l] - max) / temperature);
-    for (size_t l = 0; l < kLanes; ++l) lanes[l] += v[l];
-  }
-  for (size_t l = 0; i + l < n; ++l) {
-    values[i + l] = exp_fast((values[i + l] - max) / temperature);
-    lanes[l] += values[i + l];
-  }
-  double sum = 0.0;
-  for (double lane : lanes) sum += lane;
-  return sum;
+// What one block of at most kBlock values gives; a short block is padded with `pad`.
+template <class Body>
+inline void for_each_block(std::span<float> values, float pad, Body&& body) {
+  const size_t whole = values.size() / kBlock;
+  for (size_t block = 0; block < whole; ++block) body(block, values.data() + block * kBlock);
+  const size_t rest = values.size() - whole * kBlock;
+  if (rest == 0) return;
+  float* tail = values.data() + whole * kBlock;
+  float padded[kBlock];
+  std::fill(std::copy(tail, tail + rest, padded), padded + kBlock, pad);
+  body(whole, padded);
+  std::copy(padded, padded + rest, tail);
+}
+
+// The sum of a block in a fixed order.
+inline float block_sum(const float* v) {
+  F4 sum = splat(0.0F);
+  for (size_t i = 0; i < kBlock; i += 4) sum += load(v + i);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// values[i] = exp((values[i] - max) / temperature); block sums to `sums`; returns the total.
+double exponentials(std::span<float> values, float max, float temperature,
+                    std::vector<float>& sums) {
+  sums.resize((values.size() + kBlock - 1) / kBlock);
+  double total = 0.0;
+  for_each_block(values, kMinusInfinity, [&](size_t block, float* v) {
+    for (size_t i = 0; i < kBlock; i += 4) {
+      store(v + i, exp_nonpositive((load(v + i) - max) / temperature));
+    }
+    sums[block] = block_sum(v);
+    total += sums[block];
+  });
+  return total;
+}
+
+// Clears what lies below `cut`; block sums to `sums`; returns the total.
+double clear_below(std::span<float> values, float cut, std::vector<float>& sums) {
+  double total = 0.0;
+  for_each_block(values, 0.0F, [&](size_t block, float* v) {
+    for (size_t i = 0; i < kBlock; i += 4) {
+      const F4 x = load(v + i);
+      store(v + i, x < cut ? splat(0.0F) : x);
+    }
+    sums[block] = block_sum(v);
+    total += sums[block];
+  });
+  return total;
 }
 
 }  // namespace
@@ -98,37 +144,22 @@ double counter_uniform(uint64_t seed, uint32_t index) {
 }
 
 // Fills block_max_, returns the largest logit. A NaN or +infinity clears *finite.
-float HostSampler::scan(std::span<const float> logits, bool* finite) {
-  const size_t n = logits.size();
-  block_max_.resize((n + kBlock - 1) / kBlock);
+float HostSampler::scan(std::span<float> logits, bool* finite) {
+  block_max_.resize((logits.size() + kBlock - 1) / kBlock);
   float max = kMinusInfinity;
-  float poison[kLanes] = {};  // stays 0 unless a value is NaN or +infinity
-  for (size_t block = 0; block < block_max_.size(); ++block) {
-    const float* v = logits.data() + block * kBlock;
-    const size_t count = std::min(kBlock, n - block * kBlock);
-    float best[kLanes];
-    std::fill(best, best + kLanes, kMinusInfinity);
-    size_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      for (size_t l = 0; l < kLanes; ++l) {
-        const float x = v[i + l];
-        best[l] = best[l] < x ? x : best[l];
-        // -infinity is a legal "impossible"; the others turn 0 into NaN.
-        poison[l] += (x < 0.0F ? 0.0F : x) * 0.0F;
-      }
+  F4 poison = splat(0.0F);  // stays 0 unless a value is NaN or +infinity
+  for_each_block(logits, kMinusInfinity, [&](size_t block, float* v) {
+    F4 best = splat(kMinusInfinity);
+    for (size_t i = 0; i < kBlock; i += 4) {
+      const F4 x = load(v + i);
+      best = best < x ? x : best;
+      // -infinity is a legal "impossible"; the others turn 0 into NaN.
+      poison += (x < 0.0F ? splat(0.0F) : x) * 0.0F;
     }
-    for (size_t l = 0; i + l < count; ++l) {
-      const float x = v[i + l];
-      best[l] = best[l] < x ? x : best[l];
-      poison[l] += (x < 0.0F ? 0.0F : x) * 0.0F;
-    }
-    float block_max = kMinusInfinity;
-    for (float b : best) block_max = block_max < b ? b : block_max;
-    block_max_[block] = block_max;
-    max = max < block_max ? block_max : max;
-  }
-  *finite = true;
-  for (float p : poison) *finite = *finite && p == 0.0F;
+    block_max_[block] = largest(best);
+    max = std::max(max, block_max_[block]);
+  });
+  *finite = poison[0] == 0.0F && poison[1] == 0.0F && poison[2] == 0.0F && poison[3] == 0.0F;
   return max;
 }
 
@@ -182,18 +213,6 @@ void HostSampler::select_best(std::span<const float> logits, int k) {
   std::sort_heap(candidates_.begin(), candidates_.end(), better);
 }
 
-double HostSampler::log_sum_exp(std::span<const float> logits, float max) {
-  constexpr size_t kPart = 512;
-  double sum = 0.0;
-  for (size_t i = 0; i < logits.size(); i += kPart) {
-    float part[kPart];
-    const size_t count = std::min(kPart, logits.size() - i);
-    std::memcpy(part, logits.data() + i, count * sizeof(float));
-    sum += exponentials({part, count}, max, 1.0F);
-  }
-  return static_cast<double>(max) + std::log(sum);
-}
-
 void HostSampler::report_best(int count, double normalizer, SampleResult& result) {
   select_best(raw_, std::min(count, static_cast<int>(raw_.size())));
   for (const Candidate& candidate : candidates_) {
@@ -210,7 +229,7 @@ TokenId HostSampler::draw_from_best(std::span<const float> logits, const SampleR
   shares_.clear();
   double total = 0.0;
   for (const Candidate& candidate : candidates_) {
-    shares_.push_back(exp_fast((candidate.logit - max) / params.temperature));
+    shares_.push_back(exp_nonpositive(splat((candidate.logit - max) / params.temperature))[0]);
     total += shares_.back();
   }
   size_t kept = 0;
@@ -232,56 +251,80 @@ TokenId HostSampler::draw_from_best(std::span<const float> logits, const SampleR
   return candidates_[kept - 1].id;
 }
 
-// No top-k: probabilities of the whole vocabulary in place. The border of the nucleus is found by
-// radix selection on the bits of the (positive) probabilities, 11 bits a pass: no sort.
+// The smallest probability in the nucleus, and how many of those equal to it belong to it. Found by
+// radix selection on the bits of the (non-negative) probabilities, digit by digit: no sort.
+HostSampler::Border HostSampler::nucleus_border(std::span<const float> values, double wanted) {
+  double above = 0.0;   // mass of what is certainly larger than the border
+  uint32_t prefix = 0;  // its known high bits
+  for (const RadixDigit digit : kRadixDigits) {
+    const uint32_t bins = 1U << digit.bits;
+    const uint32_t known = digit.shift + digit.bits == 32 ? 0U : ~0U << (digit.shift + digit.bits);
+    shares_.assign(bins, 0.0);
+    for (float p : values) {
+      const uint32_t bits = std::bit_cast<uint32_t>(p);
+      if ((bits & known) == prefix) shares_[(bits >> digit.shift) & (bins - 1)] += p;
+    }
+    uint32_t bin = bins - 1;
+    while (bin > 0 && above + shares_[bin] < wanted) above += shares_[bin--];
+    prefix |= bin << digit.shift;
+  }
+  const float value = std::bit_cast<float>(prefix);
+  if (value <= 0.0F) return {};
+  const double count = std::ceil((wanted - above) / value);
+  return {value, std::max<int64_t>(1, static_cast<int64_t>(count))};
+}
+
+// Most nuclei hold likely tokens only: if those above kLikely have the mass, the search runs over
+// them. The answer is the same, for what is left out is smaller than every one of them.
+HostSampler::Border HostSampler::find_border(std::span<const float> values, double wanted) {
+  constexpr float kLikely = 0x1p-12F;
+  likely_.clear();
+  double mass = 0.0;
+  for (size_t block = 0; block < block_sum_.size(); ++block) {
+    if (block_sum_[block] < kLikely) continue;
+    const size_t end = std::min(values.size(), (block + 1) * kBlock);
+    for (size_t i = block * kBlock; i < end; ++i) {
+      if (values[i] < kLikely) continue;
+      likely_.push_back(values[i]);
+      mass += values[i];
+    }
+  }
+  return nucleus_border(mass >= wanted ? std::span<const float>(likely_) : values, wanted);
+}
+
+// No top-k: probabilities of the whole vocabulary, in place; what the filters drop becomes 0.
 TokenId HostSampler::draw_from_all(std::span<float> values, float max, const SampleRow& row) {
   const SamplingParams& params = *row.params;
-  const double total = exponentials(values, max, params.temperature);
-  float border = 0.0F;               // everything above is kept …
-  int64_t border_count = -1;         // … and so many equal to it, lowest ids first; -1: all
-  if (params.top_p < 1.0F) {
-    const double wanted = nucleus_mass(params.top_p, total);
-    double above = 0.0;   // mass of what is certainly larger than the border
-    uint32_t prefix = 0;  // its known high bits
-    for (const RadixDigit digit : kRadixDigits) {
-      const uint32_t bins = 1U << digit.bits;
-      const uint32_t known = digit.shift + digit.bits == 32 ? 0U : ~0U << (digit.shift + digit.bits);
-      shares_.assign(bins, 0.0);
-      for (float p : values) {
-        const uint32_t bits = std::bit_cast<uint32_t>(p);
-        if ((bits & known) == prefix) shares_[(bits >> digit.shift) & (bins - 1)] += p;
-      }
-      uint32_t bin = bins - 1;
-      while (bin > 0 && above + shares_[bin] < wanted) above += shares_[bin--];
-      prefix |= bin << digit.shift;
+  double total = exponentials(values, max, params.temperature, block_sum_);
+  Border border;
+  if (params.top_p < 1.0F) border = find_border(values, nucleus_mass(params.top_p, total));
+  if (border.value > 0.0F) {
+    int64_t equal = 0;
+    for (float& p : values) {
+      if (p == border.value && equal++ >= border.count) p = 0.0F;
     }
-    border = std::bit_cast<float>(prefix);
-    border_count = border > 0.0F
-                       ? std::max<int64_t>(1, static_cast<int64_t>(
-                                                  std::ceil((wanted - above) / border)))
-                       : 0;
   }
-  const float lowest = params.min_p;
-  const auto keep = [&](float p, int64_t& equal) {
-    if (p <= 0.0F || p < lowest || p < border) return false;
-    return p > border || border_count < 0 || equal++ < border_count;
-  };
-  double mass = 0.0;
-  int64_t equal = 0;
-  for (float p : values) {
-    if (keep(p, equal)) mass += p;
-  }
-  const double target = counter_uniform(params.seed, row.completion_idx) * mass;
+  const float cut = std::max(border.value, params.min_p);
+  if (cut > 0.0F) total = clear_below(values, cut, block_sum_);
+
+  const double target = counter_uniform(params.seed, row.completion_idx) * total;
   double running = 0.0;
-  equal = 0;
-  TokenId last = -1;
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (!keep(values[i], equal)) continue;
+  size_t block = 0;
+  size_t last = 0;  // the last block that holds anything
+  for (; block < block_sum_.size() && running + block_sum_[block] <= target; ++block) {
+    running += block_sum_[block];
+    if (block_sum_[block] > 0.0F) last = block;
+  }
+  if (block == block_sum_.size()) block = last;
+  const size_t end = std::min(values.size(), (block + 1) * kBlock);
+  TokenId chosen = -1;
+  for (size_t i = block * kBlock; i < end; ++i) {
+    if (values[i] <= 0.0F) continue;
+    chosen = static_cast<TokenId>(i);
     running += values[i];
-    last = static_cast<TokenId>(i);
     if (running > target) break;
   }
-  return last;
+  return chosen;
 }
 
 TokenId HostSampler::first_equal(std::span<const float> logits, float max) const {
@@ -307,7 +350,8 @@ SampleStatus HostSampler::sample(std::span<float> logits, const SampleRow& row,
   double normalizer = 0.0;
   if (wants_logprobs) {
     raw_.assign(logits.begin(), logits.end());
-    normalizer = log_sum_exp(raw_, max);
+    normalizer = max + std::log(exponentials(raw_, max, 1.0F, block_sum_));
+    raw_.assign(logits.begin(), logits.end());
     report_best(params.num_logprobs, normalizer, result);
   }
 

@@ -50,18 +50,25 @@ class HostSampler {
   }
   // The k best of `logits`, best first; needs block_max_.
   void select_best(std::span<const float> logits, int k);
-  float scan(std::span<const float> logits, bool* finite);
+  struct Border {
+    float value = 0.0F;
+    int64_t count = 0;
+  };
+  float scan(std::span<float> logits, bool* finite);  // changes nothing
   void penalize(std::span<float> logits, const SampleRow& row);
   void report_best(int count, double normalizer, SampleResult& result);
   TokenId first_equal(std::span<const float> logits, float max) const;
   TokenId draw_from_best(std::span<const float> logits, const SampleRow& row);
   TokenId draw_from_all(std::span<float> logits, float max, const SampleRow& row);
-  double log_sum_exp(std::span<const float> logits, float max);
+  Border nucleus_border(std::span<const float> values, double wanted);
+  Border find_border(std::span<const float> values, double wanted);
 
   std::vector<float> block_max_;       // of kBlock logits each
+  std::vector<float> block_sum_;       // of kBlock probabilities each
   std::vector<uint64_t> seen_;         // bit per token, zero between calls
   std::vector<Candidate> candidates_;  // best first after select_best
   std::vector<double> shares_;         // of candidates, or of radix bins
+  std::vector<float> likely_;          // probabilities of likely tokens
   std::vector<float> raw_;             // the model's own logits, kept for log-probabilities
 };
 

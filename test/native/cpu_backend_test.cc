@@ -1,8 +1,11 @@
 // The CPU backend as models use it: memory, weights, ops in a step, sampling.
 #include "backend/cpu/cpu_backend.h"
 
+#include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <random>
 
 #include "backend/backends.h"
@@ -10,6 +13,26 @@
 
 using namespace turbomind;
 using cpu::CpuBackend;
+
+// Counts what the C++ runtime hands out, on any thread. Not inlined, or GCC 12 takes malloc and
+// delete for a mismatched pair.
+static std::atomic<long> allocations{0};
+[[gnu::noinline]] void* operator new(size_t bytes) {
+  ++allocations;
+  if (void* memory = std::malloc(bytes)) return memory;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void* operator new(size_t bytes, std::align_val_t alignment,
+                                     const std::nothrow_t&) noexcept {
+  ++allocations;
+  const auto align = static_cast<size_t>(alignment);
+  return std::aligned_alloc(align, (bytes + align - 1) / align * align);
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::align_val_t) noexcept {
+  std::free(memory);
+}
 
 namespace {
 
@@ -260,6 +283,59 @@ TEST("a row of NaN is an error that names it; the other rows keep their tokens")
   EXPECT_EQ(results[0].token, want[0].token);
   EXPECT_EQ(results[1].token, -1);
   EXPECT_EQ(results[2].token, want[2].token);
+}
+
+TEST("a decode step allocates nothing once it has run") {
+  CpuBackend backend({.threads = 2, .isa = ""});
+  const auto weight = random_values(kVocab * kHidden, 1, 0.1F);
+  const auto head = backend.load_head(dense(weight, kVocab, kHidden));
+  const auto qkv_weight = random_values(4 * kHidden * kHidden, 2, 0.1F);
+  const auto qkv_linear = backend.load_linear(dense(qkv_weight, 4 * kHidden, kHidden));
+  const auto table = backend.load_embedding(view(weight, kVocab));
+  const auto cache = backend.make_kv_cache({.num_layers = 1, .num_kv_heads = 1, .head_dim = 64,
+                                            .block_size = 64, .num_blocks = 3});
+  backend.reserve_workspace({.max_tokens = 3, .max_sequences = 3, .max_rows = 3,
+                             .max_in_features = kHidden, .max_out_features = 4 * kHidden,
+                             .vocab_size = kVocab, .max_kv_len = 64, .max_heads = 2,
+                             .max_head_dim = 64});
+  const std::vector<float> inv_freq(32, 0.5F);
+  std::vector<float> x(3 * kHidden), qkv(3 * 4 * kHidden), y(3 * 2 * kHidden);
+  const Step step({1, 2, 3});
+  std::vector<SamplingParams> params(3);
+  params[1] = {.do_sample = true, .top_k = 20, .bad_words = {{4}}};
+  params[2] = {.do_sample = true, .top_p = 0.9F, .repetition_penalty = 1.2F, .bad_words = {}};
+  std::vector<SampleRow> rows;
+  for (const SamplingParams& p : params) {
+    rows.push_back({.params = &p, .tokens = step.ids, .banned = {}});
+  }
+  std::vector<SampleResult> results(3);
+  long last = -1;
+  for (int round = 0; round < 4; ++round) {
+    const long before = allocations.load();
+    backend.begin_step(step.batch());
+    backend.execute([&] {
+      backend.embed({.table = table.get(), .x = view(x, 3), .overrides = {}});
+      LinearArgs linear;
+      linear.weight = qkv_linear.get();
+      linear.x = view(x, 3);
+      linear.y = view(qkv, 3);
+      backend.linear(linear);
+      AttentionArgs attention;
+      attention.qkv = view(qkv, 3);
+      attention.y = view(y, 3);
+      attention.cache = cache.get();
+      attention.num_heads = 2;
+      attention.num_kv_heads = 1;
+      attention.head_dim = 64;
+      attention.rope.inv_freq = vector_view(inv_freq);
+      backend.attention(attention);
+    });
+    backend.sample({.head = head.get(), .norm = nullptr, .x = view(x, 3), .rows = rows,
+                    .results = results});
+    last = allocations.load() - before;
+  }
+  EXPECT_EQ(last, 1L);  // the std::function that carries the lambda above
+  EXPECT(results[0].token >= 0 && results[1].token >= 0 && results[2].token >= 0);
 }
 
 TEST("weights of another kind, wrong shapes and unknown devices are refused") {

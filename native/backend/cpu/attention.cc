@@ -1,3 +1,5 @@
+// See attention.h. An op is three passes: rotate and store, the plan's items, joining of tiles whose
+// splits went to several threads.
 #include "backend/cpu/attention.h"
 
 #include <algorithm>
@@ -11,10 +13,7 @@ namespace turbomind::cpu {
 namespace {
 
 constexpr int kTokenGrain = 16;      // tokens a thread rotates at a time: a cache line of K^T
-constexpr int kItemsPerThread = 4;   // so that a thread that loses its core is made up for
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-int num_splits(int keys) { return ceil_div(keys, kSplitKeys); }
 
 float softmax_scale(const AttentionArgs& args) {
   return args.softmax_scale > 0.0F ? args.softmax_scale
@@ -64,19 +63,11 @@ size_t PagedAttention::reserve(const AttentionLimits& limits) {
   rope_table_.reserve(limits.max_tokens * dim * sizeof(float), "the rotary table");
   scratch_.reserve(threads * scratch_floats(limits.max_head_dim, kChunkKeys) * sizeof(float),
                    "attention scratch");
-  // A tile ends at its sequence's last row. At most `shared` (tile, KV head) pairs are so large a
-  // share of a step that their splits go to several threads.
-  const size_t tiles = static_cast<size_t>(limits.max_tokens) * limits.max_heads / kMaxTileRows +
-                       limits.max_sequences;
-  const size_t shared = static_cast<size_t>(kItemsPerThread) * threads;
-  tiles_.reserve(tiles);
-  split_tiles_.reserve(shared);
-  const size_t slots = shared * std::max(2, num_splits(limits.max_kv_len));
-  items_.reserve(tiles + slots);
-  if (threads > 1) {
-    partials_.reserve(slots * partial_floats(limits.max_head_dim) * sizeof(float),
-                      "attention partial results");
-  }
+  plan_.reserve(limits.max_tokens, limits.max_sequences, limits.max_heads, limits.max_kv_len,
+                threads);
+  partials_.reserve(AttentionPlan::max_partials(limits.max_kv_len, threads) *
+                        partial_floats(limits.max_head_dim) * sizeof(float),
+                    "attention partial results");
   return rope_table_.bytes() + scratch_.bytes() + partials_.bytes();
 }
 
@@ -182,59 +173,11 @@ void PagedAttention::rotate_and_store(const AttentionArgs& args, int token) cons
   }
 }
 
-// Tiles of query rows; those whose keys are a large share of the step's work are cut into runs of
-// splits that several threads take. Results do not depend on the cutting.
 void PagedAttention::plan(int num_heads, int num_kv_heads) {
   if (planned_heads_ == num_heads && planned_kv_heads_ == num_kv_heads) return;
-  const int group = num_heads / num_kv_heads;
-  tiles_.clear();
-  items_.clear();
-  split_tiles_.clear();
-  num_partials_ = 0;
-  int64_t total = 0;
-  for (int s = 0; s < batch_.num_sequences(); ++s) {
-    const int first = batch_.query_start[s] * group;
-    const int end = batch_.query_start[s + 1] * group;
-    for (int row = first; row < end; row += kMaxTileRows) {
-      const int rows = std::min(kMaxTileRows, end - row);
-      const int keys = batch_.positions[(row + rows - 1) / group] + 1;
-      TM_CHECK(keys > 0 && keys <= batch_.kv_len[s],
-               "sequence %d: position %d lies outside its %d tokens", s, keys - 1,
-               batch_.kv_len[s]);
-      tiles_.push_back({s, row, rows, keys, -1});
-      total += num_splits(keys);
-    }
-  }
-  const int threads = pool_.size();
-  const int64_t items = int64_t{kItemsPerThread} * threads;
-  const int64_t share = threads == 1 ? std::numeric_limits<int64_t>::max()
-                                     : std::max<int64_t>(1, total * num_kv_heads / items);
-  for (int i = 0; i < static_cast<int>(tiles_.size()); ++i) {
-    add_items(i, num_splits(tiles_[i].num_keys), share);
-  }
-  // Longest first, so that no thread begins a long item at the end.
-  std::sort(items_.begin(), items_.end(), [this](const Item& a, const Item& b) {
-    const int64_t cost_a = int64_t{a.split_end - a.split_begin} * tiles_[a.tile].rows;
-    const int64_t cost_b = int64_t{b.split_end - b.split_begin} * tiles_[b.tile].rows;
-    if (cost_a != cost_b) return cost_a > cost_b;
-    return a.tile != b.tile ? a.tile < b.tile : a.split_begin < b.split_begin;
-  });
+  plan_.build(batch_, num_heads / num_kv_heads, num_kv_heads, pool_.size());
   planned_heads_ = num_heads;
   planned_kv_heads_ = num_kv_heads;
-}
-
-void PagedAttention::add_items(int tile, int splits, int64_t splits_an_item) {
-  if (splits <= splits_an_item) {
-    items_.push_back({tile, 0, splits});
-    return;
-  }
-  tiles_[tile].partial = num_partials_;
-  num_partials_ += splits;
-  split_tiles_.push_back(tile);
-  const int step = static_cast<int>(splits_an_item);
-  for (int begin = 0; begin < splits; begin += step) {
-    items_.push_back({tile, begin, std::min(begin + step, splits)});
-  }
 }
 
 PagedAttention::Scratch PagedAttention::scratch_of(int thread, int head_dim,
@@ -259,7 +202,7 @@ PagedAttention::Scratch PagedAttention::scratch_of(int thread, int head_dim,
 }
 
 // Slot layout: max [rows], sum [rows], out [rows, D] of one (tile, KV head, split).
-float* PagedAttention::partial(const AttentionArgs& args, const Tile& tile, int kv_head,
+float* PagedAttention::partial(const AttentionArgs& args, const AttentionTile& tile, int kv_head,
                                int split) const {
   const size_t slot =
       static_cast<size_t>(tile.partial + split) * args.num_kv_heads + kv_head;
@@ -268,7 +211,7 @@ float* PagedAttention::partial(const AttentionArgs& args, const Tile& tile, int 
 
 // Blocks that do not hold whole chunks: copies the split's keys and values side by side.
 void PagedAttention::gather_chunks(const CpuKvCache& cache, int layer, int kv_head,
-                                   const Tile& tile, int first_key, int num_keys,
+                                   const AttentionTile& tile, int first_key, int num_keys,
                                    const Scratch& scratch) const {
   const int dim = cache.spec().head_dim;
   const int block_size = cache.spec().block_size;
@@ -286,9 +229,9 @@ void PagedAttention::gather_chunks(const CpuKvCache& cache, int layer, int kv_he
   }
 }
 
-void PagedAttention::compute_split(const AttentionArgs& args, const Tile& tile, int kv_head,
-                                   int split, const Scratch& scratch, float* max, float* sum,
-                                   float* out) const {
+void PagedAttention::compute_split(const AttentionArgs& args, const AttentionTile& tile,
+                                   int kv_head, int split, const Scratch& scratch, float* max,
+                                   float* sum, float* out) const {
   const auto& cache = static_cast<const CpuKvCache&>(*args.cache);
   const int dim = args.head_dim;
   const int block_size = cache.spec().block_size;
@@ -335,9 +278,9 @@ void PagedAttention::compute_split(const AttentionArgs& args, const Tile& tile, 
   kernels_.split(task);
 }
 
-void PagedAttention::run_item(const AttentionArgs& args, const Item& item, int kv_head,
+void PagedAttention::run_item(const AttentionArgs& args, const AttentionItem& item, int kv_head,
                               int thread) {
-  const Tile& tile = tiles_[item.tile];
+  const AttentionTile& tile = plan_.tiles()[item.tile];
   const int dim = args.head_dim;
   const int group = args.num_heads / args.num_kv_heads;
   const int heads = args.num_heads + 2 * args.num_kv_heads;
@@ -368,8 +311,8 @@ void PagedAttention::run_item(const AttentionArgs& args, const Item& item, int k
   finish(args, tile, kv_head, s);
 }
 
-void PagedAttention::merge_partials(const AttentionArgs& args, const Tile& tile, int kv_head,
-                                    int thread) {
+void PagedAttention::merge_partials(const AttentionArgs& args, const AttentionTile& tile,
+                                    int kv_head, int thread) {
   const int dim = args.head_dim;
   const int group = args.num_heads / args.num_kv_heads;
   const Scratch s = scratch_of(thread, dim, args.cache->spec().block_size);
@@ -385,7 +328,7 @@ void PagedAttention::merge_partials(const AttentionArgs& args, const Tile& tile,
   finish(args, tile, kv_head, s);
 }
 
-void PagedAttention::finish(const AttentionArgs& args, const Tile& tile, int kv_head,
+void PagedAttention::finish(const AttentionArgs& args, const AttentionTile& tile, int kv_head,
                             const Scratch& s) const {
   const int dim = args.head_dim;
   const int group = args.num_heads / args.num_kv_heads;
@@ -410,15 +353,15 @@ void PagedAttention::run(const AttentionArgs& args) {
   scratch_.reserve(pool_.size() * scratch_floats(args.head_dim, args.cache->spec().block_size) *
                        sizeof(float),
                    "attention scratch");
-  partials_.reserve(static_cast<size_t>(num_partials_) * kv_heads *
+  partials_.reserve(static_cast<size_t>(plan_.num_partials()) * kv_heads *
                         partial_floats(args.head_dim) * sizeof(float),
                     "attention partial results");
-  for_each(static_cast<int64_t>(items_.size()) * kv_heads, [&](int64_t i, int thread) {
-    run_item(args, items_[i / kv_heads], static_cast<int>(i % kv_heads), thread);
+  for_each(static_cast<int64_t>(plan_.items().size()) * kv_heads, [&](int64_t i, int thread) {
+    run_item(args, plan_.items()[i / kv_heads], static_cast<int>(i % kv_heads), thread);
   });
-  for_each(static_cast<int64_t>(split_tiles_.size()) * kv_heads, [&](int64_t i, int thread) {
-    merge_partials(args, tiles_[split_tiles_[i / kv_heads]], static_cast<int>(i % kv_heads),
-                   thread);
+  for_each(static_cast<int64_t>(plan_.split_tiles().size()) * kv_heads, [&](int64_t i, int thread) {
+    const AttentionTile& tile = plan_.tiles()[plan_.split_tiles()[i / kv_heads]];
+    merge_partials(args, tile, static_cast<int>(i % kv_heads), thread);
   });
 }
 

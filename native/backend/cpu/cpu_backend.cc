@@ -1,3 +1,4 @@
+// See cpu_backend.h. Checks what crosses the seam, finds scratch, and calls the kernels.
 #include "backend/cpu/cpu_backend.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// See host_memory.h. The only file of the CPU backend that talks to the system about memory.
 #include "backend/cpu/host_memory.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// See kv_cache.h.
 #include "backend/cpu/kv_cache.h"
 
 #include <cstdint>
@@ -13,8 +14,8 @@ void validate(const KvCacheSpec& spec) {
     return;
   }
   throw Error(ErrorCode::invalid_config,
-              format("KV cache of %d layers, %d KV heads, head_dim %d, block_size %d and %d blocks: "
-                     "each must be at least 1",
+              format("KV cache of %d layers, %d KV heads, head_dim %d, block_size %d and %d "
+                     "blocks: each must be at least 1",
                      spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size,
                      spec.num_blocks));
 }

@@ -1,3 +1,4 @@
+// See pointwise.h.
 #include "backend/cpu/pointwise.h"
 
 #include <cstring>

@@ -1,3 +1,4 @@
+// See vision_ops.h; attention is in vision_attention.cc.
 #include "backend/cpu/vision_ops.h"
 
 #include <array>
@@ -10,8 +11,8 @@ namespace {
 constexpr int kChannels = 3;
 
 void expect_values(const char* what, ConstTensorView view, int64_t values) {
-  TM_CHECK(view.dtype == DType::f32 && view.elements() == values, "%s is %s [%lld]; expected f32 [%lld]",
-           what, std::string(to_string(view.dtype)).c_str(),
+  TM_CHECK(view.dtype == DType::f32 && view.elements() == values,
+           "%s is %s [%lld]; expected f32 [%lld]", what, std::string(to_string(view.dtype)).c_str(),
            static_cast<long long>(view.elements()), static_cast<long long>(values));
 }
 
@@ -23,7 +24,8 @@ void patchify(const PatchifyArgs& args, ThreadPool& pool) {
   const int64_t patch = args.patch_size;
   TM_CHECK(args.tiles.dtype == DType::u8 && args.tiles.rank == 4 && args.tiles.dim(2) == side &&
                args.tiles.dim(3) == kChannels && patch > 0 && side % patch == 0,
-           "patchify needs u8 [n, S, S, 3] with S a multiple of the patch size %d", args.patch_size);
+           "patchify needs u8 [n, S, S, 3] with S a multiple of the patch size %d",
+           args.patch_size);
   const int64_t grid = side / patch;
   const int64_t plane = patch * patch;
   expect_values("patches", args.patches, tiles * grid * grid * kChannels * plane);

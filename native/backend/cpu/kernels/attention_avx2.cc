@@ -11,6 +11,9 @@ namespace {
 
 constexpr int kBlockRows = 6;
 constexpr int kBlockVectors = 1;
+// Decode: a few rows read each key and value once.
+constexpr int kStreamRows = 2;
+constexpr int kStreamVectors = 2;
 
 #include "backend/cpu/kernels/vec_avx2.inl"
 

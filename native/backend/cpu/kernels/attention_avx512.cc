@@ -1,6 +1,6 @@
 // Attention on AVX-512 F/BW/VL/DQ. Bound by fma: 14 rows x 32 columns of accumulators.
 
-// GCC 12 takes the "undefined" operand inside its own AVX-512 headers for an uninitialised variable.
+// GCC 12 takes the "undefined" operand of its own AVX-512 headers for an uninitialised variable.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -16,6 +16,9 @@ namespace {
 
 constexpr int kBlockRows = 14;
 constexpr int kBlockVectors = 2;
+// Decode: a few rows read each key and value once.
+constexpr int kStreamRows = 7;
+constexpr int kStreamVectors = 4;
 
 #include "backend/cpu/kernels/vec_avx512.inl"
 

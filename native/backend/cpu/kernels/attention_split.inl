@@ -2,6 +2,8 @@
 // kBlockVectors vectors: included once per instruction set, inside that set's brackets and an
 // anonymous namespace.
 
+constexpr int kAheadRows = 8;
+
 // One register block of C = A B: rows of A are broadcast, B holds 16 * kVectors columns.
 struct BlockTask {
   const float* a;            // [rows, kRowStride]
@@ -14,7 +16,8 @@ struct BlockTask {
   int c_stride;
 };
 
-template <int kRows, int kVectors>
+// kStream: few rows, so that B comes from memory at full speed and is asked for ahead.
+template <int kRows, int kVectors, bool kStream = false>
 inline void multiply_block(const BlockTask& t) {
   F sum[kRows][kVectors];
   #pragma GCC unroll 16
@@ -29,7 +32,13 @@ inline void multiply_block(const BlockTask& t) {
     for (int k = 0; k < end; ++k, b += t.b_stride, ++a) {
       F row[kVectors];
       #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) row[v] = f_load(b + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) {
+        row[v] = f_load(b + v * kLanes);
+        if constexpr (kStream) {
+          _mm_prefetch(reinterpret_cast<const char*>(b + kAheadRows * t.b_stride + v * kLanes),
+                       _MM_HINT_T0);
+        }
+      }
       #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const F x = f_set(a[r * kRowStride]);
@@ -47,12 +56,12 @@ inline void multiply_block(const BlockTask& t) {
   }
 }
 
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, bool kStream = false>
 inline void multiply_rows(int rows, const BlockTask& t) {
   if (rows == kRows) {
-    multiply_block<kRows, kVectors>(t);
+    multiply_block<kRows, kVectors, kStream>(t);
   } else if constexpr (kRows > 1) {
-    multiply_rows<kRows - 1, kVectors>(rows, t);
+    multiply_rows<kRows - 1, kVectors, kStream>(rows, t);
   }
 }
 
@@ -66,20 +75,17 @@ inline void multiply_tile(int rows, BlockTask t) {
   }
 }
 
+// C = A B for `columns` columns, a multiple of kLanes.
 inline void multiply_columns(int rows, int columns, BlockTask t) {
-  const int first = t.b_column;
-  float* c = t.c;
-  int done = 0;
-  for (; done + kBlockVectors * kLanes <= columns; done += kBlockVectors * kLanes) {
-    t.b_column = first + done;
-    t.c = c + done;
+  for (; rows <= kStreamRows && t.b_column + kStreamVectors * kLanes <= columns;
+       t.b_column += kStreamVectors * kLanes, t.c += kStreamVectors * kLanes) {
+    multiply_rows<kStreamRows, kStreamVectors, true>(rows, t);
+  }
+  for (; t.b_column + kBlockVectors * kLanes <= columns;
+       t.b_column += kBlockVectors * kLanes, t.c += kBlockVectors * kLanes) {
     multiply_tile<kBlockVectors>(rows, t);
   }
-  for (; done < columns; done += kLanes) {
-    t.b_column = first + done;
-    t.c = c + done;
-    multiply_tile<1>(rows, t);
-  }
+  for (; t.b_column < columns; t.b_column += kLanes, t.c += kLanes) multiply_tile<1>(rows, t);
 }
 
 inline F exp_nonpositive_v(F x) {
@@ -121,7 +127,10 @@ inline void softmax_row(const SplitTask& t, int row, int columns) {
   F best = lowest;
   for (int j = 0; j < limit; j += kLanes) {
     F s = f_mul(f_load(p + j), scale);
-    if (limit - j < kLanes) s = f_select_gt(f_set(static_cast<float>(limit - j)), f_load(kLaneIndex), s, lowest);
+    if (limit - j < kLanes) {
+      const F count = f_set(static_cast<float>(limit - j));
+      s = f_select_gt(count, f_load(kLaneIndex), s, lowest);
+    }
     f_store(p + j, s);
     best = f_max(best, s);
   }

@@ -44,7 +44,7 @@ Napi::Value EngineWrap::submit(const Napi::CallbackInfo& info) {
 
 Napi::Value EngineWrap::abort(const Napi::CallbackInfo& info) {
   return guard(info.Env(), [&] {
-    session_->abort(static_cast<RequestId>(Field(info[0], "abort: id").integer(0, INT64_MAX)));
+    session_->abort(static_cast<RequestId>(Field(info[0], "abort: id").integer(0, (1LL << 53) - 1)));
     return info.Env().Undefined();
   });
 }

@@ -1,5 +1,5 @@
-// The module: the functions of lib/native-types.ts `NativeAddon`, defined anew for every environment
-// that loads the file. Engines and tiles have files of their own.
+// The module: the functions of lib/native-types.ts `NativeAddon`, defined anew for every
+// environment that loads the file. Engines and tiles have files of their own.
 #include <cstring>
 #include <memory>
 

@@ -22,7 +22,8 @@ std::shared_ptr<uint8_t> allocate_pixels(size_t bytes) {
   const size_t alignment = large ? kHugePage : 64;
   void* memory = std::aligned_alloc(alignment, round_up(bytes + (bytes == 0 ? 1 : 0), alignment));
   if (memory == nullptr) {
-    throw Error(ErrorCode::out_of_memory, format("image: no memory for %zu bytes of pixels", bytes));
+    throw Error(ErrorCode::out_of_memory,
+                format("image: no memory for %zu bytes of pixels", bytes));
   }
   if (large) prefer_huge_pages(memory, bytes);
   return {static_cast<uint8_t*>(memory), [](uint8_t* pixels) { std::free(pixels); }};

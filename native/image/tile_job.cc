@@ -62,7 +62,9 @@ void TileJob::add_bands(const Resizer& resizer, const SegmentedOutput& out, int 
   const int height = resizer.out_height();
   count = std::clamp(height / kMinBandRows, 1, count);
   for (int i = 0; i < count; ++i) {
-    const auto edge = [&](int n) { return static_cast<int>(static_cast<int64_t>(height) * n / count); };
+    const auto edge = [&](int n) {
+      return static_cast<int>(static_cast<int64_t>(height) * n / count);
+    };
     bands_.push_back({&resizer, out, edge(i), edge(i + 1)});
   }
 }

@@ -1,5 +1,5 @@
-// The module: the functions of lib/native-types.ts `NativeAddon`, defined anew for every environment
-// that loads the file. Engines and tiles have files of their own.
+// The module: the functions of lib/native-types.ts `NativeAddon`, defined anew for every
+// environment that loads the file. Engines and tiles have files of their own.
 #include <cstring>
 #include <memory>
 
@@ -10,6 +10,7 @@
 #include "addon/host_info.h"
 #include "addon/js_object.h"
 #include "addon/tiles_wrap.h"
+#include "image/pixel_buffer.h"
 
 #define TM_STRINGIFY(x) #x
 #define TM_TEXT(x) TM_STRINGIFY(x)
@@ -55,7 +56,7 @@ Napi::Value make_tiles(const Napi::CallbackInfo& info) {
         to_image_view(info, "makeTiles", Field(info[3], "makeTiles: channels").int32());
     // Copied, because JavaScript may change, move or free its memory while our threads read.
     const size_t bytes = static_cast<size_t>(view.width) * view.height * view.channels;
-    const auto copy = std::make_shared_for_overwrite<uint8_t[]>(bytes);
+    const std::shared_ptr<uint8_t> copy = image::allocate_pixels(bytes);
     std::memcpy(copy.get(), view.pixels, bytes);
     view.pixels = copy.get();
 

@@ -1,5 +1,6 @@
 // Functions that other threads want run on the JS thread: one queue an environment. Also counts the
-// operations under way, so that an awaited promise keeps the event loop alive and nothing else does.
+// operations under way, so that an awaited promise keeps the event loop alive and nothing else
+// does.
 #pragma once
 
 #include <functional>
@@ -34,8 +35,8 @@ class CallQueue {
   Wakeup wakeup_;
 };
 
-// Runs a callback into JavaScript; what it throws becomes an uncaught exception, as for any callback
-// of the event loop. Silent where the environment can no longer run JavaScript.
+// Runs a callback into JavaScript; what it throws becomes an uncaught exception, as for any
+// callback of the event loop. Silent where the environment can no longer run JavaScript.
 void call_into_js(Napi::Env env, const Napi::FunctionReference& function, napi_value argument);
 
 }  // namespace turbomind::addon

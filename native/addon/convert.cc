@@ -211,8 +211,8 @@ JsValue to_js(napi_env env, const Event& event) {
 }  // namespace
 
 void Field::fail(const char* expected) const {
-  throw Error(ErrorCode::invalid_argument, format("%s: expected %s, got %s", path_.c_str(), expected,
-                                                  describe(value_).c_str()));
+  throw Error(ErrorCode::invalid_argument,
+              format("%s: expected %s, got %s", path_.c_str(), expected, describe(value_).c_str()));
 }
 
 Field Field::operator[](const char* key) const {

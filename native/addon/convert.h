@@ -1,5 +1,5 @@
-// JavaScript values ⇄ native structs, as lib/native-types.ts states them. The only place that answers
-// "wrong type": every message names the field by its path. JS thread only.
+// JavaScript values ⇄ native structs, as lib/native-types.ts states them. The only place that
+// answers "wrong type": every message names the field by its path. JS thread only.
 #pragma once
 
 #include <cstdint>

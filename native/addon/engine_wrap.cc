@@ -44,7 +44,8 @@ Napi::Value EngineWrap::submit(const Napi::CallbackInfo& info) {
 
 Napi::Value EngineWrap::abort(const Napi::CallbackInfo& info) {
   return guard(info.Env(), [&] {
-    session_->abort(static_cast<RequestId>(Field(info[0], "abort: id").integer(0, INT64_MAX)));
+    const int64_t id = Field(info[0], "abort: id").integer(0, (1LL << 53) - 1);
+    session_->abort(static_cast<RequestId>(id));
     return info.Env().Undefined();
   });
 }

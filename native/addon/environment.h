@@ -1,6 +1,6 @@
-// What belongs to one Node environment (the main thread or a worker): classes, the queue back to its
-// JS thread, preprocessing threads, open engines. Nothing in this addon is static, so any number of
-// environments load it side by side. Teardown is driven by cleanup hooks: stop, join, release.
+// What belongs to one Node environment (the main thread or a worker): classes, the queue back to
+// its JS thread, preprocessing threads, open engines. Nothing in this addon is static, so any number
+// of environments load it side by side. Teardown is driven by cleanup hooks: stop, join, release.
 #pragma once
 
 #include <memory>

@@ -2,8 +2,8 @@
 // JavaScript errors. JS thread only.
 #pragma once
 
-// A worker that is being terminated refuses to run JavaScript; an error that can no longer be thrown
-// is dropped then, instead of ending the process.
+// A worker that is being terminated refuses to run JavaScript; an error that can no longer be
+// thrown is dropped then, instead of ending the process.
 #define NODE_API_SWALLOW_UNTHROWABLE_EXCEPTIONS
 #include <napi.h>
 

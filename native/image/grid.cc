@@ -1,5 +1,5 @@
-// Which tile grid an image gets: InternVL's `dynamic_preprocess`, ties included. Pure functions, any
-// thread.
+// Which tile grid an image gets: InternVL's `dynamic_preprocess`, ties included. Pure functions,
+// any thread.
 //
 // The original collects candidate grids in a Python set, sorts them by their number of tiles (a
 // stable sort) and scans for the nearest aspect ratio. Among grids with equally many tiles the scan

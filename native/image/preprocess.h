@@ -38,7 +38,7 @@ struct ImageTiles {
   uint64_t content_hash[2] = {0, 0};  // of grid, size and pixels: the image's identity
 };
 
-// Bounds of what is accepted. They keep every size below in 32 bits and a single image's memory sane;
+// Bounds of what is accepted. They keep every size below in 32 bits and one image's memory sane;
 // lib/ applies tighter ones of its own before it decodes.
 constexpr int kMaxSide = 65535;              // pixels
 constexpr int64_t kMaxPixels = 1LL << 28;    // of the input

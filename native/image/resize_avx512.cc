@@ -52,7 +52,8 @@ PackedWeights pack_vbmi(const Coefficients& coefficients, Axis axis, int channel
     for (int lane = 0; lane < 4; ++lane) {
       for (int t = 0; t < kTapsPerStep; ++t) {
         for (int channel = 0; channel < 3; ++channel) {
-          const int byte = (starts[lane] - starts[0] + t) * channels + (channels == 1 ? 0 : channel);
+          const int pixel = starts[lane] - starts[0] + t;
+          const int byte = pixel * channels + (channels == 1 ? 0 : channel);
           if (byte > 63) return packed;
           indices[group * 64 + lane * 16 + channel * 4 + t] = static_cast<uint8_t>(byte);
         }
@@ -138,7 +139,9 @@ void horizontal_rows(const HorizontalArgs& args, const uint8_t* const* in, uint8
   for (size_t group = 0; group < groups; ++group) {
     const int* starts = &c.starts[group * kOutputsPerGroup];
     size_t at[4];
-    for (int lane = 0; lane < 4; ++lane) at[lane] = static_cast<size_t>(starts[lane]) * args.channels;
+    for (int lane = 0; lane < 4; ++lane) {
+      at[lane] = static_cast<size_t>(starts[lane]) * args.channels;
+    }
     const __m512i gather = Gather ? _mm512_loadu_si512(index + group * 64) : shuffle;
     __m512i b0[4], b1[4], b2[4];
     for (int r = 0; r < 4; ++r) {

@@ -149,8 +149,9 @@ void Resizer::run(int begin, int end, const SegmentedOutput& out) const {
     band.advance(first, first + count);
     // Taps beyond `count` have zero weights and may read any row.
     for (int t = 0; t < taps; ++t) rows[t] = band.row(first + std::min(t, count - 1));
+    const size_t weights_offset = static_cast<size_t>(y) * vertical_.steps * 16;
     VerticalArgs args{.in = rows.data(),
-                      .weights = &vertical_weights_.bytes[static_cast<size_t>(y) * vertical_.steps * 16],
+                      .weights = &vertical_weights_.bytes[weights_offset],
                       .steps = vertical_.steps,
                       .bytes = segment_bytes};
     for (int column = 0; column < out.columns; ++column) {

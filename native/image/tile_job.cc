@@ -4,6 +4,7 @@
 #include <new>
 
 #include "base/error.h"
+#include "image/pixel_buffer.h"
 
 namespace turbomind::image {
 namespace {
@@ -13,9 +14,13 @@ namespace {
 constexpr int kMinBandRows = 64;
 constexpr int kBandsPerThread = 4;
 
-std::vector<uint8_t> allocate_pixels(size_t bytes) {
+std::vector<uint8_t> allocate_tiles(size_t bytes) {
   try {
-    return std::vector<uint8_t>(bytes);
+    std::vector<uint8_t> pixels;
+    pixels.reserve(bytes);
+    prefer_huge_pages(pixels.data(), bytes);
+    pixels.resize(bytes);
+    return pixels;
   } catch (const std::bad_alloc&) {
     throw Error(ErrorCode::out_of_memory,
                 format("image: no memory for %zu bytes of tiles; lower maxTiles", bytes));
@@ -37,7 +42,7 @@ TileJob::TileJob(const ImageView& image, const TileOptions& options, int paralle
   tiles_->grid = grid;
   tiles_->tile_size = side;
   tiles_->num_tiles = grid_tiles + (adds_thumbnail ? 1 : 0);
-  tiles_->pixels = allocate_pixels(tile_bytes * tiles_->num_tiles);
+  tiles_->pixels = allocate_tiles(tile_bytes * tiles_->num_tiles);
   hashes_.resize(tiles_->num_tiles);
 
   const int most_bands = parallelism == 1 ? 1 : parallelism * kBandsPerThread;
@@ -57,7 +62,9 @@ void TileJob::add_bands(const Resizer& resizer, const SegmentedOutput& out, int 
   const int height = resizer.out_height();
   count = std::clamp(height / kMinBandRows, 1, count);
   for (int i = 0; i < count; ++i) {
-    const auto edge = [&](int n) { return static_cast<int>(static_cast<int64_t>(height) * n / count); };
+    const auto edge = [&](int n) {
+      return static_cast<int>(static_cast<int64_t>(height) * n / count);
+    };
     bands_.push_back({&resizer, out, edge(i), edge(i + 1)});
   }
 }

@@ -123,8 +123,8 @@ void TilePool::State::stop() {
   for (const WorkPtr& work : queue) {
     work->job.reset();
     work->owner.reset();
-    work->done(nullptr, std::make_exception_ptr(
-                            Error(ErrorCode::disposed, "image: the preprocessing threads were stopped")));
+    const Error stopped(ErrorCode::disposed, "image: the preprocessing threads were stopped");
+    work->done(nullptr, std::make_exception_ptr(stopped));
   }
   queue.clear();
 }

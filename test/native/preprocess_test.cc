@@ -115,7 +115,9 @@ TEST("candidate grids come in the order of a CPython set") {
   const char* from_4_to_8 = "1x4 2x2 4x1 1x5 5x1 6x1 2x3 1x6 3x2 7x1 1x7 2x4 8x1 1x8 4x2 ";
   const auto names = [](int min_tiles, int max_tiles) {
     std::string text;
-    for (const TileGrid& grid : candidate_grids(min_tiles, max_tiles)) text += grid_name(grid) + " ";
+    for (const TileGrid& grid : candidate_grids(min_tiles, max_tiles)) {
+      text += grid_name(grid) + " ";
+    }
     return text;
   };
   EXPECT_EQ(names(1, 12), up_to_12);
@@ -123,7 +125,9 @@ TEST("candidate grids come in the order of a CPython set") {
   // Each pair once, whatever the bounds.
   for (int min_tiles = 1; min_tiles <= 40; min_tiles += 3) {
     std::set<std::pair<int, int>> seen;
-    for (const TileGrid& grid : candidate_grids(min_tiles, 40)) seen.insert({grid.columns, grid.rows});
+    for (const TileGrid& grid : candidate_grids(min_tiles, 40)) {
+      seen.insert({grid.columns, grid.rows});
+    }
     size_t expected = 0;
     for (int columns = 1; columns <= 40; ++columns) {
       for (int rows = 1; rows <= 40; ++rows) {
@@ -227,7 +231,8 @@ TEST("tiles are crops of the resized image, row by row, thumbnail last") {
     }
   }
   EXPECT(std::memcmp(&tiles.pixels[6 * 20 * 60], thumbnail.data(), thumbnail.size()) == 0);
-  EXPECT_EQ(make_tiles(image, {.tile_size = 20, .max_tiles = 6, .use_thumbnail = false}).num_tiles, 6);
+  const TileOptions plain{.tile_size = 20, .max_tiles = 6, .use_thumbnail = false};
+  EXPECT_EQ(make_tiles(image, plain).num_tiles, 6);
   EXPECT_EQ(make_tiles(image, {.tile_size = 20, .max_tiles = 1}).num_tiles, 1);
 }
 

@@ -1,11 +1,11 @@
-// Loads the freshly built addon by path, without the loader of lib/.
+// Loads the freshly built addon by path, without the loader of lib/; TURBOMIND_NATIVE names another.
 import { createRequire } from 'node:module';
 import { fileURLToPath } from 'node:url';
 import type { NativeAddon, NativeTileOptions } from '../../../lib/native-types.js';
 
-export const ADDON_PATH: string = fileURLToPath(
-  new URL('../../../build/Release/turbomind.node', import.meta.url),
-);
+export const ADDON_PATH: string =
+  process.env.TURBOMIND_NATIVE ??
+  fileURLToPath(new URL('../../../build/Release/turbomind.node', import.meta.url));
 
 /** The addon border: what the file exports is what native-types.ts says. */
 export const addon = createRequire(import.meta.url)(ADDON_PATH) as NativeAddon;

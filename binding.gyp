@@ -9,7 +9,7 @@
         '<!@(node -p "const s=require(\'./native/sources.json\');[...s.core,...s.addon].map(f=>\'native/\'+f).join(\' \')")'
       ],
       'include_dirs': ['native', '<!(node -p "require(\'node-addon-api\').include_dir")'],
-      'defines': ['NAPI_VERSION=8', 'NODE_ADDON_API_DISABLE_DEPRECATED', 'NODE_ADDON_API_CPP_EXCEPTIONS'],
+      'defines': ['NAPI_VERSION=8', 'NODE_ADDON_API_DISABLE_DEPRECATED', 'NODE_ADDON_API_CPP_EXCEPTIONS', 'TURBOMIND_VERSION=<!(node -p "require(\'./package.json\').version")'],
       'cflags!': ['-fno-exceptions', '-std=gnu++17', '-std=gnu++20'],
       'cflags_cc!': ['-fno-exceptions', '-fno-rtti', '-std=gnu++17', '-std=gnu++20'],
       'cflags_cc': ['-std=c++20', '-O3', '-ffp-contract=off', '-fvisibility=hidden', '-Wall', '-Wextra', '-Wno-unused-parameter'],

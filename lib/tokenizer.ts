@@ -8,6 +8,7 @@ import { findChatFormat } from './chat-formats.js';
 import type { Checkpoint } from './checkpoint/checkpoint.js';
 import { isJsonObject, type JsonObject, jsonGet, readJsonFile } from './checkpoint/json.js';
 import { TurbomindError } from './errors.js';
+import { type ByteSpelling, bytesOfText, bytesOfToken, textOfBytes } from './token-bytes.js';
 
 export interface EncodeOptions {
   /** Add what the tokenizer's post-processor adds (a BOS token, mostly). Default false. */
@@ -24,7 +25,8 @@ export interface Tokenizer {
   /**
    * Text to ids. Added tokens written in the text become their ids.
    *
-   * @throws TurbomindError ERR_TM_INVALID_PROMPT when the text is longer than `maxInputChars`.
+   * @throws TurbomindError ERR_TM_INVALID_PROMPT when the text is longer than `maxInputChars`,
+   * ERR_TM_INVALID_TOKENIZER when it needs a token that the model has no embedding for.
    */
   encode(text: string, options?: EncodeOptions): number[];
   /** One more than the greatest id that has a token. */
@@ -50,7 +52,7 @@ export interface TokenizerSource {
   readonly json: JsonObject;
   /** tokenizer_config.json, parsed; {} when there is none. */
   readonly config: JsonObject;
-  /** Rows of the embedding table; a greater id would read beyond it. */
+  /** Rows of the embedding table; ids from there on are refused. */
   readonly modelVocabSize: number;
   /** Ids that end an answer, beside the tokenizer's own eos token. */
   readonly eosIds: readonly number[];
@@ -60,8 +62,11 @@ export interface TokenizerSource {
   readonly maxInputChars?: number;
 }
 
-/** 4 Mi characters: far beyond any context, and still seconds of work at most for normal text. */
+/** Characters; encoding takes 2-3 µs each for normal text, ten times that for one endless word. */
 const DEFAULT_MAX_INPUT_CHARS = 4 * 1024 * 1024;
+
+/** Normal text has 1 to 5 characters a token: beyond this no prompt can fit the model. */
+const MAX_CHARS_PER_POSITION = 32;
 
 /**
  * Reads and parses tokenizer.json. Start the native load first: the two overlap.
@@ -86,7 +91,9 @@ export async function loadTokenizer(
     modelVocabSize: spec.decoder.vocabSize,
     eosIds: checkpoint.generation.eosTokenIds,
     stopTokens: format?.stopTokens ?? [],
-    ...options,
+    maxInputChars:
+      options.maxInputChars ??
+      Math.min(DEFAULT_MAX_INPUT_CHARS, MAX_CHARS_PER_POSITION * checkpoint.maxPositionEmbeddings),
   });
   for (const token of image ? [image.startToken, image.endToken, image.contextToken] : []) {
     if (tokenizer.idOf(token) === undefined) {
@@ -120,15 +127,12 @@ interface AddedToken {
   readonly stripsRight: boolean;
 }
 
-/** How the vocabulary spells bytes. */
-type DecoderKind = 'byte-level' | 'sentencepiece';
-
 class LibraryTokenizer implements Tokenizer {
   readonly #source: TokenizerSource;
   readonly #added: ReadonlyMap<string, AddedToken>;
   readonly #addedById: ReadonlyMap<number, AddedToken>;
   readonly #specialIds: ReadonlySet<number>;
-  readonly #decoder: DecoderKind;
+  readonly #spelling: ByteSpelling;
   readonly #maxInputChars: number;
   readonly #texts = new Map<number, string | undefined>();
   #library: HfTokenizer | undefined;
@@ -138,24 +142,24 @@ class LibraryTokenizer implements Tokenizer {
 
   constructor(source: TokenizerSource) {
     this.#source = source;
-    const added = readAddedTokens(source.json, source.modelVocabSize);
+    const added = readAddedTokens(source.json);
     this.#added = new Map(added.map((token) => [token.content, token]));
     this.#addedById = new Map(added.map((token) => [token.id, token]));
     this.#specialIds = new Set(added.filter((token) => token.isSpecial).map((token) => token.id));
     this.specialTokens = added.filter((token) => token.isSpecial).map((token) => token.content);
     const decoder = readDecoder(source.json);
-    this.#decoder = decoder.kind;
+    this.#spelling = decoder.kind;
     this.stripsLeadingSpace = decoder.stripsLeadingSpace;
     this.#maxInputChars = source.maxInputChars ?? DEFAULT_MAX_INPUT_CHARS;
     this.eosIds = this.#findEosIds();
   }
 
   #findEosIds(): number[] {
-    const { config, eosIds, stopTokens = [] } = this.#source;
+    const { config, eosIds, stopTokens = [], modelVocabSize } = this.#source;
     const eosToken = tokenText(jsonGet(config, 'eos_token'));
     const tokens = eosToken === undefined ? stopTokens : [eosToken, ...stopTokens];
     const ids = tokens.flatMap((token) => this.idOf(token) ?? []);
-    return [...new Set([...eosIds, ...ids])];
+    return [...new Set([...eosIds, ...ids])].filter((id) => id < modelVocabSize);
   }
 
   prepare(): void {
@@ -187,16 +191,15 @@ class LibraryTokenizer implements Tokenizer {
 
   bytesOf(id: number): Uint8Array {
     const added = this.#addedById.get(id);
-    if (added !== undefined) return UTF8.encode(added.content);
+    if (added !== undefined) return bytesOfText(added.content);
     const token = this.#built().id_to_token(id);
-    if (token === undefined) return new Uint8Array(0);
-    return this.#decoder === 'byte-level' ? byteLevelBytes(token) : sentencepieceBytes(token);
+    return token === undefined ? new Uint8Array(0) : bytesOfToken(token, this.#spelling);
   }
 
   textOf(id: number): string | undefined {
     const known = this.#texts.get(id);
     if (known !== undefined || this.#texts.has(id)) return known;
-    const text = decodeWhole(this.bytesOf(id));
+    const text = textOfBytes(this.bytesOf(id));
     this.#texts.set(id, text);
     return text;
   }
@@ -209,10 +212,24 @@ class LibraryTokenizer implements Tokenizer {
       );
     }
     const { addSpecialTokens = false, literalMark } = options;
-    if (literalMark !== undefined && text.includes(literalMark)) {
-      return this.#encodeMarked(text, literalMark, addSpecialTokens);
-    }
-    return this.#built().encode(text, { add_special_tokens: addSpecialTokens }).ids;
+    const isMarked = literalMark !== undefined && text.includes(literalMark);
+    return this.#checked(
+      isMarked
+        ? this.#encodeMarked(text, literalMark, addSpecialTokens)
+        : this.#built().encode(text, { add_special_tokens: addSpecialTokens }).ids,
+    );
+  }
+
+  /** Some tokenizers have more ids than the model has embeddings; such a one cannot be run. */
+  #checked(ids: number[]): number[] {
+    const { modelVocabSize } = this.#source;
+    const beyond = ids.find((id) => !(id < modelVocabSize));
+    if (beyond === undefined) return ids;
+    const token = JSON.stringify(this.#built().id_to_token(beyond) ?? null);
+    throw invalid(
+      `gives the token ${token} the id ${beyond}, but the model's vocabulary ends at ` +
+        `${modelVocabSize}; leave it out of the prompt`,
+    );
   }
 
   /** The library's own steps, section by section, with marked added tokens left as plain text. */
@@ -238,38 +255,25 @@ class LibraryTokenizer implements Tokenizer {
   }
 }
 
-function buildLibrary({ json, config, modelVocabSize }: TokenizerSource): HfTokenizer {
-  let library: HfTokenizer;
+function buildLibrary({ json, config }: TokenizerSource): HfTokenizer {
   try {
     // Reading never cleans spaces up: it would make streamed text differ from whole text.
-    library = new HfTokenizer(json, { ...config, clean_up_tokenization_spaces: false });
+    return new HfTokenizer(json, { ...config, clean_up_tokenization_spaces: false });
   } catch (cause) {
     const reason = cause instanceof Error ? cause.message : String(cause);
     throw invalid(`cannot be used: ${reason}`, cause);
   }
-  const size = library.model?.vocab.length ?? 0;
-  if (size > modelVocabSize) {
-    throw invalid(
-      `has ids up to ${size - 1}, but the model's vocabulary ends at ${modelVocabSize}`,
-    );
-  }
-  return library;
 }
 
-function readAddedTokens(json: JsonObject, modelVocabSize: number): AddedToken[] {
+function readAddedTokens(json: JsonObject): AddedToken[] {
   if (!isJsonObject(jsonGet(json, 'model'))) throw invalid('has no "model" object');
   const list = jsonGet(json, 'added_tokens') ?? [];
   if (!Array.isArray(list)) throw invalid('has added_tokens that are not a list');
   return list.map((entry: unknown) => {
     const { id, content } = isJsonObject(entry) ? entry : {};
-    if (typeof id !== 'number' || !Number.isInteger(id) || typeof content !== 'string') {
+    const isToken = typeof content === 'string' && content !== '';
+    if (!isToken || typeof id !== 'number' || !Number.isInteger(id) || id < 0) {
       throw invalid(`has a malformed added token ${JSON.stringify(entry)}`);
-    }
-    if (content === '' || id < 0 || id >= modelVocabSize) {
-      throw invalid(
-        `has the added token ${JSON.stringify(content)} with id ${id}; the model's vocabulary ` +
-          `has ${modelVocabSize}`,
-      );
     }
     const flags = isJsonObject(entry) ? entry : {};
     return {
@@ -282,7 +286,7 @@ function readAddedTokens(json: JsonObject, modelVocabSize: number): AddedToken[]
   });
 }
 
-function readDecoder(json: JsonObject): { kind: DecoderKind; stripsLeadingSpace: boolean } {
+function readDecoder(json: JsonObject): { kind: ByteSpelling; stripsLeadingSpace: boolean } {
   const decoder = jsonGet(json, 'decoder');
   const steps = flattenDecoder(decoder);
   const types = steps.map((step) => step.type);
@@ -333,50 +337,6 @@ function stripAround(
     const right = added.get(sections[index + 1] ?? '')?.stripsLeft ? section.trimEnd() : section;
     return added.get(sections[index - 1] ?? '')?.stripsRight ? right.trimStart() : right;
   });
-}
-
-const UTF8 = new TextEncoder();
-const STRICT_UTF8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true });
-
-function decodeWhole(bytes: Uint8Array): string | undefined {
-  try {
-    return STRICT_UTF8.decode(bytes);
-  } catch {
-    return undefined; // part of a character: normal for byte-level tokens
-  }
-}
-
-/**
- * GPT-2's alphabet: printable Latin-1 characters stand for their own byte, the other 68 bytes in
- * order for the characters from U+0100 on.
- */
-const BYTE_OF_CHAR: ReadonlyMap<string, number> = (() => {
-  const isPrintable = (byte: number): boolean =>
-    (byte >= 0x21 && byte <= 0x7e) || (byte >= 0xa1 && byte <= 0xac) || byte >= 0xae;
-  const table = new Map<string, number>();
-  let next = 0x100;
-  for (let byte = 0; byte < 256; byte += 1) {
-    table.set(String.fromCharCode(isPrintable(byte) ? byte : next), byte);
-    if (!isPrintable(byte)) next += 1;
-  }
-  return table;
-})();
-
-function byteLevelBytes(token: string): Uint8Array {
-  const bytes: number[] = [];
-  for (const char of token) {
-    const byte = BYTE_OF_CHAR.get(char);
-    // A token with a character outside the alphabet is text, not spelled bytes.
-    if (byte === undefined) return UTF8.encode(token);
-    bytes.push(byte);
-  }
-  return Uint8Array.from(bytes);
-}
-
-function sentencepieceBytes(token: string): Uint8Array {
-  const spelled = /^<0x([0-9A-Fa-f]{2})>$/.exec(token)?.[1];
-  if (spelled !== undefined) return Uint8Array.of(Number.parseInt(spelled, 16));
-  return UTF8.encode(token.replaceAll('▁', ' '));
 }
 
 /** A token in tokenizer_config.json is a string or { content }. */

@@ -87,7 +87,7 @@ struct LinearArgs {
   ConstTensorView x;           // [T, K]
   TensorView y;                // [T, N], or [T, N / 2] for silu_mul
   Epilogue epilogue = Epilogue::none;
-  ConstTensorView scale;       // residual only (InternViT's layer scale)
+  ConstTensorView scale{};     // residual only (InternViT's layer scale)
 };
 
 // Image rows of the step: rows [row, row + count) of x take embeddings[offset, offset + count).
@@ -169,8 +169,8 @@ struct SampleArgs {
   const LinearWeight* head = nullptr;  // loaded with load_head
   const Norm* norm = nullptr;          // final norm
   ConstTensorView x;                   // [T, H]; the step's sample_rows are taken
-  std::span<const SampleRow> rows;     // [R]
-  std::span<SampleResult> results;     // [R]
+  std::span<const SampleRow> rows{};   // [R]
+  std::span<SampleResult> results{};   // [R]
 };
 
 struct DeviceInfo {

@@ -38,6 +38,22 @@ struct ImageTiles {
   uint64_t content_hash[2] = {0, 0};  // of grid, size and pixels: the image's identity
 };
 
+// Bounds of what is accepted. They keep every size below in 32 bits and a single image's memory sane;
+// lib/ applies tighter ones of its own before it decodes.
+constexpr int kMaxSide = 65535;              // pixels
+constexpr int64_t kMaxPixels = 1LL << 28;    // of the input
+constexpr int kMaxTileSize = 4096;           // pixels
+constexpr int kMaxTiles = 1024;
+constexpr int64_t kMaxTileBytes = 1LL << 30; // of all tiles together
+
+// Throw Error{invalid_image} and Error{invalid_argument}.
+void check_size(int width, int height);
+void check_image(const ImageView& image);
+void check_options(const TileOptions& options);
+
+// Candidate grids in the order in which `choose_grid` looks at them.
+std::vector<TileGrid> candidate_grids(int min_tiles, int max_tiles);
+
 // The grid whose aspect ratio is nearest (InternVL `dynamic_preprocess`; ties as there).
 TileGrid choose_grid(int width, int height, const TileOptions& options);
 

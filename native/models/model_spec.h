@@ -4,10 +4,9 @@
 
 #include <cstdint>
 #include <optional>
-#include <string>
-#include <vector>
 
 #include "base/types.h"
+#include "io/checkpoint_files.h"
 
 namespace turbomind {
 
@@ -44,8 +43,8 @@ struct VisionSpec {
   float norm_eps = 1e-6F;
   bool rms_norm = false;  // InternViT-6B; else LayerNorm
   bool qkv_bias = true;
-  bool qk_norm = false;   // RMSNorm over the whole C
-  int shuffle_factor = 2;       // 1 / downsample_ratio
+  bool qk_norm = false;    // RMSNorm over the whole C
+  int shuffle_factor = 2;  // 1 / downsample_ratio
   float projector_norm_eps = 1e-5F;
   float mean[3] = {0.485F, 0.456F, 0.406F};
   float std[3] = {0.229F, 0.224F, 0.225F};
@@ -64,20 +63,5 @@ struct ModelSpec {
 
 // Throws Error{invalid_config | unsupported_model | unsupported_quantization}.
 void validate(const ModelSpec& spec);
-
-// One tensor of the checkpoint under its canonical name (see models/canonical_names.md).
-struct TensorEntry {
-  std::string name;
-  DType dtype = DType::f32;
-  std::vector<int64_t> shape;
-  int file_idx = 0;
-  uint64_t offset = 0;  // from the start of the file
-  uint64_t bytes = 0;
-};
-
-struct CheckpointFiles {
-  std::vector<std::string> paths;
-  std::vector<TensorEntry> tensors;
-};
 
 }  // namespace turbomind

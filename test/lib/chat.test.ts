@@ -301,7 +301,7 @@ describe('message text', () => {
           `<|im_start|>user\n${said.join('')}<|im_end|>\n<|im_start|>assistant\n`,
         );
       }),
-      { numRuns: 500 },
+      { numRuns: 150 },
     );
   });
 

@@ -418,6 +418,32 @@ describe('an InternVL model in the -hf layout', () => {
     await expectError(() => open(hfConfig(), hfTensors(), files), code, message);
   });
 
+  test('needs an id that is a number', async () => {
+    const code = 'ERR_TM_INVALID_TOKENIZER';
+    for (const files of [
+      { 'added_tokens.json': { '<IMG_CONTEXT>': 1.5 } },
+      { 'tokenizer_config.json': { added_tokens_decoder: { x: { content: '<IMG_CONTEXT>' } } } },
+      { 'tokenizer.json': { added_tokens: [{ content: '<IMG_CONTEXT>', id: 'x' }] } },
+    ]) {
+      await expectError(
+        () => open(hfConfig(), hfTensors(), files),
+        code,
+        /give <IMG_CONTEXT> the id/,
+      );
+    }
+  });
+
+  test('needs an embedding for its image token', async () => {
+    const files = { 'added_tokens.json': { '<IMG_CONTEXT>': 320 } };
+    const config = hfConfig({ image_token_id: null });
+    const code = 'ERR_TM_INVALID_CONFIG';
+    await expectError(
+      () => open(config, hfTensors(), files),
+      code,
+      /vocab_size is 320; expected more/,
+    );
+  });
+
   test('needs a tokenizer or an id for its image token', async () => {
     const config = hfConfig({ image_token_id: null });
     await expectError(() => open(config, hfTensors()), 'ERR_TM_INVALID_TOKENIZER', /<IMG_CONTEXT>/);

@@ -17,6 +17,9 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const;
+  // Index of the calling thread in the team that runs it: 0 outside of any team's workers. Picks
+  // per-thread scratch inside parallel_for.
+  static int thread_index();
 
   // Runs body(thread_idx) once on each thread; returns when all are done.
   template <class Body>

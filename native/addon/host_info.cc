@@ -1,0 +1,123 @@
+#include "addon/host_info.h"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <fstream>
+#include <limits>
+
+#include "addon/convert.h"
+#include "addon/js_object.h"
+#include "backend/cpu/isa.h"
+
+namespace turbomind::addon {
+namespace {
+
+struct Memory {
+  double total_bytes = 0;
+  double free_bytes = 0;  // what can be used without swapping, caches counted as free
+};
+
+// One number of a small file of the kernel's; `fallback` where it is missing or says "max".
+double read_number(const char* path, double fallback) {
+  std::ifstream file(path);
+  double number = 0;
+  return file >> number ? number : fallback;
+}
+
+// The machine's memory, or the container's where a cgroup sets a lower limit.
+Memory host_memory() {
+  const double page = static_cast<double>(sysconf(_SC_PAGESIZE));
+  Memory memory;
+  memory.total_bytes = page * static_cast<double>(sysconf(_SC_PHYS_PAGES));
+  memory.free_bytes = memory.total_bytes;
+  std::ifstream file("/proc/meminfo");
+  std::string key, unit;
+  double kib = 0;
+  while (file >> key >> kib) {
+    std::getline(file, unit);
+    if (key == "MemTotal:") memory.total_bytes = kib * 1024;
+    if (key == "MemAvailable:") memory.free_bytes = kib * 1024;
+  }
+  const double limit =
+      read_number("/sys/fs/cgroup/memory.max", std::numeric_limits<double>::infinity());
+  if (limit < memory.total_bytes) {
+    const double used = read_number("/sys/fs/cgroup/memory.current", 0);
+    memory.total_bytes = limit;
+    memory.free_bytes = std::min(memory.free_bytes, std::max(limit - used, 0.0));
+  }
+  return memory;
+}
+
+struct CudaQuery {
+  int device_count = 0;
+  std::vector<std::string> devices;
+  std::string error;
+};
+
+// The library stays loaded: unloading a CUDA runtime is not safe.
+CudaQuery ask_cuda(const std::string& path) {
+  using QueryFn = int (*)(int idx, char* text, size_t text_bytes);
+  CudaQuery query;
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) {
+    const char* reason = dlerror();
+    query.error = reason != nullptr ? reason : "dlopen failed";
+    return query;
+  }
+  const auto ask = reinterpret_cast<QueryFn>(dlsym(library, "turbomind_cuda_query"));
+  if (ask == nullptr) {
+    query.error = path + " is not a CUDA backend of this package: turbomind_cuda_query is missing";
+    return query;
+  }
+  char text[512] = "";
+  int count = ask(0, text, sizeof(text));
+  if (count <= 0) {
+    query.error = count < 0 ? text : "the driver works but sees no device";
+    return query;
+  }
+  query.device_count = count;
+  for (int i = 0; i < count; ++i) {
+    text[0] = '\0';
+    ask(i, text, sizeof(text));
+    query.devices.emplace_back(text);
+  }
+  return query;
+}
+
+JsValue to_array(napi_env env, const std::vector<std::string>& texts) {
+  JsArray array(env);
+  for (const std::string& text : texts) array.push(text);
+  return array.value();
+}
+
+}  // namespace
+
+Napi::Value cpu_info(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guard(env, [&]() -> Napi::Value {
+    const Memory memory = host_memory();
+    JsObject object(env);
+    object.set("isa", cpu::to_string(cpu::best_isa()));
+    object.set("features", to_array(env, cpu::feature_names()));
+    object.set("threads", cpu::usable_threads());
+    object.set("totalMemoryBytes", memory.total_bytes);
+    object.set("freeMemoryBytes", memory.free_bytes);
+    return {env, object.value().get()};
+  });
+}
+
+Napi::Value query_cuda(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guard(env, [&]() -> Napi::Value {
+    const CudaQuery query = ask_cuda(Field(info[0], "queryCuda: libraryPath").string());
+    JsObject object(env);
+    object.set("deviceCount", query.device_count);
+    object.set("devices", to_array(env, query.devices));
+    object.set("error", query.error);
+    return {env, object.value().get()};
+  });
+}
+
+}  // namespace turbomind::addon

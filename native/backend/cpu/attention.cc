@@ -1,0 +1,425 @@
+#include "backend/cpu/attention.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "backend/cpu/kernels/row_norm.h"
+
+namespace turbomind::cpu {
+namespace {
+
+constexpr int kTokenGrain = 16;      // tokens a thread rotates at a time: a cache line of K^T
+constexpr int kItemsPerThread = 4;   // so that a thread that loses its core is made up for
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+int num_splits(int keys) { return ceil_div(keys, kSplitKeys); }
+
+float softmax_scale(const AttentionArgs& args) {
+  return args.softmax_scale > 0.0F ? args.softmax_scale
+                                   : 1.0F / std::sqrt(static_cast<float>(args.head_dim));
+}
+
+// x * cos + rotate_half(x) * sin, each product rounded, as Hugging Face computes it.
+void rotate(float* head, const float* cosine, const float* sine, int half) {
+  for (int i = 0; i < half; ++i) {
+    const float a = head[i];
+    const float b = head[i + half];
+    head[i] = a * cosine[i] + -b * sine[i];
+    head[i + half] = b * cosine[i] + a * sine[i];
+  }
+}
+
+}  // namespace
+
+struct PagedAttention::Scratch {
+  float* q;        // [kMaxTileRows, kRowStride]
+  float* scores;   // [kMaxTileRows, kRowStride]
+  float* out;      // [kMaxTileRows, D] of one split
+  float* total;    // [kMaxTileRows, D] of the splits so far
+  float* max;      // [kMaxTileRows]
+  float* sum;
+  float* total_max;
+  float* total_sum;
+  float* gathered;  // [kMaxChunks, 2, D * kChunkKeys] when blocks do not hold whole chunks
+};
+
+PagedAttention::PagedAttention(Isa isa, ThreadPool& pool)
+    : isa_(isa), kernels_(attention_kernels(isa)), pool_(pool) {}
+
+size_t PagedAttention::scratch_floats(int head_dim, int block_size) const {
+  const int fixed = kMaxTileRows * (2 * head_dim + 2 * kRowStride + 4);
+  const int gathered = block_size % kChunkKeys == 0 ? 0 : kMaxChunks * 2 * head_dim * kChunkKeys;
+  return round_up(static_cast<size_t>(fixed + gathered), size_t{16});
+}
+
+size_t PagedAttention::partial_floats(int head_dim) const {
+  return round_up(static_cast<size_t>(kMaxTileRows) * (head_dim + 2), size_t{16});
+}
+
+size_t PagedAttention::reserve(const AttentionLimits& limits) {
+  const int threads = pool_.size();
+  const size_t dim = static_cast<size_t>(limits.max_head_dim);
+  rope_table_.reserve(limits.max_tokens * dim * sizeof(float), "the rotary table");
+  scratch_.reserve(threads * scratch_floats(limits.max_head_dim, kChunkKeys) * sizeof(float),
+                   "attention scratch");
+  // A tile ends at its sequence's last row. At most `shared` (tile, KV head) pairs are so large a
+  // share of a step that their splits go to several threads.
+  const size_t tiles = static_cast<size_t>(limits.max_tokens) * limits.max_heads / kMaxTileRows +
+                       limits.max_sequences;
+  const size_t shared = static_cast<size_t>(kItemsPerThread) * threads;
+  tiles_.reserve(tiles);
+  split_tiles_.reserve(shared);
+  const size_t slots = shared * std::max(2, num_splits(limits.max_kv_len));
+  items_.reserve(tiles + slots);
+  if (threads > 1) {
+    partials_.reserve(slots * partial_floats(limits.max_head_dim) * sizeof(float),
+                      "attention partial results");
+  }
+  return rope_table_.bytes() + scratch_.bytes() + partials_.bytes();
+}
+
+void PagedAttention::begin_step(const StepBatch& batch) {
+  batch_ = batch;
+  planned_heads_ = 0;
+  rope_source_ = nullptr;
+}
+
+void PagedAttention::check(const AttentionArgs& args) const {
+  TM_CHECK(args.cache != nullptr, "attention without a KV cache");
+  TM_CHECK(args.head_dim > 0 && args.head_dim % kLanes == 0 && args.head_dim <= kSplitKeys,
+           "attention with head_dim %d: the CPU backend needs a multiple of %d up to %d",
+           args.head_dim, kLanes, kSplitKeys);
+  TM_CHECK(args.num_kv_heads > 0 && args.num_heads % args.num_kv_heads == 0,
+           "%d attention heads over %d KV heads", args.num_heads, args.num_kv_heads);
+  const KvCacheSpec& spec = args.cache->spec();
+  TM_CHECK(spec.num_kv_heads == args.num_kv_heads && spec.head_dim == args.head_dim &&
+               args.layer >= 0 && args.layer < spec.num_layers,
+           "layer %d with %d KV heads of %d does not fit a cache of %d layers, %d heads of %d",
+           args.layer, args.num_kv_heads, args.head_dim, spec.num_layers, spec.num_kv_heads,
+           spec.head_dim);
+  const int tokens = batch_.num_tokens();
+  const int64_t row = static_cast<int64_t>(args.num_heads + 2 * args.num_kv_heads) * args.head_dim;
+  TM_CHECK(args.qkv.dtype == DType::f32 && args.qkv.elements() == tokens * row,
+           "qkv holds %lld values, %d tokens of %lld are needed",
+           static_cast<long long>(args.qkv.elements()), tokens, static_cast<long long>(row));
+  TM_CHECK(args.y.dtype == DType::f32 &&
+               args.y.elements() == int64_t{tokens} * args.num_heads * args.head_dim,
+           "attention output holds %lld values for %d tokens",
+           static_cast<long long>(args.y.elements()), tokens);
+  TM_CHECK(args.rope.inv_freq.elements() == args.head_dim / 2,
+           "rope has %lld frequencies for head_dim %d",
+           static_cast<long long>(args.rope.inv_freq.elements()), args.head_dim);
+  const int64_t num_slots = int64_t{spec.num_blocks} * spec.block_size;
+  for (int32_t slot : batch_.slots) {
+    TM_CHECK(slot >= 0 && slot < num_slots, "KV slot %d of %lld", slot,
+             static_cast<long long>(num_slots));
+  }
+}
+
+// Takes indices one by one, so that a thread that lost its core leaves its share to the others.
+template <class Body>
+void PagedAttention::for_each(int64_t count, Body&& body) {
+  if (count == 0) return;
+  if (count == 1 || pool_.size() == 1) {
+    for (int64_t i = 0; i < count; ++i) body(i, 0);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  pool_.run([&](int thread) {
+    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) body(i, thread);
+  });
+}
+
+void PagedAttention::make_rope_table(const AttentionArgs& args) {
+  if (rope_source_ == args.rope.inv_freq.data && rope_scaling_ == args.rope.attention_scaling) {
+    return;
+  }
+  const int half = args.head_dim / 2;
+  const int tokens = batch_.num_tokens();
+  rope_table_.reserve(static_cast<size_t>(tokens) * 2 * half * sizeof(float), "the rotary table");
+  const float* inv_freq = args.rope.inv_freq.as<float>();
+  const float scaling = args.rope.attention_scaling;
+  float* table = rope_table_.floats();
+  pool_.parallel_for(tokens, kTokenGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float* row = table + t * 2 * half;
+      for (int i = 0; i < half; ++i) {
+        // The product is a float32 as in the reference; its cosine is exact to the last bit.
+        const float angle = static_cast<float>(batch_.positions[t]) * inv_freq[i];
+        row[i] = static_cast<float>(std::cos(static_cast<double>(angle))) * scaling;
+        row[half + i] = static_cast<float>(std::sin(static_cast<double>(angle))) * scaling;
+      }
+    }
+  });
+  rope_source_ = args.rope.inv_freq.data;
+  rope_scaling_ = scaling;
+}
+
+void PagedAttention::rotate_and_store(const AttentionArgs& args, int token) const {
+  const int dim = args.head_dim;
+  const int half = dim / 2;
+  const int heads = args.num_heads + 2 * args.num_kv_heads;
+  float* row = args.qkv.as<float>() + static_cast<int64_t>(token) * heads * dim;
+  const float* cosine = rope_table_.floats() + static_cast<int64_t>(token) * dim;
+  for (int h = 0; h < args.num_heads + args.num_kv_heads; ++h) {
+    float* head = row + h * dim;
+    const Norm* norm = h < args.num_heads ? args.q_norm : args.k_norm;
+    if (norm != nullptr) row_norm(row_norm_of(*norm, dim), head, head, dim, isa_);
+    rotate(head, cosine, cosine + half, half);
+  }
+  const auto& cache = static_cast<const CpuKvCache&>(*args.cache);
+  const int block_size = cache.spec().block_size;
+  const BlockId block = batch_.slots[token] / block_size;
+  const int offset = batch_.slots[token] % block_size;
+  for (int h = 0; h < args.num_kv_heads; ++h) {
+    const float* k = row + (args.num_heads + h) * dim;
+    const float* v = k + args.num_kv_heads * dim;
+    float* keys = cache.keys(args.layer, block, h) + offset;
+    for (int d = 0; d < dim; ++d) keys[d * block_size] = k[d];
+    std::copy(v, v + dim, cache.values(args.layer, block, h) + offset * dim);
+  }
+}
+
+// Tiles of query rows; those whose keys are a large share of the step's work are cut into runs of
+// splits that several threads take. Results do not depend on the cutting.
+void PagedAttention::plan(int num_heads, int num_kv_heads) {
+  if (planned_heads_ == num_heads && planned_kv_heads_ == num_kv_heads) return;
+  const int group = num_heads / num_kv_heads;
+  tiles_.clear();
+  items_.clear();
+  split_tiles_.clear();
+  num_partials_ = 0;
+  int64_t total = 0;
+  for (int s = 0; s < batch_.num_sequences(); ++s) {
+    const int first = batch_.query_start[s] * group;
+    const int end = batch_.query_start[s + 1] * group;
+    for (int row = first; row < end; row += kMaxTileRows) {
+      const int rows = std::min(kMaxTileRows, end - row);
+      const int keys = batch_.positions[(row + rows - 1) / group] + 1;
+      TM_CHECK(keys > 0 && keys <= batch_.kv_len[s],
+               "sequence %d: position %d lies outside its %d tokens", s, keys - 1,
+               batch_.kv_len[s]);
+      tiles_.push_back({s, row, rows, keys, -1});
+      total += num_splits(keys);
+    }
+  }
+  const int threads = pool_.size();
+  const int64_t items = int64_t{kItemsPerThread} * threads;
+  const int64_t share = threads == 1 ? std::numeric_limits<int64_t>::max()
+                                     : std::max<int64_t>(1, total * num_kv_heads / items);
+  for (int i = 0; i < static_cast<int>(tiles_.size()); ++i) {
+    add_items(i, num_splits(tiles_[i].num_keys), share);
+  }
+  // Longest first, so that no thread begins a long item at the end.
+  std::sort(items_.begin(), items_.end(), [this](const Item& a, const Item& b) {
+    const int64_t cost_a = int64_t{a.split_end - a.split_begin} * tiles_[a.tile].rows;
+    const int64_t cost_b = int64_t{b.split_end - b.split_begin} * tiles_[b.tile].rows;
+    if (cost_a != cost_b) return cost_a > cost_b;
+    return a.tile != b.tile ? a.tile < b.tile : a.split_begin < b.split_begin;
+  });
+  planned_heads_ = num_heads;
+  planned_kv_heads_ = num_kv_heads;
+}
+
+void PagedAttention::add_items(int tile, int splits, int64_t splits_an_item) {
+  if (splits <= splits_an_item) {
+    items_.push_back({tile, 0, splits});
+    return;
+  }
+  tiles_[tile].partial = num_partials_;
+  num_partials_ += splits;
+  split_tiles_.push_back(tile);
+  const int step = static_cast<int>(splits_an_item);
+  for (int begin = 0; begin < splits; begin += step) {
+    items_.push_back({tile, begin, std::min(begin + step, splits)});
+  }
+}
+
+PagedAttention::Scratch PagedAttention::scratch_of(int thread, int head_dim,
+                                                   int block_size) const {
+  Scratch s{};
+  float* next = scratch_.floats() + thread * scratch_floats(head_dim, block_size);
+  const auto take = [&next](int floats) {
+    float* taken = next;
+    next += floats;
+    return taken;
+  };
+  s.q = take(kMaxTileRows * kRowStride);
+  s.out = take(kMaxTileRows * head_dim);
+  s.total = take(kMaxTileRows * head_dim);
+  s.scores = take(kMaxTileRows * kRowStride);
+  s.max = take(kMaxTileRows);
+  s.sum = take(kMaxTileRows);
+  s.total_max = take(kMaxTileRows);
+  s.total_sum = take(kMaxTileRows);
+  s.gathered = next;
+  return s;
+}
+
+// Slot layout: max [rows], sum [rows], out [rows, D] of one (tile, KV head, split).
+float* PagedAttention::partial(const AttentionArgs& args, const Tile& tile, int kv_head,
+                               int split) const {
+  const size_t slot =
+      static_cast<size_t>(tile.partial + split) * args.num_kv_heads + kv_head;
+  return partials_.floats() + slot * partial_floats(args.head_dim);
+}
+
+// Blocks that do not hold whole chunks: copies the split's keys and values side by side.
+void PagedAttention::gather_chunks(const CpuKvCache& cache, int layer, int kv_head,
+                                   const Tile& tile, int first_key, int num_keys,
+                                   const Scratch& scratch) const {
+  const int dim = cache.spec().head_dim;
+  const int block_size = cache.spec().block_size;
+  const int32_t* blocks = &batch_.block_table[int64_t{tile.sequence} * batch_.max_blocks];
+  for (int j = 0; j < num_keys; ++j) {
+    const int key = first_key + j;
+    const BlockId block = blocks[key / block_size];
+    const int offset = key % block_size;
+    float* keys = scratch.gathered + j / kChunkKeys * 2 * dim * kChunkKeys;
+    float* values = keys + dim * kChunkKeys;
+    const float* from = cache.keys(layer, block, kv_head) + offset;
+    for (int d = 0; d < dim; ++d) keys[d * kChunkKeys + j % kChunkKeys] = from[d * block_size];
+    const float* v = cache.values(layer, block, kv_head) + offset * dim;
+    std::copy(v, v + dim, values + j % kChunkKeys * dim);
+  }
+}
+
+void PagedAttention::compute_split(const AttentionArgs& args, const Tile& tile, int kv_head,
+                                   int split, const Scratch& scratch, float* max, float* sum,
+                                   float* out) const {
+  const auto& cache = static_cast<const CpuKvCache&>(*args.cache);
+  const int dim = args.head_dim;
+  const int block_size = cache.spec().block_size;
+  const int group = args.num_heads / args.num_kv_heads;
+  const int first_key = split * kSplitKeys;
+  const int num_keys = std::min(kSplitKeys, tile.num_keys - first_key);
+  std::array<int, kMaxTileRows> limits;
+  for (int r = 0; r < tile.rows; ++r) {
+    const int seen = batch_.positions[(tile.row_begin + r) / group] + 1 - first_key;
+    limits[r] = std::min(seen, num_keys);
+  }
+  std::array<const float*, kMaxChunks> keys;
+  std::array<const float*, kMaxChunks> values;
+  const bool whole_chunks = block_size % kChunkKeys == 0;
+  if (!whole_chunks) {
+    gather_chunks(cache, args.layer, kv_head, tile, first_key, num_keys, scratch);
+  }
+  const int32_t* blocks = &batch_.block_table[int64_t{tile.sequence} * batch_.max_blocks];
+  for (int c = 0; c * kChunkKeys < num_keys; ++c) {
+    const int key = first_key + c * kChunkKeys;
+    if (whole_chunks) {
+      const BlockId block = blocks[key / block_size];
+      keys[c] = cache.keys(args.layer, block, kv_head) + key % block_size;
+      values[c] = cache.values(args.layer, block, kv_head) + key % block_size * dim;
+    } else {
+      keys[c] = scratch.gathered + c * 2 * dim * kChunkKeys;
+      values[c] = keys[c] + dim * kChunkKeys;
+    }
+  }
+  SplitTask task;
+  task.q = scratch.q;
+  task.rows = tile.rows;
+  task.head_dim = dim;
+  task.keys = keys.data();
+  task.values = values.data();
+  task.key_stride = whole_chunks ? block_size : kChunkKeys;
+  task.limits = limits.data();
+  task.num_keys = num_keys;
+  task.scale = softmax_scale(args);
+  task.scores = scratch.scores;
+  task.max = max;
+  task.sum = sum;
+  task.out = out;
+  kernels_.split(task);
+}
+
+void PagedAttention::run_item(const AttentionArgs& args, const Item& item, int kv_head,
+                              int thread) {
+  const Tile& tile = tiles_[item.tile];
+  const int dim = args.head_dim;
+  const int group = args.num_heads / args.num_kv_heads;
+  const int heads = args.num_heads + 2 * args.num_kv_heads;
+  const Scratch s = scratch_of(thread, dim, args.cache->spec().block_size);
+  for (int r = 0; r < tile.rows; ++r) {
+    const int row = tile.row_begin + r;
+    const float* q = args.qkv.as<float>() +
+                     (int64_t{row / group} * heads + kv_head * group + row % group) * dim;
+    std::copy(q, q + dim, s.q + r * kRowStride);
+  }
+  if (tile.partial >= 0) {
+    for (int split = item.split_begin; split < item.split_end; ++split) {
+      float* slot = partial(args, tile, kv_head, split);
+      compute_split(args, tile, kv_head, split, s, slot, slot + kMaxTileRows,
+                    slot + 2 * kMaxTileRows);
+    }
+    return;
+  }
+  std::fill(s.total_max, s.total_max + tile.rows, kMinusInfinity);
+  for (int split = item.split_begin; split < item.split_end; ++split) {
+    compute_split(args, tile, kv_head, split, s, s.max, s.sum, s.out);
+    for (int r = 0; r < tile.rows; ++r) {
+      if (batch_.positions[(tile.row_begin + r) / group] < split * kSplitKeys) continue;
+      merge_split(s.max[r], s.sum[r], s.out + r * dim, dim, s.total_max + r, s.total_sum + r,
+                  s.total + r * dim);
+    }
+  }
+  finish(args, tile, kv_head, s);
+}
+
+void PagedAttention::merge_partials(const AttentionArgs& args, const Tile& tile, int kv_head,
+                                    int thread) {
+  const int dim = args.head_dim;
+  const int group = args.num_heads / args.num_kv_heads;
+  const Scratch s = scratch_of(thread, dim, args.cache->spec().block_size);
+  std::fill(s.total_max, s.total_max + tile.rows, kMinusInfinity);
+  for (int split = 0; split < num_splits(tile.num_keys); ++split) {
+    const float* slot = partial(args, tile, kv_head, split);
+    for (int r = 0; r < tile.rows; ++r) {
+      if (batch_.positions[(tile.row_begin + r) / group] < split * kSplitKeys) continue;
+      merge_split(slot[r], slot[kMaxTileRows + r], slot + 2 * kMaxTileRows + r * dim, dim,
+                  s.total_max + r, s.total_sum + r, s.total + r * dim);
+    }
+  }
+  finish(args, tile, kv_head, s);
+}
+
+void PagedAttention::finish(const AttentionArgs& args, const Tile& tile, int kv_head,
+                            const Scratch& s) const {
+  const int dim = args.head_dim;
+  const int group = args.num_heads / args.num_kv_heads;
+  for (int r = 0; r < tile.rows; ++r) {
+    const int row = tile.row_begin + r;
+    float* y = args.y.as<float>() +
+               (int64_t{row / group} * args.num_heads + kv_head * group + row % group) * dim;
+    const float* total = s.total + r * dim;
+    for (int d = 0; d < dim; ++d) y[d] = total[d] / s.total_sum[r];
+  }
+}
+
+void PagedAttention::run(const AttentionArgs& args) {
+  check(args);
+  const int tokens = batch_.num_tokens();
+  const int kv_heads = args.num_kv_heads;
+  make_rope_table(args);
+  pool_.parallel_for(tokens, kTokenGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) rotate_and_store(args, static_cast<int>(t));
+  });
+  plan(args.num_heads, kv_heads);
+  scratch_.reserve(pool_.size() * scratch_floats(args.head_dim, args.cache->spec().block_size) *
+                       sizeof(float),
+                   "attention scratch");
+  partials_.reserve(static_cast<size_t>(num_partials_) * kv_heads *
+                        partial_floats(args.head_dim) * sizeof(float),
+                    "attention partial results");
+  for_each(static_cast<int64_t>(items_.size()) * kv_heads, [&](int64_t i, int thread) {
+    run_item(args, items_[i / kv_heads], static_cast<int>(i % kv_heads), thread);
+  });
+  for_each(static_cast<int64_t>(split_tiles_.size()) * kv_heads, [&](int64_t i, int thread) {
+    merge_partials(args, tiles_[split_tiles_[i / kv_heads]], static_cast<int>(i % kv_heads),
+                   thread);
+  });
+}
+
+}  // namespace turbomind::cpu

@@ -1,0 +1,254 @@
+// Packing, screening and rescoring of the head; see the header. Runs on the engine thread and its
+// team.
+#include "backend/cpu/head.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "backend/cpu/kernels/float_formats.h"
+#include "backend/cpu/linear_dense.h"
+#include "backend/cpu/linear_u4.h"
+#include "base/error.h"
+
+namespace turbomind::cpu {
+namespace {
+
+constexpr int64_t kRows = 16;                   // vocabulary rows a block
+constexpr int64_t kScreenedRows = 16;           // rows of x screened at once
+constexpr int64_t kSmallHead = int64_t{4} << 20;  // weights below which all rows are scored exactly
+constexpr int64_t kMostFeatures = 65536;        // the bound and int32 sums hold up to here
+
+float read(DenseType type, const uint8_t* row, int64_t i) {
+  uint16_t half;
+  float whole;
+  if (type == DenseType::f32) {
+    std::memcpy(&whole, row + 4 * i, 4);
+    return whole;
+  }
+  std::memcpy(&half, row + 2 * i, 2);
+  return type == DenseType::f16 ? f16_to_f32(half) : bf16_to_f32(half);
+}
+
+float round_up_to_float(double value) {
+  return std::nextafter(static_cast<float>(value), std::numeric_limits<float>::infinity());
+}
+
+// k-th largest of values; reorders them.
+float kth_largest(float* values, int64_t count, int64_t k) {
+  if (k == 1) return *std::max_element(values, values + count);
+  std::nth_element(values, values + k - 1, values + count, std::greater<float>());
+  return values[k - 1];
+}
+
+}  // namespace
+
+struct Head::Scratch {
+  int8_t* hi;         // [rows][depth]
+  int8_t* lo;
+  int32_t* start_hi;  // [rows] -128 * sum of hi: takes the weights' offset back
+  int32_t* start_lo;
+  float* a;           // [rows] scale of x
+  float* p;           // [rows] P and Q of the bound
+  float* q;
+  float* best;        // [rows][blocks] greatest lower bound of each block
+  int64_t rows;
+};
+
+Head::Head(const LinearSource& source, Isa isa, ThreadPool& pool) : kernels_(kernels_for(isa)) {
+  if (source.parts.size() != 1 || source.kind() != WeightKind::dense) {
+    throw Error(ErrorCode::unsupported_quantization,
+                format("%s: the head must be one dense matrix", source.name.c_str()));
+  }
+  const LinearPart& part = source.parts[0];
+  check_dense_part(source, part);
+  v_ = part.out_features;
+  h_ = source.in_features;
+  depth_ = round_up<int64_t>(h_, 4);
+  type_ = dense_type(part.weight.dtype);
+  row_bytes_ = static_cast<size_t>(h_) * dtype_bytes(part.weight.dtype);
+  rows_ = part.weight.as<uint8_t>();
+  bias_ = pack_bias(source, ceil_div<int64_t>(v_, kBlockColumns));
+  if (v_ * h_ < kSmallHead || h_ > kMostFeatures || !bias_.empty()) return;
+  blocks_ = ceil_div(v_, kRows);
+  memory_ = MappedMemory(static_cast<size_t>(blocks_ * kRows * depth_));
+  const size_t padded = static_cast<size_t>(blocks_ * kRows);
+  scale_.assign(padded, 0.0F);
+  residual_.assign(padded, 0.0F);
+  norm_.assign(padded, 0.0F);
+  const SourcePages pages({{rows_, part.weight.bytes()}});
+  pool.parallel_for(blocks_, 16, [&](int64_t begin, int64_t end) {
+    const size_t bytes = static_cast<size_t>(std::min(v_, end * kRows) - begin * kRows) * row_bytes_;
+    const uint8_t* data = rows_ + static_cast<size_t>(begin * kRows) * row_bytes_;
+    pages.will_read(data, bytes);
+    for (int64_t b = begin; b < end; ++b) pack_block(b, rows_ + static_cast<size_t>(b * kRows) * row_bytes_);
+    pages.done_with(data, bytes);
+  });
+}
+
+// Sixteen rows to 8 bits. Padding rows keep scale 0 and are never looked at.
+void Head::pack_block(int64_t block, const uint8_t* rows) {
+  uint8_t* out = memory_.data() + static_cast<size_t>(block * kRows * depth_);
+  const int64_t count = std::min(kRows, v_ - block * kRows);
+  for (int64_t n = 0; n < count; ++n) {
+    const uint8_t* row = rows + static_cast<size_t>(n) * row_bytes_;
+    float top = 0.0F;
+    for (int64_t i = 0; i < h_; ++i) top = std::max(top, std::fabs(read(type_, row, i)));
+    const float scale = top / 127.0F;
+    const float inverse = top > 1e-30F ? 127.0F / top : 0.0F;
+    double residual = 0, norm = 0;
+    for (int64_t i = 0; i < h_; ++i) {
+      const float w = read(type_, row, i);
+      const float u = std::clamp(std::nearbyint(w * inverse), -127.0F, 127.0F);
+      out[(i / 4) * 64 + n * 4 + i % 4] = static_cast<uint8_t>(static_cast<int>(u) + 128);
+      const double r = static_cast<double>(w) - static_cast<double>(scale) * u;
+      residual += r * r;
+      norm += static_cast<double>(w) * w;
+    }
+    const size_t at = static_cast<size_t>(block * kRows + n);
+    scale_[at] = scale;
+    residual_[at] = round_up_to_float(std::sqrt(residual));
+    norm_[at] = round_up_to_float(std::sqrt(norm));
+  }
+}
+
+size_t Head::bytes() const {
+  return memory_.bytes() + (scale_.size() * 3 + bias_.size()) * sizeof(float);
+}
+
+size_t Head::scratch_bytes(int64_t rows) const {
+  return static_cast<size_t>(rows) * (static_cast<size_t>(depth_) * 2 + 64 +
+                                      static_cast<size_t>(blocks_) * sizeof(float)) + 64;
+}
+
+Head::Scratch Head::lay_out(void* scratch, int64_t rows) const {
+  Scratch s;
+  s.rows = rows;
+  s.hi = static_cast<int8_t*>(scratch);
+  s.lo = s.hi + rows * depth_;
+  s.start_hi = reinterpret_cast<int32_t*>(s.lo + rows * depth_);
+  s.start_lo = s.start_hi + rows;
+  s.a = reinterpret_cast<float*>(s.start_lo + rows);
+  s.p = s.a + rows;
+  s.q = s.p + rows;
+  s.best = s.q + rows;
+  return s;
+}
+
+// Row `row` of x to 16-bit fixed point with one scale, and its constants of the bound.
+void Head::quantize(const float* x, const Scratch& s, int64_t row) const {
+  float top = 0.0F;
+  double square = 0;
+  for (int64_t i = 0; i < h_; ++i) {
+    top = std::max(top, std::fabs(x[i]));
+    square += static_cast<double>(x[i]) * x[i];
+  }
+  const float inverse = top > 1e-30F ? 32639.0F / top : 0.0F;
+  int8_t* hi = s.hi + row * depth_;
+  int8_t* lo = s.lo + row * depth_;
+  std::memset(hi, 0, static_cast<size_t>(depth_));
+  std::memset(lo, 0, static_cast<size_t>(depth_));
+  int32_t sum_hi = 0, sum_lo = 0;
+  for (int64_t i = 0; i < h_; ++i) {
+    const float scaled = std::nearbyint(x[i] * inverse);
+    const int32_t v = std::fabs(scaled) <= 32639.0F ? static_cast<int32_t>(scaled) : 0;
+    lo[i] = static_cast<int8_t>(v & 255);
+    hi[i] = static_cast<int8_t>((v - lo[i]) / 256);
+    sum_hi += hi[i];
+    sum_lo += lo[i];
+  }
+  s.start_hi[row] = -128 * sum_hi;
+  s.start_lo[row] = -128 * sum_lo;
+  s.a[row] = top / 32639.0F;
+  const double norm = std::sqrt(square);
+  // Below the cut-off v is zero and d is x itself.
+  const double d = inverse > 0 ? 0.51 * s.a[row] * std::sqrt(static_cast<double>(h_)) : norm;
+  const double kappa = (static_cast<double>(h_) / 64 + 40) * 0x1p-24;
+  s.p[row] = static_cast<float>(1.001 * (norm + d));
+  s.q[row] = static_cast<float>(1.001 * (d + kappa * norm));
+}
+
+// upper[row][n] = screened score plus bound, s.best = each block's greatest lower bound.
+void Head::screen(const Scratch& s, float* upper, ThreadPool& pool) const {
+  const int64_t grain = std::max<int64_t>(1, (64 << 10) / (kRows * depth_));
+  pool.parallel_for(blocks_, grain, [&](int64_t begin, int64_t end) {
+    alignas(64) float out[kScreenedRows * kRows];
+    for (int64_t b = begin; b < end; ++b) {
+      const uint8_t* block = memory_.data() + static_cast<size_t>(b * kRows * depth_);
+      const int64_t first = b * kRows;
+      const int64_t count = std::min(kRows, v_ - first);
+      for (int64_t row = 0; row < s.rows; row += kScreenedRows) {
+        const int rows = static_cast<int>(std::min(kScreenedRows, s.rows - row));
+        kernels_.screen(block, depth_, s.hi + row * depth_, s.lo + row * depth_, depth_, s.start_hi + row,
+                        s.start_lo + row, rows, out);
+        for (int r = 0; r < rows; ++r) {
+          const float a = s.a[row + r], p = s.p[row + r], q = s.q[row + r];
+          float* to = upper + (row + r) * v_ + first;
+          float best = -std::numeric_limits<float>::infinity();
+          for (int64_t n = 0; n < count; ++n) {
+            const float score = out[r * kRows + n] * (scale_[first + n] * a);
+            const float bound = residual_[first + n] * p + norm_[first + n] * q;
+            to[n] = score + bound;
+            best = std::max(best, score - bound);
+          }
+          s.best[(row + r) * blocks_ + b] = best;
+        }
+      }
+    }
+  });
+}
+
+float Head::exact(int64_t n, const float* x) const {
+  const float score = kernels_.dot(type_, rows_ + static_cast<size_t>(n) * row_bytes_, x, h_);
+  return bias_.empty() ? score : score + bias_[static_cast<size_t>(n)];
+}
+
+// Entries of [begin, end) that can matter get exact scores; rows are fetched a few ahead.
+void Head::rescore(const float* x, int64_t row, float threshold, float* scores, int64_t begin,
+                   int64_t end) const {
+  (void)row;
+  for (int64_t n = begin; n < end; ++n) {
+    // A NaN bound (NaN in x) counts as a candidate: the exact score then says NaN.
+    scores[n] = scores[n] < threshold ? -std::numeric_limits<float>::infinity() : exact(n, x);
+  }
+}
+
+void Head::logits(const float* x, int64_t rows, float* y, void*, ThreadPool& pool) const {
+  const int64_t grain = std::max<int64_t>(1, (64 << 10) / static_cast<int64_t>(row_bytes_));
+  pool.parallel_for(v_, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t row = 0; row < rows; ++row) y[row * v_ + n] = exact(n, x + row * h_);
+    }
+  });
+}
+
+void Head::best_logits(const float* x, int64_t rows, int k, float margin, float* scores, void* scratch,
+                       ThreadPool& pool) const {
+  if (rows <= 0) return;
+  // Few blocks: their maxima cannot name k entries sharply.
+  if (blocks_ == 0 || k > blocks_ / 4) return logits(x, rows, scores, scratch, pool);
+  const Scratch s = lay_out(scratch, rows);
+  for (int64_t row = 0; row < rows; ++row) quantize(x + row * h_, s, row);
+  screen(s, scores, pool);
+  // The k greatest block maxima are lower bounds of k different entries, so the k-th of them is at
+  // most the k-th best exact logit; what may be within `margin` of that has an upper bound above it.
+  for (int64_t row = 0; row < rows; ++row) {
+    const float least = kth_largest(s.best + row * blocks_, blocks_, std::max(k, 1));
+    s.a[row] = least - margin - 1e-6F * std::fabs(least);
+  }
+  constexpr int64_t kChunk = 4096;
+  const int64_t chunks = ceil_div(v_, kChunk);
+  pool.parallel_for(rows * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / chunks, from = task % chunks * kChunk;
+      rescore(x + row * h_, row, s.a[row], scores + row * v_, from, std::min(v_, from + kChunk));
+    }
+  });
+}
+
+std::unique_ptr<PackedHead> pack_head(const LinearSource& source, Isa isa, ThreadPool& pool) {
+  return std::make_unique<Head>(source, isa, pool);
+}
+
+}  // namespace turbomind::cpu

@@ -1,0 +1,64 @@
+// Memory of the CPU backend: one RAII block, 64-byte aligned. Large blocks come straight from the
+// system, ask for huge pages and are touched lazily: what is never written costs no RAM, and all of
+// it returns to the system when the block dies. Engine thread.
+#pragma once
+
+#include <cstddef>
+#include <utility>
+
+#include "backend/backend.h"
+
+namespace turbomind::cpu {
+
+class HostMemory {
+ public:
+  HostMemory() = default;
+  // Throws Error{out_of_memory} naming `purpose`. Large blocks start as zeros, small ones do not.
+  HostMemory(size_t bytes, const char* purpose);
+  ~HostMemory() { release(); }
+  HostMemory(HostMemory&& other) noexcept { swap(other); }
+  HostMemory& operator=(HostMemory&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  HostMemory(const HostMemory&) = delete;
+  HostMemory& operator=(const HostMemory&) = delete;
+
+  void* data() const { return data_; }
+  float* floats() const { return static_cast<float*>(data_); }
+  size_t bytes() const { return bytes_; }
+  // Makes room for `bytes`; old content is lost when it has to grow.
+  void reserve(size_t bytes, const char* purpose) {
+    if (bytes > bytes_) *this = HostMemory(bytes, purpose);
+  }
+
+ private:
+  void swap(HostMemory& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(mapped_bytes_, other.mapped_bytes_);
+  }
+  void release() noexcept;
+
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+  size_t mapped_bytes_ = 0;  // 0: from the allocator
+};
+
+class HostBuffer : public Buffer {
+ public:
+  HostBuffer(size_t bytes, const char* purpose) : memory_(bytes, purpose) {}
+  void* data() override { return memory_.data(); }
+  size_t bytes() const override { return memory_.bytes(); }
+
+ private:
+  HostMemory memory_;
+};
+
+struct MemoryInfo {
+  size_t total_bytes = 0;  // of the machine, or the limit of this process's control group
+  size_t free_bytes = 0;   // what can be taken without swapping
+};
+MemoryInfo memory_info();
+
+}  // namespace turbomind::cpu

@@ -1,0 +1,37 @@
+// Source to packed form: checks what all kinds share, then picks the class. Runs at load.
+#include "backend/cpu/packed_linear.h"
+
+#include "backend/cpu/linear_dense.h"
+#include "backend/cpu/linear_u4.h"
+#include "base/error.h"
+
+namespace turbomind::cpu {
+namespace {
+
+void check_parts(const LinearSource& source) {
+  if (source.parts.empty() || source.in_features <= 0) {
+    throw Error(ErrorCode::tensor_mismatch, format("%s: a linear layer needs parts and K > 0, got %zu parts, K = %lld",
+                                                   source.name.c_str(), source.parts.size(),
+                                                   static_cast<long long>(source.in_features)));
+  }
+  for (const LinearPart& part : source.parts) {
+    if (part.kind == source.kind()) continue;
+    throw Error(ErrorCode::unsupported_quantization,
+                format("%s: dense and awq parts in one layer; load them apart", source.name.c_str()));
+  }
+  if (source.order != PartOrder::gate_up) return;
+  if (source.parts.size() != 2 || source.parts[0].out_features != source.parts[1].out_features) {
+    throw Error(ErrorCode::tensor_mismatch,
+                format("%s: gate_up needs two parts of equal N", source.name.c_str()));
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<PackedLinear> pack_linear(const LinearSource& source, Isa isa, ThreadPool& pool) {
+  check_parts(source);
+  if (source.kind() == WeightKind::awq) return std::make_unique<LinearU4>(source, isa, pool);
+  return std::make_unique<LinearDense>(source, isa, pool);
+}
+
+}  // namespace turbomind::cpu

@@ -1,0 +1,86 @@
+// One row of logits → one token, on the host: the sampler of the CPU backend and the judge of any
+// device sampler. A pure function of (logits, row); scratch is only memory kept between calls.
+// Any thread, one HostSampler a thread.
+//
+// Order: repetition penalty (l > 0 ? l / p : l * p, once per distinct token of prompt and
+// completion), bans, temperature, top-k, top-p, min-p, draw.
+// - Greedy: the largest logit after penalty and bans, ties to the lowest id.
+// - top-k keeps exactly k tokens, ordered by (logit, then lower id). top-p keeps the shortest run
+//   of the best tokens whose share of what top-k left is at least top_p (always one). min-p keeps
+//   tokens of at least min_p times the best token's probability.
+// - The draw: u = 53 bits of Philox4x32-10 with key = seed and counter = (completion_idx, 0, 0, 0);
+//   the token where the kept tokens' running sum of probabilities passes u times their total. So a
+//   token depends on (seed, completion_idx, logits) alone.
+// - Log-probabilities are the model's own: log-softmax of the raw logits, before penalty, bans,
+//   temperature and filters, as OpenAI's API reports them. They do not change with the sampling
+//   options, and a banned token may stand among the best.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "base/sampling.h"
+
+namespace turbomind {
+
+enum class [[nodiscard]] SampleStatus {
+  ok,
+  not_finite,  // a logit is NaN or +infinity
+  all_banned   // no token is left
+};
+const char* describe(SampleStatus status);
+
+// Uniform in [0, 1): 53 random bits of (seed, index). Philox4x32-10 (Salmon et al., 2011).
+double counter_uniform(uint64_t seed, uint32_t index);
+
+class HostSampler {
+ public:
+  // `logits` [V] is overwritten. On failure result.token is -1.
+  SampleStatus sample(std::span<float> logits, const SampleRow& row, SampleResult& result);
+
+ private:
+  struct Candidate {
+    float logit;
+    TokenId id;
+  };
+  static bool better(const Candidate& a, const Candidate& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+  }
+  // The k best of `logits`, best first; needs block_max_.
+  void select_best(std::span<const float> logits, int k);
+  float scan(std::span<const float> logits, bool* finite);
+  void penalize(std::span<float> logits, const SampleRow& row);
+  void report_best(int count, double normalizer, SampleResult& result);
+  TokenId first_equal(std::span<const float> logits, float max) const;
+  TokenId draw_from_best(std::span<const float> logits, const SampleRow& row);
+  TokenId draw_from_all(std::span<float> logits, float max, const SampleRow& row);
+  double log_sum_exp(std::span<const float> logits, float max);
+
+  std::vector<float> block_max_;       // of kBlock logits each
+  std::vector<uint64_t> seen_;         // bit per token, zero between calls
+  std::vector<Candidate> candidates_;  // best first after select_best
+  std::vector<double> shares_;         // of candidates, or of radix bins
+  std::vector<float> raw_;             // the model's own logits, kept for log-probabilities
+};
+
+// Ids that `row` forbids now (with repeats): single bad words, the last token of longer bad words
+// whose beginning has just been said, and row.banned. Calls body(id) for those within [0, vocab).
+template <class Body>
+void for_each_banned(const SampleRow& row, int64_t vocab, Body&& body) {
+  const auto visit = [&](TokenId id) {
+    if (id >= 0 && id < vocab) body(id);
+  };
+  for (TokenId id : row.banned) visit(id);
+  for (const std::vector<TokenId>& word : row.params->bad_words) {
+    if (word.empty() || word.size() - 1 > row.tokens.size()) continue;
+    const size_t said = word.size() - 1;
+    const auto tail = row.tokens.last(said);
+    bool matches = true;
+    for (size_t i = 0; i < said; ++i) matches = matches && tail[i] == word[i];
+    if (matches) visit(word.back());
+  }
+}
+
+}  // namespace turbomind

@@ -1,0 +1,301 @@
+// The engine thread: drains the inbox, plans, runs and commits one step after another, and sleeps on
+// the inbox when there is nothing to run. Also the top-level catch: a failing step ends its own
+// requests with errors; a second failing step in a row, or a lost device, ends the engine.
+#include "runtime/engine.h"
+
+#include <exception>
+#include <future>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "runtime/engine_core.h"
+#include "runtime/inbox.h"
+#include "runtime/scheduler.h"
+
+namespace turbomind {
+namespace {
+
+Error to_error(const std::exception_ptr& exception) {
+  try {
+    std::rethrow_exception(exception);
+  } catch (const Error& error) {
+    return error;
+  } catch (const std::bad_alloc&) {
+    return Error(ErrorCode::out_of_memory, "the host ran out of memory during a step");
+  } catch (const std::exception& error) {
+    return Error(ErrorCode::internal, format("a step failed: %s", error.what()));
+  } catch (...) {
+    return Error(ErrorCode::internal, "a step failed with an unknown exception");
+  }
+}
+
+Event error_event(RequestId id, const Error& error) {
+  Event event;
+  event.id = id;
+  event.finish_reason = FinishReason::error;
+  event.error_code = error.code();
+  event.error_message = error.what();
+  return event;
+}
+
+Error closed_error() { return Error(ErrorCode::disposed, "the engine is closed"); }
+
+class EngineImpl final : public Engine {
+ public:
+  EngineImpl(EngineParts parts, EventSink sink, Stepping stepping)
+      : model_(std::move(parts.model)),
+        rules_(parts.rules),
+        blocks_(parts.memory.num_blocks, parts.block_size),
+        scheduler_({.session_len = parts.session_len,
+                    .max_batch_size = parts.memory.max_sequences,
+                    .max_prefill_token_num = parts.max_prefill_token_num,
+                    .max_tiles = parts.memory.max_tiles},
+                   blocks_),
+        runner_(std::in_place, *model_, parts.memory),
+        sink_(std::move(sink)),
+        stepping_(stepping),
+        stats_(std::move(parts.stats)) {
+    stats_.session_len = parts.session_len;
+    publish_stats();
+    if (stepping == Stepping::own_thread) thread_ = std::thread([this] { loop(); });
+    thread_id_ = thread_.get_id();
+  }
+  ~EngineImpl() override { close(); }
+
+  void submit(Request request) override {
+    if (!inbox_.push(SubmitMessage{std::move(request), Clock::now()})) throw closed_error();
+  }
+
+  void abort(RequestId id) override {
+    // After close there is nothing left to abort.
+    (void)inbox_.push(AbortMessage{id});
+  }
+
+  EngineStats stats() const override {
+    const std::lock_guard lock(stats_mutex_);
+    EngineStats stats = stats_;
+    stats.waiting += inbox_.num_requests();
+    return stats;
+  }
+
+  void close() override;
+  bool step() override;
+  std::vector<float> prompt_logits(const Request& request) override;
+
+ private:
+  void loop();
+  void admit();
+  void admit_one(SubmitMessage message, std::vector<Event>& events);
+  bool recover(const std::exception_ptr& exception);
+  void shut_down();
+  void finish_step(std::vector<Event> events);
+  void emit(std::vector<Event> events);
+  void publish_stats();
+  std::vector<float> compute_prompt_logits(const Request& request);
+
+  std::unique_ptr<Model> model_;
+  RequestRules rules_;
+  BlockManager blocks_;  // outlives the scheduler's sequences
+  Scheduler scheduler_;
+  std::optional<ModelRunner> runner_;
+  EventSink sink_;
+  Stepping stepping_;
+  Inbox inbox_;
+  std::vector<Message> messages_;  // the inbox's, reused
+  int failed_steps_ = 0;           // in a row
+  std::optional<Error> dead_;      // why no further step can run
+  uint64_t num_steps_ = 0;
+
+  mutable std::mutex stats_mutex_;
+  EngineStats stats_;
+  std::mutex close_mutex_;
+  bool shut_down_ = false;
+  std::thread::id thread_id_;  // kept, because thread_ changes when it is joined
+  std::thread thread_;         // last: it uses all of the above
+};
+
+bool EngineImpl::step() {
+  try {
+    admit();
+    const StepPlan& plan = scheduler_.plan();
+    if (plan.empty()) return false;
+    finish_step(scheduler_.commit(plan, runner_->run(plan)));
+    return true;
+  } catch (...) {
+    return recover(std::current_exception());
+  }
+}
+
+void EngineImpl::finish_step(std::vector<Event> events) {
+  ++num_steps_;
+  failed_steps_ = 0;
+  emit(std::move(events));
+}
+
+void EngineImpl::emit(std::vector<Event> events) {
+  publish_stats();  // first, so that they are not behind what the sink's owner learns
+  if (!events.empty()) sink_(std::move(events));
+}
+
+void EngineImpl::publish_stats() {
+  const std::lock_guard lock(stats_mutex_);
+  stats_.running = scheduler_.num_running();
+  stats_.waiting = scheduler_.num_waiting();
+  stats_.total_blocks = blocks_.num_blocks();
+  stats_.free_blocks = blocks_.num_free();
+  stats_.steps = num_steps_;
+  stats_.preemptions = scheduler_.num_preemptions();
+  stats_.prompt_tokens = scheduler_.num_prompt_tokens();
+  stats_.completion_tokens = scheduler_.num_completion_tokens();
+}
+
+void EngineImpl::admit() {
+  inbox_.drain(messages_);
+  if (messages_.empty()) return;
+  std::vector<Event> events;
+  for (Message& message : messages_) {
+    if (auto* submit = std::get_if<SubmitMessage>(&message)) {
+      admit_one(std::move(*submit), events);
+    } else if (const auto* abort = std::get_if<AbortMessage>(&message)) {
+      if (std::optional<Event> event = scheduler_.abort(abort->id)) events.push_back(*event);
+    } else {
+      std::get<CallMessage>(message).call(CallOutcome::run);
+    }
+  }
+  messages_.clear();  // calls hold references
+  emit(std::move(events));
+}
+
+// Every request is answered: whatever goes wrong here is the answer, and the others go on.
+void EngineImpl::admit_one(SubmitMessage message, std::vector<Event>& events) {
+  const RequestId id = message.request.id;
+  try {
+    if (dead_) throw *dead_;
+    if (std::optional<Error> problem = check_request(message.request, rules_)) throw *problem;
+    if (scheduler_.has(id)) {
+      throw Error(ErrorCode::invalid_argument,
+                  format("request id %llu is in use; ids must be unique among requests in flight",
+                         static_cast<unsigned long long>(id)));
+    }
+    const Admission admission = scheduler_.add(std::move(message.request), message.submitted);
+    if (admission.admit == Admit::never) throw Error(admission.code, admission.reason);
+  } catch (...) {
+    events.push_back(error_event(id, to_error(std::current_exception())));
+  }
+}
+
+bool EngineImpl::recover(const std::exception_ptr& exception) {
+  const Error error = to_error(exception);
+  ++failed_steps_;
+  const bool lost = error.code() == ErrorCode::device_error || failed_steps_ > 1;
+  if (!lost) {
+    emit(scheduler_.fail_planned(error));
+    return true;
+  }
+  dead_ = Error(error.code(), format("the engine has stopped and must be opened again: %s",
+                                     error.what()));
+  emit(scheduler_.fail_all(*dead_));
+  return true;
+}
+
+std::vector<float> EngineImpl::prompt_logits(const Request& request) {
+  if (stepping_ == Stepping::manual) {
+    if (inbox_.closed()) throw closed_error();
+    return compute_prompt_logits(request);
+  }
+  TM_CHECK(std::this_thread::get_id() != thread_id_, "prompt_logits called by the sink");
+  std::promise<std::vector<float>> promise;
+  std::future<std::vector<float>> result = promise.get_future();
+  // References are safe: this function waits until the call was made.
+  CallMessage message{[this, &promise, &request](CallOutcome outcome) {
+    try {
+      if (outcome == CallOutcome::closed) throw closed_error();
+      promise.set_value(compute_prompt_logits(request));
+    } catch (...) {
+      promise.set_exception(std::current_exception());
+    }
+  }};
+  if (!inbox_.push(std::move(message))) throw closed_error();
+  return result.get();
+}
+
+// Runs between two steps, with blocks of its own that are back before the next plan.
+std::vector<float> EngineImpl::compute_prompt_logits(const Request& request) {
+  if (dead_) throw *dead_;
+  if (std::optional<Error> problem = check_request(request, rules_)) throw *problem;
+  const int num_tokens = static_cast<int>(request.prompt_tokens.size());
+  const Admission admission = scheduler_.fits(num_tokens);
+  if (admission.admit == Admit::never) throw Error(admission.code, admission.reason);
+  Sequence sequence(request, Clock::now(), num_tokens + 1, blocks_);
+  if (!sequence.blocks().grow_to(num_tokens)) {
+    throw Error(ErrorCode::out_of_memory,
+                format("logits of a prompt of %d tokens need %d KV blocks; %d of %d are free while "
+                       "%d sequences run; ask again when they have ended", num_tokens,
+                       blocks_.blocks_for(num_tokens), blocks_.num_free(), blocks_.num_blocks(),
+                       scheduler_.num_running()));
+  }
+  std::vector<float> logits(static_cast<size_t>(rules_.vocab_size));
+  StepPlan plan;
+  while (sequence.num_pending() > 0) {
+    plan.clear();
+    StepBudget budget{scheduler_.limits().max_prefill_token_num, scheduler_.limits().max_tiles};
+    const int count = plan.add_prefill(sequence, budget);
+    if (plan.num_samples == 1) {
+      runner_->run_logits(plan, logits);
+    } else {
+      runner_->run(plan);
+    }
+    sequence.advance(count);
+  }
+  return logits;
+}
+
+void EngineImpl::loop() {
+  while (!inbox_.closed()) {
+    if (!step()) inbox_.wait();
+  }
+  shut_down();
+}
+
+// Ends everything that runs, waits or lies in the inbox. Nothing can come in any more.
+void EngineImpl::shut_down() {
+  std::vector<Event> events = scheduler_.abort_all();
+  inbox_.drain(messages_);
+  for (Message& message : messages_) {
+    if (const auto* submit = std::get_if<SubmitMessage>(&message)) {
+      Event& event = events.emplace_back();
+      event.id = submit->request.id;
+      event.finish_reason = FinishReason::abort;
+    } else if (const auto* call = std::get_if<CallMessage>(&message)) {
+      call->call(CallOutcome::closed);
+    }
+  }
+  messages_.clear();
+  emit(std::move(events));
+}
+
+void EngineImpl::close() {
+  TM_CHECK(std::this_thread::get_id() != thread_id_, "close called by the sink");
+  const std::lock_guard lock(close_mutex_);
+  if (shut_down_) return;
+  inbox_.close();
+  if (thread_.joinable()) {
+    thread_.join();
+  } else {
+    shut_down();
+  }
+  runner_.reset();
+  model_.reset();
+  shut_down_ = true;
+}
+
+}  // namespace
+
+std::unique_ptr<Engine> make_engine(EngineParts parts, EventSink sink, Stepping stepping) {
+  return std::make_unique<EngineImpl>(std::move(parts), std::move(sink), stepping);
+}
+
+}  // namespace turbomind

@@ -1,0 +1,149 @@
+#include "runtime/loaded_model.h"
+
+#include <utility>
+
+#include "io/weights.h"
+#include "models/decoder.h"
+#include "models/vision_tower.h"
+#include "models/weight_loader.h"
+
+namespace turbomind {
+namespace {
+
+// The real model behind the runner's seam. Members die in reverse order: weights may view the
+// store's mapping, and everything lives on the backend.
+class LoadedModel final : public Model {
+ public:
+  LoadedModel(std::unique_ptr<Backend> backend, const CheckpointFiles& files)
+      : backend_(std::move(backend)), store_(files) {}
+
+  void load(const ModelSpec& spec, int max_tokens, const ProgressFn& progress);
+  void make_cache(const KvCacheSpec& spec) { cache_ = backend_->make_kv_cache(spec); }
+  Backend& backend() { return *backend_; }
+  size_t weight_bytes() const { return weight_bytes_; }
+
+  std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) override {
+    TM_CHECK(vision_ != nullptr, "an image for a text model");
+    std::unique_ptr<Buffer> buffer = vision_->encode(tiles);
+    const ConstTensorView view = vision_->embeddings(*buffer, static_cast<int>(tiles.dim(0)));
+    return std::make_unique<TileEmbeddings>(std::move(buffer), view);
+  }
+  void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) override {
+    decoder_->forward(batch, *cache_, overrides);
+  }
+  void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) override {
+    decoder_->sample(rows, results);
+    // Without a row nobody waited, and the step's host arrays are about to change.
+    if (rows.empty()) backend_->synchronize();
+  }
+  void logits(std::span<float> out) override { decoder_->logits(out); }
+
+ private:
+  std::unique_ptr<Backend> backend_;
+  WeightStore store_;
+  std::unique_ptr<KvCache> cache_;
+  std::unique_ptr<Decoder> decoder_;
+  std::unique_ptr<VisionTower> vision_;  // null: text model
+  size_t weight_bytes_ = 0;
+};
+
+void LoadedModel::load(const ModelSpec& spec, int max_tokens, const ProgressFn& progress) {
+  LoadProgress report;
+  if (progress) {
+    report = [&progress](size_t loaded, size_t total) {
+      progress(total == 0 ? 1.0 : static_cast<double>(loaded) / static_cast<double>(total));
+    };
+  }
+  WeightLoader loader(*backend_, store_, spec.quant, report);
+  decoder_ = std::make_unique<Decoder>(loader, spec.decoder, max_tokens);
+  if (spec.vision) {
+    vision_ = std::make_unique<VisionTower>(loader, *spec.vision, spec.decoder.hidden_size,
+                                            VisionTower::default_tiles_per_pass(*spec.vision));
+  }
+  weight_bytes_ = loader.weight_bytes();
+}
+
+int session_len_of(const EngineOptions& options) {
+  const int positions = options.spec.decoder.max_position_embeddings;
+  if (options.session_len == 0) return positions;
+  if (options.session_len >= 2 && options.session_len <= positions) return options.session_len;
+  throw Error(ErrorCode::invalid_argument,
+              format("sessionLen is %d; the model has positions for 2 to %d tokens",
+                     options.session_len, positions));
+}
+
+MemoryBudget budget_of(const EngineOptions& options) {
+  MemoryBudget budget;
+  budget.session_len = session_len_of(options);
+  budget.max_batch_size = options.max_batch_size;
+  budget.max_prefill_token_num = options.max_prefill_token_num;
+  budget.block_size = options.block_size;
+  budget.cache_max_entry_count = options.cache_max_entry_count;
+  if (options.spec.vision) budget.tokens_per_tile = options.spec.vision->tokens_per_tile();
+  return budget;
+}
+
+RequestRules rules_of(const ModelSpec& spec) {
+  RequestRules rules;
+  rules.vocab_size = spec.decoder.vocab_size;
+  if (!spec.vision) return rules;
+  rules.image_token_id = spec.image_token_id;
+  rules.tile_size = spec.vision->image_size;
+  rules.tokens_per_tile = spec.vision->tokens_per_tile();
+  return rules;
+}
+
+// Bytes of activations and of the backend's scratch, all allocated here or in load().
+size_t reserve_workspace(Backend& backend, const ModelSpec& spec, const MemoryPlan& steps,
+                         int session_len) {
+  const DType dtype = backend.activation_dtype();
+  Backend::WorkspaceSpec workspace =
+      Decoder::workspace(spec.decoder, steps.max_tokens, steps.max_sequences, steps.max_sequences,
+                         session_len);
+  size_t bytes = Decoder::activation_bytes(spec.decoder, dtype, steps.max_tokens);
+  if (spec.vision) {
+    const int hidden = spec.decoder.hidden_size;
+    const int tiles = VisionTower::default_tiles_per_pass(*spec.vision);
+    workspace = merge(workspace, VisionTower::workspace(*spec.vision, hidden, tiles));
+    bytes += VisionTower::activation_bytes(*spec.vision, hidden, dtype, tiles);
+  }
+  return bytes + backend.reserve_workspace(workspace);
+}
+
+}  // namespace
+
+EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> backend,
+                       const ProgressFn& progress) {
+  const Clock::time_point begin = Clock::now();
+  validate(options.spec);
+  MemoryBudget budget = budget_of(options);
+  const MemoryPlan steps = plan_steps(budget);
+  auto model = std::make_unique<LoadedModel>(std::move(backend), options.files);
+  model->load(options.spec, steps.max_tokens, progress);
+
+  EngineParts parts;
+  Backend& device = model->backend();
+  parts.stats.workspace_bytes =
+      reserve_workspace(device, options.spec, steps, budget.session_len);
+  KvCacheSpec cache = Decoder::kv_cache_spec(options.spec.decoder, options.block_size, 1);
+  budget.block_bytes = device.kv_block_bytes(cache);
+  const DeviceInfo info = device.info();
+  budget.free_bytes = info.free_bytes;
+  parts.memory = plan_memory(budget);
+  cache.num_blocks = parts.memory.num_blocks;
+  model->make_cache(cache);
+
+  parts.rules = rules_of(options.spec);
+  parts.session_len = budget.session_len;
+  parts.max_prefill_token_num = options.max_prefill_token_num;
+  parts.block_size = options.block_size;
+  parts.stats.weight_bytes = model->weight_bytes();
+  parts.stats.kv_cache_bytes = parts.memory.kv_cache_bytes;
+  parts.stats.device_name = info.name;
+  parts.stats.device_description = info.description;
+  parts.stats.load_ms = ms_between(begin, Clock::now());
+  parts.model = std::move(model);
+  return parts;
+}
+
+}  // namespace turbomind

@@ -1,0 +1,61 @@
+// Runs one step: image tiles through the vision tower, the plan's rows through the decoder, one token
+// for each row that wants one. Talks to the model through the small seam `Model`; loaded_model.h
+// puts the real one behind it, tests a scripted one. Engine thread.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "backend/backend.h"
+#include "runtime/batch.h"
+#include "runtime/memory_plan.h"
+
+namespace turbomind {
+
+class TileEmbeddings final : public ImageEmbeddings {
+ public:
+  TileEmbeddings(std::unique_ptr<Buffer> buffer, ConstTensorView view)
+      : buffer_(std::move(buffer)), view_(view) {}
+  ConstTensorView view() const { return view_; }  // [tiles * tokens per tile, H]
+
+ private:
+  std::unique_ptr<Buffer> buffer_;
+  ConstTensorView view_;
+};
+
+// A loaded model with its KV cache. The result for a row depends on its own sequence alone.
+class Model {
+ public:
+  virtual ~Model() = default;
+  // tiles: [n, S, S, 3] u8 in host memory.
+  virtual std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) = 0;
+  // K and V of all rows are written; `batch` stays valid until sample() or logits() returned.
+  virtual void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) = 0;
+  // Tokens of the step's sample_rows, [R], R may be 0. Waits for the step. If some rows cannot be
+  // sampled, throws Error with their tokens left at -1 and the other rows drawn.
+  virtual void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) = 0;
+  virtual void logits(std::span<float> out) = 0;  // [R, V] of the step's sample_rows. Waits.
+};
+
+class ModelRunner {
+ public:
+  ModelRunner(Model& model, const MemoryPlan& memory);
+
+  // What the plan's sampling rows drew; valid until the next run. Throws if the step failed as a
+  // whole; a failure of single rows is part of the results.
+  StepResults run(const StepPlan& plan);
+  // Like run, but answers logits: [R, V].
+  void run_logits(const StepPlan& plan, std::span<float> out);
+
+ private:
+  void encode(const ScheduledTiles& scheduled);
+  void forward(const StepPlan& plan);
+
+  Model& model_;
+  Batch batch_;
+  std::vector<EmbeddingOverride> overrides_;
+  std::vector<SampleResult> results_;  // [R]
+};
+
+}  // namespace turbomind

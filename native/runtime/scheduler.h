@@ -1,0 +1,138 @@
+// Who runs in the next step, and how many tokens each. First come, first served:
+//   - decode rows of all running sequences first, then prefill chunks in order of arrival, then
+//     sequences from the queue; a step prefills at most max_prefill_token_num tokens, and decode
+//     rows come on top of them (at most max_batch_size), so neither can starve the other;
+//   - a sequence joins with the blocks of all its tokens. When decoding runs out of blocks, the
+//     youngest running sequence gives its own back, returns to the front of the queue and is
+//     computed again. The oldest one is never preempted, so every request ends;
+//   - prompt + completion never exceeds min(session_len, the pool): max_new_tokens is capped when a
+//     request is added, so a lone sequence always fits and ends with `length`.
+// Pure logic: knows no model, no device. Engine thread.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/sampling.h"
+#include "runtime/block_manager.h"
+#include "runtime/sequence.h"
+
+namespace turbomind {
+
+struct SchedulerLimits {
+  int session_len = 0;            // tokens
+  int max_batch_size = 0;         // sequences that hold blocks
+  int max_prefill_token_num = 0;  // prefill tokens of a step
+  int max_tiles = 1;              // image tiles encoded in a step
+};
+
+// What is left of a step's limits while it is planned.
+struct StepBudget {
+  int tokens = 0;
+  int tiles = 0;
+};
+
+struct ScheduledRow {
+  Sequence* sequence = nullptr;
+  int num_tokens = 0;    // from num_computed() on
+  bool samples = false;  // they are its last ones: a token is drawn
+};
+
+// Tiles to encode before the rows run.
+struct ScheduledTiles {
+  Sequence* sequence = nullptr;
+  int image_idx = 0;
+  int first_tile = 0;
+  int num_tiles = 0;
+};
+
+// Valid until the next call of the scheduler that made it.
+struct StepPlan {
+  std::vector<ScheduledTiles> tiles;
+  std::vector<ScheduledRow> rows;  // decode rows first
+  int num_tokens = 0;
+  int num_prefill_tokens = 0;
+  int num_samples = 0;
+
+  bool empty() const { return rows.empty(); }
+  void clear();
+  void add_decode(Sequence& sequence);
+  // The next prefill chunk of `sequence` and the tiles it needs; answers its tokens, 0 if the budget
+  // allows none. A chunk may end anywhere, but not in a tile that is not encoded yet.
+  int add_prefill(Sequence& sequence, StepBudget& budget);
+};
+
+// What a step drew: one result for each sampling row of its plan, in order. A row whose token is -1
+// could not be sampled, for the reason in `failure`; it ends with that error, the others go on.
+struct StepResults {
+  std::span<const SampleResult> rows;  // [R]
+  std::optional<Error> failure;
+};
+
+enum class Admit : uint8_t { ok, never };
+
+struct [[nodiscard]] Admission {
+  Admit admit = Admit::ok;
+  ErrorCode code = ErrorCode::internal;  // Admit::never only
+  std::string reason;
+};
+
+class Scheduler {
+ public:
+  Scheduler(const SchedulerLimits& limits, BlockManager& blocks);
+
+  // Queues a validated request; `never` if it could not run even alone.
+  Admission add(Request request, Clock::time_point submitted = Clock::now());
+  // `never` for a prompt that could not run even alone.
+  Admission fits(int num_prompt_tokens) const;
+
+  const StepPlan& plan();
+  // Appends the drawn tokens and ends what is finished: its blocks are free again. Ends the plan.
+  std::vector<Event> commit(const StepPlan& plan, const StepResults& results);
+
+  // Each ends sequences early: their blocks are free when it returns.
+  std::optional<Event> abort(RequestId id);
+  std::vector<Event> abort_all();
+  std::vector<Event> fail_planned(const Error& error);  // the sequences of the current plan
+  std::vector<Event> fail_all(const Error& error);
+
+  const SchedulerLimits& limits() const { return limits_; }
+  bool has(RequestId id) const;
+  bool idle() const { return running_.empty() && waiting_.empty(); }
+  int num_running() const { return static_cast<int>(running_.size()); }
+  int num_waiting() const { return static_cast<int>(waiting_.size()); }
+  uint64_t num_preemptions() const { return num_preemptions_; }
+  uint64_t num_prompt_tokens() const { return num_prompt_tokens_; }
+  uint64_t num_completion_tokens() const { return num_completion_tokens_; }
+  // Throws unless queue order, limits and block tables are consistent. Linear in everything.
+  void check_invariants() const;
+
+ private:
+  using Owner = std::unique_ptr<Sequence>;
+
+  bool plan_decode();  // false if a sequence was preempted
+  void plan_prefill(StepBudget& budget);
+  void admit_waiting(StepBudget& budget);
+  void preempt_youngest();
+  int growing_sequences() const;
+  int max_sequence_tokens() const;
+  static Event commit_row(Sequence& sequence, const SampleResult& result,
+                          const std::optional<Error>& failure, Clock::time_point now);
+  static Event final_event(const Sequence& sequence, FinishReason reason);
+  static Event error_event(const Sequence& sequence, const Error& error);
+
+  SchedulerLimits limits_;
+  BlockManager& blocks_;
+  std::deque<Owner> waiting_;   // in order of arrival, all younger than the running ones
+  std::vector<Owner> running_;  // in order of arrival; these hold blocks
+  StepPlan plan_;
+  uint64_t num_preemptions_ = 0;
+  uint64_t num_prompt_tokens_ = 0;
+  uint64_t num_completion_tokens_ = 0;
+};
+
+}  // namespace turbomind

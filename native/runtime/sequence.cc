@@ -1,0 +1,93 @@
+#include "runtime/sequence.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+
+namespace turbomind {
+
+double ms_between(Clock::time_point from, Clock::time_point to) {
+  return std::chrono::duration<double, std::milli>(to - from).count();
+}
+
+int SequenceImage::num_encoded() const {
+  return encoded.empty() ? 0 : encoded.back().first_tile + encoded.back().num_tiles;
+}
+
+Sequence::Sequence(Request request, Clock::time_point submitted, int max_tokens,
+                   BlockManager& blocks)
+    : request_(std::move(request)),
+      tokens_(std::move(request_.prompt_tokens)),
+      blocks_(blocks),
+      num_prompt_tokens_(static_cast<int>(tokens_.size())),
+      max_new_tokens_(std::min(request_.max_new_tokens, max_tokens - num_prompt_tokens_)),
+      submitted_(submitted) {
+  TM_CHECK(num_prompt_tokens_ >= 1 && max_new_tokens_ >= 1,
+           "request %llu: %d prompt tokens leave %d of %d for the completion",
+           static_cast<unsigned long long>(id()), num_prompt_tokens_, max_new_tokens_, max_tokens);
+  request_.prompt_tokens.clear();
+  tokens_.reserve(static_cast<size_t>(num_prompt_tokens_ + max_new_tokens_));
+  blocks_.reserve(num_prompt_tokens_ + max_new_tokens_);
+  images_.reserve(request_.images.size());
+  for (const ImageInput& input : request_.images) {
+    SequenceImage& image = images_.emplace_back();
+    image.tiles = input.tiles;
+    image.token_offset = input.token_offset;
+    image.tokens_per_tile = input.num_tokens / input.tiles->num_tiles;
+  }
+}
+
+std::span<const TokenId> Sequence::banned() const {
+  if (num_completion_tokens() >= request_.min_new_tokens) return {};
+  return request_.stop_token_ids;
+}
+
+void Sequence::mark_scheduled(Clock::time_point now) {
+  if (!scheduled_) scheduled_ = now;
+}
+
+void Sequence::advance(int count) {
+  TM_CHECK(count >= 1 && count <= num_pending(), "advance by %d of %d pending tokens", count,
+           num_pending());
+  num_computed_ += count;
+  if (num_computed_ < num_prompt_tokens_) return;
+  for (SequenceImage& image : images_) image.encoded.clear();
+}
+
+FinishReason Sequence::append(TokenId token, Clock::time_point now) {
+  TM_CHECK(num_pending() == 0, "a token was drawn while %d were not computed", num_pending());
+  const bool may_stop = banned().empty();
+  tokens_.push_back(token);
+  last_token_ = now;
+  if (!first_token_) {
+    first_token_ = now;
+    vision_ms_to_first_token_ = vision_ms_;
+  }
+  const std::vector<TokenId>& stops = request_.stop_token_ids;
+  if (may_stop && std::find(stops.begin(), stops.end(), token) != stops.end()) {
+    finish_reason_ = FinishReason::stop;
+  } else if (num_completion_tokens() >= max_new_tokens_) {
+    finish_reason_ = FinishReason::length;
+  }
+  return finish_reason_;
+}
+
+void Sequence::preempt() {
+  blocks_.clear();
+  num_computed_ = 0;
+  ++num_preemptions_;
+}
+
+RequestTimings Sequence::timings() const {
+  RequestTimings timings;
+  timings.vision_ms = vision_ms_;
+  if (!scheduled_) return timings;
+  timings.queue_ms = ms_between(submitted_, *scheduled_);
+  if (!first_token_) return timings;
+  timings.first_token_ms = ms_between(submitted_, *first_token_);
+  timings.prefill_ms = ms_between(*scheduled_, *first_token_) - vision_ms_to_first_token_;
+  timings.decode_ms = ms_between(*first_token_, last_token_);
+  return timings;
+}
+
+}  // namespace turbomind

@@ -1,0 +1,101 @@
+// One request in flight: its tokens, its KV blocks, its image embeddings and its clock. Changed by
+// the scheduler alone, but for the embeddings, which the model runner attaches. Engine thread.
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "runtime/block_manager.h"
+#include "runtime/request.h"
+
+namespace turbomind {
+
+using Clock = std::chrono::steady_clock;
+
+double ms_between(Clock::time_point from, Clock::time_point to);
+
+// What the vision tower made of some tiles, opaque here: the model runner knows the rest.
+class ImageEmbeddings {
+ public:
+  virtual ~ImageEmbeddings() = default;
+};
+
+// A run of one image's tiles, and later their embeddings.
+struct EncodedTiles {
+  int first_tile = 0;
+  int num_tiles = 0;
+  std::unique_ptr<ImageEmbeddings> embeddings;
+};
+
+struct SequenceImage {
+  std::shared_ptr<const image::ImageTiles> tiles;
+  int token_offset = 0;  // of its first image token in the prompt
+  int tokens_per_tile = 0;
+  std::vector<EncodedTiles> encoded;  // adjacent runs from tile 0 on
+
+  int num_tiles() const { return tiles->num_tiles; }
+  int num_tokens() const { return num_tiles() * tokens_per_tile; }
+  int num_encoded() const;  // tiles
+};
+
+class Sequence {
+ public:
+  // `max_tokens`: prompt and completion may not grow past it (session_len, the pool); at least
+  // prompt + 1. The request must have been validated.
+  Sequence(Request request, Clock::time_point submitted, int max_tokens, BlockManager& blocks);
+
+  RequestId id() const { return request_.id; }
+  const Request& request() const { return request_; }  // without its prompt tokens
+  std::span<const TokenId> tokens() const { return tokens_; }  // prompt, then completion
+  int num_tokens() const { return static_cast<int>(tokens_.size()); }
+  int num_prompt_tokens() const { return num_prompt_tokens_; }
+  int num_completion_tokens() const { return num_tokens() - num_prompt_tokens_; }
+  int max_new_tokens() const { return max_new_tokens_; }  // the request's, capped by max_tokens
+  int num_computed() const { return num_computed_; }      // tokens whose K and V are in the cache
+  int num_pending() const { return num_tokens() - num_computed_; }
+  // One row of decode: everything is computed but the token drawn last.
+  bool decoding() const { return num_completion_tokens() > 0 && num_pending() == 1; }
+  // Stop ids that must not be drawn yet.
+  std::span<const TokenId> banned() const;
+  std::vector<SequenceImage>& images() { return images_; }
+  const std::vector<SequenceImage>& images() const { return images_; }
+  BlockTable& blocks() { return blocks_; }
+  const BlockTable& blocks() const { return blocks_; }
+  int num_preemptions() const { return num_preemptions_; }
+  FinishReason finish_reason() const { return finish_reason_; }
+
+  void mark_scheduled(Clock::time_point now);  // the first time only
+  void add_vision_ms(double ms) { vision_ms_ += ms; }
+  // `count` more tokens are in the cache. Embeddings are dropped once the prompt is.
+  void advance(int count);
+  // Appends a drawn token; answers why the sequence ended, or none.
+  FinishReason append(TokenId token, Clock::time_point now);
+  void fail() { finish_reason_ = FinishReason::error; }
+  // Gives its blocks back; everything is computed again later. Embeddings of an unfinished prompt
+  // are kept, those of a finished one are encoded again: a tile's embeddings do not depend on what
+  // it is encoded with.
+  void preempt();
+  RequestTimings timings() const;
+
+ private:
+  Request request_;
+  std::vector<TokenId> tokens_;
+  std::vector<SequenceImage> images_;
+  BlockTable blocks_;
+  int num_prompt_tokens_ = 0;
+  int max_new_tokens_ = 0;
+  int num_computed_ = 0;
+  int num_preemptions_ = 0;
+  Clock::time_point submitted_;
+  std::optional<Clock::time_point> scheduled_;
+  std::optional<Clock::time_point> first_token_;
+  Clock::time_point last_token_;
+  double vision_ms_ = 0;
+  double vision_ms_to_first_token_ = 0;
+  FinishReason finish_reason_ = FinishReason::none;
+};
+
+}  // namespace turbomind

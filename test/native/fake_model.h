@@ -1,0 +1,276 @@
+// A scripted model for the runtime's tests. Its KV cache holds one number a slot; the next token is
+// a hash of everything that the block table leads to, so a wrong slot, table, position, embedding or
+// leftover of another sequence changes the completion. `expected_completion` computes the same from
+// the request alone.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "runtime/model_runner.h"
+#include "runtime/request_check.h"
+#include "runtime/scheduler.h"
+
+namespace turbomind::test {
+
+struct FakeSpec {
+  int num_blocks = 8;
+  int block_size = 4;
+  int vocab_size = 50;
+  TokenId image_token_id = 49;
+  int tokens_per_tile = 3;
+  int tile_size = 2;
+};
+
+inline RequestRules rules_of(const FakeSpec& spec) {
+  return {spec.vocab_size, spec.image_token_id, spec.tile_size, spec.tokens_per_tile};
+}
+
+inline uint64_t mix(uint64_t hash, uint64_t value) {
+  hash ^= value + 0x9E3779B97F4A7C15ULL + (hash << 6) + (hash >> 2);
+  hash *= 0xBF58476D1CE4E5B9ULL;
+  return hash ^ (hash >> 29);
+}
+
+inline int32_t fake_embedding(const uint8_t* tile, size_t bytes, int token_idx) {
+  uint64_t hash = 7;
+  for (size_t i = 0; i < bytes; ++i) hash = mix(hash, tile[i]);
+  return static_cast<int32_t>(mix(hash, static_cast<uint64_t>(token_idx)) | 0x40000000U);
+}
+
+inline TokenId fake_draw(uint64_t hash, std::span<const TokenId> banned, const FakeSpec& spec) {
+  for (uint64_t i = 0;; ++i) {
+    const auto token = static_cast<TokenId>((hash + i) % static_cast<uint64_t>(spec.vocab_size));
+    if (token == spec.image_token_id) continue;
+    if (std::find(banned.begin(), banned.end(), token) == banned.end()) return token;
+  }
+}
+
+class FakeBuffer final : public Buffer {
+ public:
+  explicit FakeBuffer(size_t bytes) : bytes_(bytes) {}
+  void* data() override { return bytes_.data(); }
+  size_t bytes() const override { return bytes_.size(); }
+
+ private:
+  std::vector<char> bytes_;
+};
+
+class FakeModel final : public Model {
+ public:
+  explicit FakeModel(const FakeSpec& spec)
+      : spec_(spec), cache_(static_cast<size_t>(spec.num_blocks * spec.block_size), -1) {}
+
+  std::function<void()> on_forward;  // may throw or wait
+  uint64_t unsampled = 0;  // rows with this seed cannot be sampled; 0: all can
+  int max_step_tokens = 0;
+  int64_t tiles_encoded = 0;
+  int64_t forwards = 0;
+
+  std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) override {
+    const int64_t num_tiles = tiles.dim(0);
+    const size_t tile_bytes = tiles.bytes() / static_cast<size_t>(num_tiles);
+    const int64_t rows = num_tiles * spec_.tokens_per_tile;
+    auto buffer = std::make_unique<FakeBuffer>(static_cast<size_t>(rows) * sizeof(int32_t));
+    auto* out = static_cast<int32_t*>(buffer->data());
+    for (int64_t row = 0; row < rows; ++row) {
+      const uint8_t* tile =
+          tiles.as<uint8_t>() + static_cast<size_t>(row / spec_.tokens_per_tile) * tile_bytes;
+      out[row] = fake_embedding(tile, tile_bytes, static_cast<int>(row % spec_.tokens_per_tile));
+    }
+    tiles_encoded += num_tiles;
+    const ConstTensorView view(out, DType::i32, {rows, 1});
+    return std::make_unique<TileEmbeddings>(std::move(buffer), view);
+  }
+
+  void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) override {
+    if (on_forward) on_forward();
+    ++forwards;
+    batch_ = batch;
+    const auto num_tokens = static_cast<size_t>(batch.num_tokens());
+    TM_CHECK(num_tokens >= 1 && batch.positions.size() == num_tokens &&
+                 batch.slots.size() == num_tokens &&
+                 batch.query_start.size() == batch.kv_len.size() + 1,
+             "batch arrays disagree");
+    max_step_tokens = std::max(max_step_tokens, batch.num_tokens());
+    std::vector<int32_t> values(batch.token_ids.begin(), batch.token_ids.end());
+    for (const EmbeddingOverride& part : overrides) {
+      for (int64_t i = 0; i < part.embeddings.dim(0); ++i) {
+        int32_t& value = values.at(static_cast<size_t>(part.row + i));
+        TM_CHECK(value == spec_.image_token_id, "override of token %d", value);
+        value = part.embeddings.as<int32_t>()[i];
+      }
+    }
+    for (int s = 0; s < batch.num_sequences(); ++s) write_rows(batch, s, values);
+  }
+
+  void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) override {
+    TM_CHECK(rows.size() == batch_.sample_rows.size() && rows.size() == results.size(),
+             "%zu rows to sample, %zu results", rows.size(), results.size());
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const int s = sequence_of(batch_.sample_rows[r]);
+      TM_CHECK(static_cast<int>(rows[r].tokens.size()) == batch_.kv_len[s],
+               "row %zu: %zu tokens, kv_len %d", r, rows[r].tokens.size(), batch_.kv_len[s]);
+      if (unsampled == rows[r].params->seed && unsampled != 0) continue;
+      results[r].token = fake_draw(hash_of(s), rows[r].banned, spec_);
+    }
+    if (unsampled != 0) throw Error(ErrorCode::device_error, "scripted row failure");
+  }
+
+  void logits(std::span<float> out) override {
+    TM_CHECK(batch_.sample_rows.size() == 1, "logits of one row");
+    const uint64_t hash = hash_of(sequence_of(batch_.sample_rows[0]));
+    for (size_t i = 0; i < out.size(); ++i) {
+      out[i] = static_cast<TokenId>(i) == fake_draw(hash, {}, spec_) ? 1.0F : 0.0F;
+    }
+  }
+
+ private:
+  void write_rows(const StepBatch& batch, int s, const std::vector<int32_t>& values) {
+    for (int row = batch.query_start[s]; row < batch.query_start[s + 1]; ++row) {
+      const auto i = static_cast<size_t>(row);
+      const int position = batch.positions[i];
+      TM_CHECK(values[i] != spec_.image_token_id, "image token at %d not overridden", position);
+      TM_CHECK(position == batch.kv_len[s] - (batch.query_start[s + 1] - row), "position %d",
+               position);
+      TM_CHECK(batch.slots[i] == slot_of(s, position), "slot %d of position %d", batch.slots[i],
+               position);
+      cache_.at(static_cast<size_t>(batch.slots[i])) = values[i];
+    }
+  }
+  int sequence_of(int row) const {
+    for (int s = 0; s < batch_.num_sequences(); ++s) {
+      if (batch_.query_start[s + 1] == row + 1) return s;
+    }
+    TM_CHECK(false, "row %d is nobody's last", row);
+    return -1;
+  }
+  int slot_of(int s, int position) const {
+    const int block = batch_.block_table[static_cast<size_t>(
+        s * batch_.max_blocks + position / spec_.block_size)];
+    return block * spec_.block_size + position % spec_.block_size;
+  }
+  uint64_t hash_of(int s) const {
+    uint64_t hash = 1;
+    for (int i = 0; i < batch_.kv_len[s]; ++i) {
+      hash = mix(hash, static_cast<uint64_t>(cache_.at(static_cast<size_t>(slot_of(s, i)))));
+    }
+    return hash;
+  }
+
+  FakeSpec spec_;
+  StepBatch batch_;
+  std::vector<int32_t> cache_;
+};
+
+struct Completion {
+  std::vector<TokenId> tokens;
+  FinishReason reason = FinishReason::none;
+};
+
+// What `request` must answer, whatever runs beside it. max_tokens: min(session_len, pool tokens).
+inline Completion expected_completion(const Request& request, const FakeSpec& spec,
+                                      int max_tokens) {
+  const auto prompt_len = request.prompt_tokens.size();
+  std::vector<int32_t> values(request.prompt_tokens.begin(), request.prompt_tokens.end());
+  for (const ImageInput& image : request.images) {
+    const size_t tile_bytes = image.tiles->pixels.size() / static_cast<size_t>(image.tiles->num_tiles);
+    for (int i = 0; i < image.num_tokens; ++i) {
+      const uint8_t* tile =
+          image.tiles->pixels.data() + static_cast<size_t>(i / spec.tokens_per_tile) * tile_bytes;
+      values[static_cast<size_t>(image.token_offset + i)] =
+          fake_embedding(tile, tile_bytes, i % spec.tokens_per_tile);
+    }
+  }
+  uint64_t hash = 1;
+  for (int32_t value : values) hash = mix(hash, static_cast<uint64_t>(value));
+  const int max_new =
+      std::min(request.max_new_tokens, max_tokens - static_cast<int>(prompt_len));
+  Completion completion;
+  const std::vector<TokenId>& stops = request.stop_token_ids;
+  while (completion.reason == FinishReason::none) {
+    const bool may_stop = static_cast<int>(completion.tokens.size()) >= request.min_new_tokens;
+    const TokenId token =
+        fake_draw(hash, may_stop ? std::span<const TokenId>() : std::span<const TokenId>(stops), spec);
+    completion.tokens.push_back(token);
+    hash = mix(hash, static_cast<uint64_t>(token));
+    if (may_stop && std::find(stops.begin(), stops.end(), token) != stops.end()) {
+      completion.reason = FinishReason::stop;
+    } else if (static_cast<int>(completion.tokens.size()) >= max_new) {
+      completion.reason = FinishReason::length;
+    }
+  }
+  return completion;
+}
+
+inline std::shared_ptr<const image::ImageTiles> fake_tiles(int num_tiles, uint8_t seed,
+                                                           const FakeSpec& spec) {
+  auto tiles = std::make_shared<image::ImageTiles>();
+  tiles->tile_size = spec.tile_size;
+  tiles->num_tiles = num_tiles;
+  tiles->pixels.resize(static_cast<size_t>(num_tiles * spec.tile_size * spec.tile_size * 3));
+  for (size_t i = 0; i < tiles->pixels.size(); ++i) {
+    tiles->pixels[i] = static_cast<uint8_t>(seed * 31 + i * 7 + 1);
+  }
+  return tiles;
+}
+
+// Appends an image of `num_tiles` tiles to the prompt.
+inline void add_image(Request& request, int num_tiles, uint8_t seed, const FakeSpec& spec) {
+  const int offset = static_cast<int>(request.prompt_tokens.size());
+  const int count = num_tiles * spec.tokens_per_tile;
+  request.images.push_back({fake_tiles(num_tiles, seed, spec), offset, count});
+  request.prompt_tokens.insert(request.prompt_tokens.end(), static_cast<size_t>(count),
+                               spec.image_token_id);
+}
+
+inline Request text_request(RequestId id, int prompt_len, int max_new_tokens) {
+  Request request;
+  request.id = id;
+  for (int i = 0; i < prompt_len; ++i) {
+    request.prompt_tokens.push_back(static_cast<TokenId>((id * 13 + static_cast<uint64_t>(i) * 5) % 49));
+  }
+  request.max_new_tokens = max_new_tokens;
+  return request;
+}
+
+// What a caller learns from the events, with the contract checked: order, one end each.
+struct Answer {
+  std::vector<TokenId> tokens;
+  FinishReason reason = FinishReason::none;
+  Event last;
+};
+class Answers {
+ public:
+  void take(const std::vector<Event>& events) {
+    for (const Event& event : events) {
+      Answer& answer = answers_[event.id];
+      TM_CHECK(answer.reason == FinishReason::none, "request %d got an event after its end",
+               static_cast<int>(event.id));
+      for (const TokenEvent& token : event.tokens) answer.tokens.push_back(token.token);
+      answer.reason = event.finish_reason;
+      answer.last = event;
+    }
+  }
+  const Answer& at(RequestId id) const { return answers_.at(id); }
+  bool known(RequestId id) const { return answers_.contains(id); }
+  bool ended(RequestId id) const {
+    const auto found = answers_.find(id);
+    return found != answers_.end() && found->second.reason != FinishReason::none;
+  }
+  size_t num_ended() const {
+    return static_cast<size_t>(std::count_if(answers_.begin(), answers_.end(), [](const auto& a) {
+      return a.second.reason != FinishReason::none;
+    }));
+  }
+
+ private:
+  std::map<RequestId, Answer> answers_;
+};
+
+}  // namespace turbomind::test

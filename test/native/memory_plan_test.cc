@@ -1,0 +1,99 @@
+// The number of KV blocks and the size of a step, from budgets worked out by hand.
+#include "runtime/memory_plan.h"
+
+#include <limits>
+#include <string>
+
+#include "test.h"
+
+using namespace turbomind;
+
+namespace {
+
+MemoryBudget budget() {
+  return {.session_len = 1000,
+          .max_batch_size = 4,
+          .max_prefill_token_num = 512,
+          .block_size = 64,
+          .cache_max_entry_count = 0.5,
+          .free_bytes = 100 * 1000,
+          .block_bytes = 1000,
+          .tokens_per_tile = 256};
+}
+
+}  // namespace
+
+TEST("the pool takes its share of free memory") {
+  const MemoryPlan plan = plan_memory(budget());
+  EXPECT_EQ(plan.blocks_per_session, 16);
+  EXPECT_EQ(plan.num_blocks, 50);
+  EXPECT_EQ(plan.kv_cache_bytes, size_t{50000});
+}
+
+TEST("the pool never exceeds max_batch_size full sessions") {
+  MemoryBudget b = budget();
+  b.free_bytes = size_t{1} << 40;
+  EXPECT_EQ(plan_memory(b).num_blocks, 64);
+}
+
+TEST("a step holds a prefill and a decode row of each sequence, and the tiles these tokens use") {
+  const MemoryPlan plan = plan_steps(budget());
+  EXPECT_EQ(plan.max_tokens, 516);
+  EXPECT_EQ(plan.max_sequences, 4);
+  EXPECT_EQ(plan.max_tiles, 2);
+  MemoryBudget small = budget();
+  small.max_prefill_token_num = 100;
+  EXPECT_EQ(plan_steps(small).max_tiles, 1);
+  small.tokens_per_tile = 0;
+  EXPECT_EQ(plan_steps(small).max_tiles, 1);
+}
+
+TEST("a pool that cannot hold one session is refused with the numbers and the remedy") {
+  MemoryBudget b = budget();
+  b.free_bytes = 31 * 1000;  // 15.5 blocks of the 16 needed
+  EXPECT_ERROR(plan_memory(b), ErrorCode::out_of_memory);
+  try {
+    (void)plan_memory(b);
+  } catch (const Error& error) {
+    const std::string message = error.what();
+    EXPECT(message.find("1000 tokens takes 16 blocks") != std::string::npos);
+    EXPECT(message.find("holds 15") != std::string::npos);
+    EXPECT(message.find("lower sessionLen") != std::string::npos);
+    EXPECT(message.find("cacheMaxEntryCount") != std::string::npos);
+  }
+  b.free_bytes = 32 * 1000;
+  EXPECT_EQ(plan_memory(b).num_blocks, 16);
+}
+
+TEST("slots stay within 32 bits however much memory there is") {
+  MemoryBudget b = budget();
+  b.session_len = 1 << 20;
+  b.max_batch_size = 65536;
+  b.free_bytes = std::numeric_limits<size_t>::max();
+  b.block_bytes = 1;
+  const MemoryPlan plan = plan_memory(b);
+  EXPECT(int64_t{plan.num_blocks} * b.block_size <= std::numeric_limits<int32_t>::max());
+  EXPECT(plan.num_blocks > plan.blocks_per_session);
+}
+
+TEST("values out of range are invalid arguments") {
+  const auto with = [](auto change) {
+    MemoryBudget b = budget();
+    change(b);
+    return b;
+  };
+  const MemoryBudget bad[] = {
+      with([](MemoryBudget& b) { b.session_len = 1; }),
+      with([](MemoryBudget& b) { b.session_len = -5; }),
+      with([](MemoryBudget& b) { b.max_batch_size = 0; }),
+      with([](MemoryBudget& b) { b.max_prefill_token_num = 0; }),
+      with([](MemoryBudget& b) { b.max_prefill_token_num = 1 << 30; }),
+      with([](MemoryBudget& b) { b.block_size = 0; }),
+      with([](MemoryBudget& b) { b.cache_max_entry_count = 0.0; }),
+      with([](MemoryBudget& b) { b.cache_max_entry_count = 1.5; }),
+      with([](MemoryBudget& b) { b.cache_max_entry_count = std::nan(""); }),
+  };
+  for (const MemoryBudget& b : bad) EXPECT_ERROR(plan_memory(b), ErrorCode::invalid_argument);
+}
+
+TEST_MAIN()

@@ -1,0 +1,250 @@
+// Planning by example and by ten thousand random steps against a scripted model.
+#include "runtime/scheduler.h"
+
+#include <random>
+
+#include "fake_model.h"
+#include "test.h"
+
+using namespace turbomind;
+using namespace turbomind::test;
+
+namespace {
+
+// A scheduler, a runner and a fake model, stepped by hand.
+struct Harness {
+  Harness(const FakeSpec& fake, const SchedulerLimits& limits)
+      : spec(fake), blocks(fake.num_blocks, fake.block_size), scheduler(limits, blocks),
+        model(fake), runner(model, memory(limits)) {}
+
+  static MemoryPlan memory(const SchedulerLimits& limits) {
+    MemoryPlan plan;
+    plan.max_sequences = limits.max_batch_size;
+    plan.max_tokens = limits.max_batch_size + limits.max_prefill_token_num;
+    plan.blocks_per_session = 1;
+    return plan;
+  }
+  int max_tokens() const {
+    return std::min(scheduler.limits().session_len, spec.num_blocks * spec.block_size);
+  }
+  void add(Request request) {
+    EXPECT(scheduler.add(std::move(request)).admit == Admit::ok);
+  }
+  bool step() {
+    const StepPlan& plan = scheduler.plan();
+    if (plan.empty()) return false;
+    answers.take(scheduler.commit(plan, runner.run(plan)));
+    scheduler.check_invariants();
+    return true;
+  }
+  int run_all() {
+    int steps = 0;
+    while (step()) ++steps;
+    return steps;
+  }
+  void expect_same_as_alone(const Request& request) {
+    const Completion expected = expected_completion(request, spec, max_tokens());
+    EXPECT(answers.at(request.id).tokens == expected.tokens);
+    EXPECT(answers.at(request.id).reason == expected.reason);
+  }
+
+  FakeSpec spec;
+  BlockManager blocks;
+  Scheduler scheduler;
+  FakeModel model;
+  ModelRunner runner;
+  Answers answers;
+};
+
+constexpr SchedulerLimits kLimits{.session_len = 32, .max_batch_size = 4,
+                                  .max_prefill_token_num = 8, .max_tiles = 2};
+
+}  // namespace
+
+TEST("a prompt is prefilled in chunks of the token budget, then decoded a token a step") {
+  Harness h({}, kLimits);
+  const Request request = text_request(1, 19, 3);
+  h.add(request);
+  EXPECT_EQ(h.scheduler.plan().rows[0].num_tokens, 8);
+  EXPECT_EQ(h.run_all(), 3 + 2);  // 8 + 8 + 3 tokens, the last chunk draws; then two more
+  h.expect_same_as_alone(request);
+  EXPECT(h.answers.at(1).reason == FinishReason::length);
+  EXPECT_EQ(h.scheduler.num_prompt_tokens(), 19U);
+  EXPECT_EQ(h.scheduler.num_completion_tokens(), 3U);
+  EXPECT_EQ(h.blocks.num_free(), h.spec.num_blocks);
+}
+
+TEST("decode rows come first and leave the prefill budget alone") {
+  Harness h({}, kLimits);
+  h.add(text_request(1, 4, 8));
+  EXPECT(h.step());
+  h.add(text_request(2, 12, 4));
+  const StepPlan& plan = h.scheduler.plan();
+  EXPECT_EQ(plan.rows.size(), size_t{2});
+  EXPECT_EQ(plan.rows[0].sequence->id(), 1U);
+  EXPECT_EQ(plan.rows[0].num_tokens, 1);
+  EXPECT_EQ(plan.rows[1].num_tokens, 8);
+  EXPECT(!plan.rows[1].samples);
+  EXPECT_EQ(plan.num_tokens, 9);
+  EXPECT_EQ(plan.num_samples, 1);
+}
+
+TEST("several prompts share a step's budget in order of arrival") {
+  Harness h({}, kLimits);
+  for (RequestId id = 1; id <= 4; ++id) h.add(text_request(id, 3, 2));
+  const StepPlan& plan = h.scheduler.plan();
+  EXPECT_EQ(plan.rows.size(), size_t{3});
+  EXPECT_EQ(plan.rows[2].num_tokens, 2);
+  EXPECT_EQ(h.scheduler.num_waiting(), 1);
+}
+
+TEST("a request that can never fit is refused with the numbers") {
+  Harness h({.num_blocks = 4}, kLimits);  // 16 tokens
+  const Admission too_long = h.scheduler.add(text_request(1, 32, 1));
+  EXPECT(too_long.admit == Admit::never);
+  EXPECT(too_long.code == ErrorCode::prompt_too_long);
+  EXPECT(too_long.reason.find("32 tokens") != std::string::npos);
+  const Admission too_big = h.scheduler.add(text_request(2, 16, 1));
+  EXPECT(too_big.admit == Admit::never);
+  EXPECT(too_big.code == ErrorCode::out_of_memory);
+  EXPECT(too_big.reason.find("5 KV blocks") != std::string::npos);
+  EXPECT(h.scheduler.idle());
+  h.add(text_request(3, 15, 100));
+  h.run_all();
+  EXPECT_EQ(h.answers.at(3).tokens.size(), size_t{1});
+}
+
+TEST("a completion ends with length at the session's end or at the pool's") {
+  Harness session({.num_blocks = 100}, kLimits);
+  session.add(text_request(1, 30, 1000));
+  session.run_all();
+  EXPECT_EQ(session.answers.at(1).tokens.size(), size_t{2});
+  EXPECT(session.answers.at(1).reason == FinishReason::length);
+  Harness pool({.num_blocks = 5}, kLimits);
+  pool.add(text_request(1, 10, 1000));
+  pool.run_all();
+  EXPECT_EQ(pool.answers.at(1).tokens.size(), size_t{10});
+  EXPECT(pool.answers.at(1).reason == FinishReason::length);
+}
+
+TEST("a stop token ends the sequence and is reported; below min_new_tokens it is never drawn") {
+  const FakeSpec spec;
+  Request request = text_request(1, 5, 20);
+  const std::vector<TokenId> free_run = expected_completion(request, spec, 32).tokens;
+  request.stop_token_ids = {free_run[2]};
+  Harness h(spec, kLimits);
+  h.add(request);
+  h.run_all();
+  EXPECT_EQ(h.answers.at(1).tokens.size(), size_t{3});
+  EXPECT(h.answers.at(1).reason == FinishReason::stop);
+  EXPECT_EQ(h.answers.at(1).last.matched_stop, free_run[2]);
+
+  request.min_new_tokens = 4;
+  Harness banned(spec, kLimits);
+  banned.add(request);
+  banned.run_all();
+  const std::vector<TokenId>& tokens = banned.answers.at(1).tokens;
+  EXPECT(tokens.size() >= 4);
+  EXPECT(std::find(tokens.begin(), tokens.begin() + 4, free_run[2]) == tokens.begin() + 4);
+  banned.expect_same_as_alone(request);
+}
+
+TEST("the youngest sequence is preempted, waits at the front and ends as if undisturbed") {
+  Harness h({.num_blocks = 6}, kLimits);  // 24 tokens
+  const Request first = text_request(1, 8, 14);
+  const Request second = text_request(2, 4, 16);
+  const Request third = text_request(3, 4, 3);
+  h.add(first);
+  h.add(second);
+  EXPECT(h.step());
+  while (h.scheduler.num_preemptions() == 0 && h.step()) {
+  }
+  EXPECT_EQ(h.scheduler.num_preemptions(), 1U);
+  EXPECT_EQ(h.scheduler.num_running(), 1);
+  h.add(third);
+  h.run_all();
+  for (const Request& request : {first, second, third}) h.expect_same_as_alone(request);
+  EXPECT_EQ(h.answers.at(1).last.num_preemptions, 0);
+  EXPECT(h.answers.at(2).last.num_preemptions >= 1);
+}
+
+TEST("an aborted sequence frees its blocks at once, running or waiting") {
+  Harness h({.num_blocks = 6}, kLimits);
+  h.add(text_request(1, 20, 4));
+  h.add(text_request(2, 20, 4));
+  EXPECT(h.step());
+  EXPECT_EQ(h.blocks.num_used(), 5);
+  EXPECT(h.scheduler.abort(2)->finish_reason == FinishReason::abort);
+  EXPECT(h.scheduler.abort(1)->finish_reason == FinishReason::abort);
+  EXPECT_EQ(h.blocks.num_used(), 0);
+  EXPECT(!h.scheduler.abort(1).has_value());
+  EXPECT(h.scheduler.idle());
+  EXPECT(!h.step());
+}
+
+TEST("tiles are encoded once, under the tile limit, whatever the chunks are") {
+  for (int budget : {1, 2, 5, 100}) {
+    SchedulerLimits limits = kLimits;
+    limits.max_prefill_token_num = budget;
+    limits.session_len = 64;
+    Harness h({.num_blocks = 16}, limits);
+    Request request = text_request(1, 2, 5);
+    add_image(request, 5, 1, h.spec);
+    request.prompt_tokens.push_back(7);
+    add_image(request, 1, 2, h.spec);
+    add_image(request, 2, 3, h.spec);
+    h.add(request);
+    bool within_limit = true;
+    for (;;) {
+      const int64_t before = h.model.tiles_encoded;
+      if (!h.step()) break;
+      within_limit = within_limit && h.model.tiles_encoded - before <= limits.max_tiles;
+    }
+    EXPECT(within_limit);
+    EXPECT_EQ(h.model.tiles_encoded, 8);
+    h.expect_same_as_alone(request);
+    EXPECT(h.answers.at(1).last.timings.vision_ms > 0);
+  }
+}
+
+TEST("images survive a preemption before and after their prompt is computed") {
+  // The image prompt takes 5 of 8 blocks; the first sequence soon needs what it holds.
+  for (int budget : {1, 8}) {
+    SchedulerLimits limits = kLimits;
+    limits.max_prefill_token_num = budget;
+    Harness h({.num_blocks = 8}, limits);
+    const Request first = text_request(1, 7, 25);
+    Request second = text_request(2, 2, 8);
+    add_image(second, 4, 9, h.spec);
+    h.add(first);
+    h.add(second);
+    h.run_all();
+    h.expect_same_as_alone(first);
+    h.expect_same_as_alone(second);
+    EXPECT(h.answers.at(2).last.num_preemptions >= 1);
+  }
+}
+
+TEST("a failing step ends its own sequences only") {
+  Harness h({.num_blocks = 6}, kLimits);
+  h.add(text_request(1, 8, 4));
+  h.add(text_request(2, 16, 4));
+  EXPECT_EQ(h.scheduler.plan().rows.size(), size_t{1});
+  h.answers.take(h.scheduler.fail_planned(Error(ErrorCode::internal, "scripted")));
+  EXPECT(h.answers.at(1).reason == FinishReason::error);
+  EXPECT(h.answers.at(1).last.error_message == "scripted");
+  h.scheduler.check_invariants();
+  h.run_all();
+  h.expect_same_as_alone(text_request(2, 16, 4));
+}
+
+TEST("timings are ordered and only the last event carries them") {
+  Harness h({}, kLimits);
+  h.add(text_request(1, 12, 4));
+  h.run_all();
+  const RequestTimings& t = h.answers.at(1).last.timings;
+  EXPECT(t.queue_ms >= 0 && t.prefill_ms > 0 && t.decode_ms > 0);
+  EXPECT_NEAR(t.queue_ms + t.prefill_ms + t.vision_ms, t.first_token_ms, 1e-6);
+}
+
+TEST_MAIN()

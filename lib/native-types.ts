@@ -230,7 +230,17 @@ export interface NativeAddon {
     options: NativeTileOptions,
   ): Promise<NativeTiles>;
   /** The grid that makeTiles would choose. */
-  chooseGrid(width: number, height: number, options: NativeTileOptions): { columns: number; rows: number };
+  chooseGrid(
+    width: number,
+    height: number,
+    options: NativeTileOptions,
+  ): { columns: number; rows: number };
   /** Pillow's bicubic resize of RGB pixels; for tests and tools. */
-  resizeBicubic(pixels: Uint8Array, width: number, height: number, outWidth: number, outHeight: number): Uint8Array;
+  resizeBicubic(
+    pixels: Uint8Array,
+    width: number,
+    height: number,
+    outWidth: number,
+    outHeight: number,
+  ): Uint8Array;
 }

@@ -209,7 +209,7 @@ function notFound(search: NativeSearch, attempts: readonly LoadAttempt[]): Backe
   const solutions = search.env[NATIVE_PATH_VARIABLE]
     ? [`- Unset ${NATIVE_PATH_VARIABLE}, or point it at a binary of version ${search.version}`]
     : [
-        '- Build from source in the package folder: npm run build:native (needs CMake and a C++20 compiler)',
+        '- Build it in a clone of the repository: npm ci && npm run build:native (CMake, a C++20 compiler)',
         '- Reinstall without --ignore-scripts or --omit=optional, on the platform that will run it',
         `- Set ${NATIVE_PATH_VARIABLE} to the path of a turbomind.node of version ${search.version}`,
         '- Packaged with Electron: list this package under asarUnpack',

@@ -15,6 +15,8 @@ export interface RunFlags extends ModelFlags {
 
 export async function run(model: string | undefined, flags: RunFlags): Promise<void> {
   const messages = toMessages(await readPrompt(flags), flags);
+  // The picture decoder loads while the weights do; if it cannot, the first picture says why.
+  if (flags.image !== undefined) void import('sharp').catch(() => undefined);
   const interrupt = new AbortController();
   const onSigint = (): void => interrupt.abort();
   process.once('SIGINT', onSigint);

@@ -1,4 +1,4 @@
-import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -131,4 +131,10 @@ test('native errors keep a known code, and others are internal', () => {
 
 test('the version is that of package.json', () => {
   expect(packageVersion()).toMatch(/^\d+\.\d+\.\d+/);
+});
+
+test('the native list of codes is the same as ours', () => {
+  const source = readFileSync(new URL('../../native/base/error.cc', import.meta.url), 'utf8');
+  const native = [...source.matchAll(/"(ERR_TM_[A-Z_]+)"/g)].map(([, code]) => code);
+  expect([...new Set(native)].sort()).toEqual([...NATIVE_ERROR_CODES].sort());
 });

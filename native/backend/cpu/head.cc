@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t kRows = 16;                   // vocabulary rows a block
 constexpr int64_t kScreenedRows = 16;           // rows of x screened at once
 constexpr int64_t kSmallHead = int64_t{4} << 20;  // weights below which all rows are scored exactly
+// Rescored rows (a page or more each) that may stay mapped before their pages are let go.
+constexpr int64_t kResidentRows = 4096;
 constexpr int64_t kMostFeatures = 65536;        // the bound and int32 sums hold up to here
 
 // k-th largest of values; reorders them.
@@ -31,7 +33,7 @@ float kth_largest(float* values, int64_t count, int64_t k) {
 struct Head::Scratch {
   int8_t* hi;         // [rows][depth]
   int8_t* lo;
-  int32_t* start_hi;  // [rows] -128 * sum of hi: takes the weights' offset back
+  int32_t* start_hi;  // [rows] -32 * sum of hi: takes the weights' offset back
   int32_t* start_lo;
   float* a;           // [rows] scale of x
   float* p;           // [rows] P and Q of the bound
@@ -49,39 +51,50 @@ Head::Head(const LinearSource& source, Isa isa, ThreadPool& pool) : kernels_(ker
   check_dense_part(source, part);
   v_ = part.out_features;
   h_ = source.in_features;
-  depth_ = round_up<int64_t>(h_, 4);
+  depth_ = round_up<int64_t>(h_, kHeadDepth);
+  block_bytes_ = depth_ / kHeadDepth * kHeadLineBytes;
   type_ = dense_type(part.weight.dtype);
   row_bytes_ = static_cast<size_t>(h_) * dtype_bytes(part.weight.dtype);
   rows_ = part.weight.as<uint8_t>();
   bias_ = pack_bias(source, ceil_div<int64_t>(v_, kBlockColumns));
   if (v_ * h_ < kSmallHead || h_ > kMostFeatures || !bias_.empty()) return;
   blocks_ = ceil_div(v_, kRows);
-  memory_ = MappedMemory(static_cast<size_t>(blocks_ * kRows * depth_));
+  memory_ = MappedMemory(static_cast<size_t>(blocks_ * block_bytes_));
   const size_t padded = static_cast<size_t>(blocks_ * kRows);
   scale_.assign(padded, 0.0F);
   residual_.assign(padded, 0.0F);
   norm_.assign(padded, 0.0F);
-  const SourcePages pages({{rows_, part.weight.bytes()}});
+  pages_.emplace(std::vector<std::pair<const void*, size_t>>{{rows_, part.weight.bytes()}});
   pool.parallel_for(blocks_, 16, [&](int64_t begin, int64_t end) {
     const size_t bytes = static_cast<size_t>(std::min(v_, end * kRows) - begin * kRows) * row_bytes_;
     const uint8_t* data = rows_ + static_cast<size_t>(begin * kRows) * row_bytes_;
-    pages.will_read(data, bytes);
+    pages_->will_read(data, bytes);
     for (int64_t b = begin; b < end; ++b) pack_block(b, rows_ + static_cast<size_t>(b * kRows) * row_bytes_);
-    pages.done_with(data, bytes);
+    pages_->done_with(data, bytes);
   });
 }
 
-// Sixteen rows to 8 bits. Padding rows keep scale 0 and are never looked at.
+// Sixteen rows to 6 bits. Padding rows keep scale 0 and are never looked at.
 void Head::pack_block(int64_t block, const uint8_t* rows) {
-  uint8_t* out = memory_.data() + static_cast<size_t>(block * kRows * depth_);
+  std::vector<uint8_t> bytes(static_cast<size_t>(kRows * depth_), 32);
   const int64_t count = std::min(kRows, v_ - block * kRows);
   for (int64_t n = 0; n < count; ++n) {
     const uint8_t* row = rows + static_cast<size_t>(n) * row_bytes_;
-    const HeadRow packed = kernels_.pack_head_row(type_, row, h_, out + n * 4);
+    const HeadRow packed = kernels_.pack_head_row(type_, row, h_, bytes.data() + n * 4);
     const size_t at = static_cast<size_t>(block * kRows + n);
     scale_[at] = packed.scale;
     residual_[at] = packed.residual;
     norm_[at] = packed.norm;
+  }
+  // Four lines of bytes become three of six bits and a pair of the fourth's.
+  uint8_t* out = memory_.data() + static_cast<size_t>(block * block_bytes_);
+  for (const uint8_t* in = bytes.data(); in != bytes.data() + bytes.size(); in += 256, out += kHeadLineBytes) {
+    for (int j = 0; j < 64; ++j) {
+      const int last = in[192 + j];
+      out[j] = static_cast<uint8_t>(in[j] | (last & 3) << 6);
+      out[64 + j] = static_cast<uint8_t>(in[64 + j] | (last >> 2 & 3) << 6);
+      out[128 + j] = static_cast<uint8_t>(in[128 + j] | (last >> 4 & 3) << 6);
+    }
   }
 }
 
@@ -130,8 +143,8 @@ void Head::quantize(const float* x, const Scratch& s, int64_t row) const {
     sum_hi += hi[i];
     sum_lo += lo[i];
   }
-  s.start_hi[row] = -128 * sum_hi;
-  s.start_lo[row] = -128 * sum_lo;
+  s.start_hi[row] = -32 * sum_hi;
+  s.start_lo[row] = -32 * sum_lo;
   s.a[row] = top / 32639.0F;
   const double norm = std::sqrt(square);
   // Below the cut-off v is zero and d is x itself.
@@ -143,11 +156,11 @@ void Head::quantize(const float* x, const Scratch& s, int64_t row) const {
 
 // upper[row][n] = screened score plus bound, s.best = each block's greatest lower bound.
 void Head::screen(const Scratch& s, float* upper, ThreadPool& pool) const {
-  const int64_t grain = std::max<int64_t>(1, (64 << 10) / (kRows * depth_));
+  const int64_t grain = std::max<int64_t>(1, (64 << 10) / block_bytes_);
   pool.parallel_for(blocks_, grain, [&](int64_t begin, int64_t end) {
     alignas(64) float out[kScreenedRows * kRows];
     for (int64_t b = begin; b < end; ++b) {
-      const uint8_t* block = memory_.data() + static_cast<size_t>(b * kRows * depth_);
+      const uint8_t* block = memory_.data() + static_cast<size_t>(b * block_bytes_);
       const int64_t first = b * kRows;
       const int64_t count = std::min(kRows, v_ - first);
       for (int64_t row = 0; row < s.rows; row += kScreenedRows) {
@@ -176,14 +189,18 @@ float Head::exact(int64_t n, const float* x) const {
   return bias_.empty() ? score : score + bias_[static_cast<size_t>(n)];
 }
 
-// Entries of [begin, end) that can matter get exact scores; rows are fetched a few ahead.
-void Head::rescore(const float* x, int64_t row, float threshold, float* scores, int64_t begin,
-                   int64_t end) const {
-  (void)row;
+// Entries of [begin, end) that can matter get exact scores.
+void Head::rescore(const float* x, float threshold, float* scores, int64_t begin, int64_t end) const {
+  int64_t count = 0;
   for (int64_t n = begin; n < end; ++n) {
-    // A NaN bound (NaN in x) counts as a candidate: the exact score then says NaN.
-    scores[n] = scores[n] < threshold ? -std::numeric_limits<float>::infinity() : exact(n, x);
+    if (scores[n] < threshold) {
+      scores[n] = -std::numeric_limits<float>::infinity();
+    } else {  // a NaN bound (NaN in x) too: the exact score then says NaN
+      scores[n] = exact(n, x);
+      ++count;
+    }
   }
+  rescored_.fetch_add(count, std::memory_order_relaxed);
 }
 
 void Head::logits(const float* x, int64_t rows, float* y, void*, ThreadPool& pool) const {
@@ -214,9 +231,12 @@ void Head::best_logits(const float* x, int64_t rows, int k, float margin, float*
   pool.parallel_for(rows * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / chunks, from = task % chunks * kChunk;
-      rescore(x + row * h_, row, s.a[row], scores + row * v_, from, std::min(v_, from + kChunk));
+      rescore(x + row * h_, s.a[row], scores + row * v_, from, std::min(v_, from + kChunk));
     }
   });
+  if (rescored_.load(std::memory_order_relaxed) < kResidentRows) return;
+  pages_->done_with(rows_, static_cast<size_t>(v_) * row_bytes_);
+  rescored_.store(0, std::memory_order_relaxed);
 }
 
 std::unique_ptr<PackedHead> pack_head(const LinearSource& source, Isa isa, ThreadPool& pool) {

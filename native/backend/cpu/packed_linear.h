@@ -38,7 +38,7 @@ class PackedLinear : public LinearWeight {
 // Throws Error{tensor_mismatch | unsupported_quantization}.
 std::unique_ptr<PackedLinear> pack_linear(const LinearSource& source, Isa isa, ThreadPool& pool);
 
-// The language model head: rows are scored with an 8-bit copy (half the bytes of bf16), and every
+// The language model head: rows are scored with a 6-bit copy (three eighths of bf16's bytes), and every
 // row that could be among the best k by a proven error bound is scored again in full precision, so
 // the answer is that of the full-precision head.
 class PackedHead : public LinearWeight {

@@ -93,8 +93,8 @@ inline HeadRow pack_head_row_of(const void* row, int64_t n, uint8_t* out) {
   I largest = i_set(0);
   for (int64_t i = 0; i < n; i += 16) largest = i_max(largest, i_and(i_bits(load(i)), magnitude));
   const float top = std::bit_cast<float>(i_max_lane(largest));
-  const float scale = top / 127.0F;
-  const F inverse = f_set(top > 1e-30F ? 127.0F / top : 0.0F);
+  const float scale = top / 31.0F;
+  const F inverse = f_set(top > 1e-30F ? 31.0F / top : 0.0F);
   F residual = f_zero(), norm = f_zero();
   for (int64_t i = 0; i < n; i += 16) {
     const F w = load(i);
@@ -103,7 +103,7 @@ inline HeadRow pack_head_row_of(const void* row, int64_t n, uint8_t* out) {
     residual = f_fma(r, r, residual);
     norm = f_fma(w, w, norm);
     alignas(16) int8_t bytes[16];
-    i_store_s8(bytes, i_add(u, i_set(128)));
+    i_store_s8(bytes, i_add(u, i_set(32)));
     for (int64_t j = i; j < std::min(n, i + 16); j += 4) {
       std::memcpy(out + j / 4 * 64, bytes + (j - i), 4);  // past n: u = 0, and x is 0 there
     }

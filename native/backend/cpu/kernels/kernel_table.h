@@ -68,7 +68,13 @@ struct Finish {
   int valid = 0;
 };
 
-// What screening must know of a row w and its 8-bit form u: w = scale * u + r.
+// Screening weights: 6 bits a value, u in [-31, 31] stored as u + 32. For every 16 values of k a block
+// of 16 vocabulary rows has three 64-byte lines. Byte 4 n + i of line l holds u(k + 4 l + i) of row n
+// in its low six bits; its top two bits are bits 2 l and 2 l + 1 of u(k + 12 + i).
+inline constexpr int kHeadDepth = 16;       // k is padded to a multiple of this
+inline constexpr int kHeadLineBytes = 192;  // for 16 rows and 16 values of k
+
+// What screening must know of a row w and its 6-bit form u: w = scale * u + r.
 struct HeadRow {
   float scale = 0.0F;
   float residual = 0.0F;  // at least ||r||
@@ -107,12 +113,12 @@ struct Kernels {
 
   // Head: sum over i of row[i] * x[i], in one fixed order.
   float (*dot)(DenseType type, const void* row, const float* x, int64_t n);
-  // One row to 8 bits: u = round(w / scale) + 128 at out + (i / 4) * 64 + i % 4.
+  // One row to 6 bits, a byte each: u = round(w / scale) + 32 at out + (i / 4) * 64 + i % 4.
   HeadRow (*pack_head_row)(DenseType type, const void* row, int64_t n, uint8_t* out);
-  // Screening: out[r][16] = for 16 rows of 8-bit weights (u8, offset 128; [k / 4][16][4]) the dot
-  // product with row r's planes, minus the offset: 256 * hi + lo as f32 (two roundings).
+  // Screening: out[r][16] = for a block of 16 vocabulary rows in 6 bits the dot products with row r's
+  // planes, less the offset (the start values): 256 * hi + lo as f32 (two roundings). k % 16 == 0.
   void (*screen)(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo,
-                 int64_t plane_stride, const int32_t* hi_sum, const int32_t* lo_sum, int rows,
+                 int64_t plane_stride, const int32_t* hi_start, const int32_t* lo_start, int rows,
                  float* out);
 };
 

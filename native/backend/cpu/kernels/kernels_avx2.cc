@@ -117,30 +117,44 @@ void u4_rows(const U4Shape& shape, const uint8_t* block, const U4Rows& x, int fi
   for (int r = 0; r < count; ++r) u4_row(shape, block, x, first + r, acc + r * kBlockColumns);
 }
 
-// 8-bit weights would overflow vpmaddubsw's 16 bits: widened to i16 and multiplied by vpmaddwd.
+inline __m256i load_line(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+inline __m256i broadcast_word(const int8_t* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+
+// 63 * 128 * 2 < 2^15: vpmaddubsw cannot saturate.
 void screen(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo, int64_t plane_stride,
             const int32_t* hi_start, const int32_t* lo_start, int rows, float* out) {
+  const __m256i low_six = _mm256_set1_epi8(0x3f), ones = _mm256_set1_epi16(1);
+  const auto dot = [&](__m256i sum, __m256i w, __m256i x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
+  };
   for (int r = 0; r < rows; ++r) {
-    for (int quarter = 0; quarter < 4; ++quarter) {  // four columns
-      __m256i sum_hi = _mm256_setzero_si256(), sum_lo = _mm256_setzero_si256();
-      for (int64_t i = 0; i < k; i += 4) {
-        const __m256i w = _mm256_cvtepu8_epi16(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + i * 16 + quarter * 16)));
-        int32_t word_hi, word_lo;
-        std::memcpy(&word_hi, hi + r * plane_stride + i, 4);
-        std::memcpy(&word_lo, lo + r * plane_stride + i, 4);
-        const __m256i x_hi = _mm256_cvtepi8_epi16(_mm_set1_epi32(word_hi));
-        const __m256i x_lo = _mm256_cvtepi8_epi16(_mm_set1_epi32(word_lo));
-        sum_hi = _mm256_add_epi32(sum_hi, _mm256_madd_epi16(w, x_hi));
-        sum_lo = _mm256_add_epi32(sum_lo, _mm256_madd_epi16(w, x_lo));
+    for (int half = 0; half < 2; ++half) {  // eight vocabulary rows
+      __m256i sum_hi = _mm256_set1_epi32(hi_start[r]), sum_lo = _mm256_set1_epi32(lo_start[r]);
+      const uint8_t* line = block + half * 32;
+      for (int64_t i = 0; i < k; i += kHeadDepth, line += kHeadLineBytes) {
+        const __m256i l0 = load_line(line), l1 = load_line(line + 64), l2 = load_line(line + 128);
+        const __m256i a = _mm256_and_si256(_mm256_srli_epi32(l0, 6), _mm256_set1_epi8(0x03));
+        const __m256i b = _mm256_and_si256(_mm256_srli_epi32(l1, 4), _mm256_set1_epi8(0x0c));
+        const __m256i c = _mm256_and_si256(_mm256_srli_epi32(l2, 2), _mm256_set1_epi8(0x30));
+        const __m256i w[4] = {_mm256_and_si256(l0, low_six), _mm256_and_si256(l1, low_six),
+                              _mm256_and_si256(l2, low_six), _mm256_or_si256(a, _mm256_or_si256(b, c))};
+        const int8_t* x_hi = hi + r * plane_stride + i;
+        const int8_t* x_lo = lo + r * plane_stride + i;
+        for (int part = 0; part < 4; ++part) {
+          sum_hi = dot(sum_hi, w[part], broadcast_word(x_hi + 4 * part));
+          sum_lo = dot(sum_lo, w[part], broadcast_word(x_lo + 4 * part));
+        }
       }
-      // Neighbouring lanes belong to one column.
-      const __m256i pairs = _mm256_hadd_epi32(sum_hi, sum_lo);  // hi01 hi.. | per 128-bit half
-      const __m128i low = _mm256_castsi256_si128(pairs), high = _mm256_extracti128_si256(pairs, 1);
-      const __m128i d_hi = _mm_add_epi32(_mm_unpacklo_epi64(low, high), _mm_set1_epi32(hi_start[r]));
-      const __m128i d_lo = _mm_add_epi32(_mm_unpackhi_epi64(low, high), _mm_set1_epi32(lo_start[r]));
-      _mm_storeu_ps(out + r * 16 + quarter * 4,
-                    _mm_fmadd_ps(_mm_set1_ps(256.0F), _mm_cvtepi32_ps(d_hi), _mm_cvtepi32_ps(d_lo)));
+      _mm256_storeu_ps(out + r * 16 + half * 8,
+                       _mm256_fmadd_ps(_mm256_set1_ps(256.0F), _mm256_cvtepi32_ps(sum_hi),
+                                       _mm256_cvtepi32_ps(sum_lo)));
     }
   }
 }

@@ -80,7 +80,10 @@ void screen(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo,
     for (int n = 0; n < 16; ++n) {
       int32_t sum_hi = hi_start[r], sum_lo = lo_start[r];
       for (int64_t i = 0; i < k; ++i) {
-        const int32_t weight = block[(i / 4) * 64 + 4 * n + i % 4];
+        const uint8_t* line = block + i / kHeadDepth * kHeadLineBytes + 4 * n + i % 4;
+        const int64_t part = i % kHeadDepth / 4;
+        const int32_t weight = part < 3 ? line[64 * part] & 63
+                                        : line[0] >> 6 | line[64] >> 6 << 2 | line[128] >> 6 << 4;
         sum_hi += weight * hi[r * plane_stride + i];
         sum_lo += weight * lo[r * plane_stride + i];
       }

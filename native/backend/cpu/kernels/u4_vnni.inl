@@ -86,12 +86,28 @@ inline void screen_rows(const uint8_t* block, int64_t k, const int8_t* hi, const
     sum_hi[r] = _mm512_set1_epi32(hi_start[r]);
     sum_lo[r] = _mm512_set1_epi32(lo_start[r]);
   }
-  for (int64_t i = 0; i < k; i += 4) {
-    const __m512i w = _mm512_load_si512(block + i * 16);
-    _mm_prefetch(reinterpret_cast<const char*>(block) + i * 16 + kPrefetchBytes, _MM_HINT_T0);
+  const __m512i low_six = _mm512_set1_epi8(0x3f);
+  const uint8_t* line = block;
+  for (int64_t i = 0; i < k; i += kHeadDepth, line += kHeadLineBytes) {
+    const __m512i l0 = _mm512_load_si512(line);
+    const __m512i l1 = _mm512_load_si512(line + 64);
+    const __m512i l2 = _mm512_load_si512(line + 128);
+    for (int p = 0; p < kHeadLineBytes; p += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(line) + p + kPrefetchBytes, _MM_HINT_T0);
+    }
+    // 0xf8: a | (b & c). The top bit pairs of the three lines make the fourth value.
+    __m512i last = _mm512_and_si512(_mm512_srli_epi32(l0, 6), _mm512_set1_epi8(0x03));
+    last = _mm512_ternarylogic_epi32(last, _mm512_srli_epi32(l1, 4), _mm512_set1_epi8(0x0c), 0xf8);
+    last = _mm512_ternarylogic_epi32(last, _mm512_srli_epi32(l2, 2), _mm512_set1_epi8(0x30), 0xf8);
+    const __m512i w[4] = {_mm512_and_si512(l0, low_six), _mm512_and_si512(l1, low_six),
+                          _mm512_and_si512(l2, low_six), last};
     for (int r = 0; r < kRows; ++r) {
-      sum_hi[r] = _mm512_dpbusd_epi32(sum_hi[r], w, broadcast4(hi + r * plane_stride + i));
-      sum_lo[r] = _mm512_dpbusd_epi32(sum_lo[r], w, broadcast4(lo + r * plane_stride + i));
+      const int8_t* x_hi = hi + r * plane_stride + i;
+      const int8_t* x_lo = lo + r * plane_stride + i;
+      for (int part = 0; part < 4; ++part) {
+        sum_hi[r] = _mm512_dpbusd_epi32(sum_hi[r], w[part], broadcast4(x_hi + 4 * part));
+        sum_lo[r] = _mm512_dpbusd_epi32(sum_lo[r], w[part], broadcast4(x_lo + 4 * part));
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {

@@ -140,7 +140,8 @@ TEST("a KV cache costs what kv_block_bytes says") {
   const KvCacheSpec spec{.num_layers = 3, .num_kv_heads = 2, .head_dim = 64, .block_size = 64,
                          .num_blocks = 5};
   EXPECT_EQ(backend.kv_block_bytes(spec), size_t{3 * 2 * 64 * 64 * 2 * 4});
-  EXPECT_EQ(backend.make_kv_cache(spec)->spec().num_blocks, 5);
+  const auto cache = backend.make_kv_cache(spec);
+  EXPECT_EQ(cache->spec().num_blocks, 5);
 }
 
 TEST("embedding rows of f32, f16 and bf16 tables, and image rows over them") {

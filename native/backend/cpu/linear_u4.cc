@@ -123,13 +123,16 @@ struct LinearU4::RowBlocks {
 size_t LinearU4::scratch_bytes(int64_t rows) const {
   const size_t entries = static_cast<size_t>(rows * shape_.groups);
   // A tile of the last row block may read past it; see u4_tiles.
-  return round_up(static_cast<size_t>(rows * shape_.k) * 2 + entries * 12 + kTileRows * 64 * 2, size_t{64});
+  return round_up(static_cast<size_t>(rows * shape_.k) * 2 + entries * 12 +
+                      kTileRows * (64 * 2 + sizeof(float)), size_t{64});
 }
 
 LinearU4::RowBlocks LinearU4::lay_out(void* scratch, int64_t rows) const {
   int8_t* planes = static_cast<int8_t*>(scratch);
   float* scale = reinterpret_cast<float*>(planes + rows * shape_.k * 2);
-  int32_t* minus_hi = reinterpret_cast<int32_t*>(scale + rows * shape_.groups);
+  // The last row block's missing rows find zeros for scales: integers read as floats are denormal.
+  std::fill_n(scale + rows * shape_.groups, kTileRows, 0.0F);
+  int32_t* minus_hi = reinterpret_cast<int32_t*>(scale + rows * shape_.groups + kTileRows);
   return {planes, scale, minus_hi, minus_hi + rows * shape_.groups, rows, shape_.k, shape_.groups};
 }
 
@@ -175,8 +178,8 @@ void LinearU4::run_few_rows(const LinearCall& call, const RowBlocks& x, ThreadPo
 
 void LinearU4::run_tiles(const LinearCall& call, const RowBlocks& x, ThreadPool& pool) const {
   constexpr int64_t kMost = 8;
-  const int64_t per_task = row_blocks_per_task(shape_.k);
-  const int64_t strips = ceil_div(x.count(), per_task);
+  const int64_t strips = ceil_div(x.count(), row_blocks_per_task(shape_.k));
+  const int64_t per_task = ceil_div(x.count(), strips);
   const int64_t grain = strips > 1 || x.count() > 1 ? 1 : blocks_per_chunk(shape_.block_bytes);
   // Strip-major: the rows of a strip stay in cache while all blocks of weights pass.
   pool.parallel_for(strips * blocks_, grain, [&](int64_t begin, int64_t end) {

@@ -147,10 +147,8 @@ inline void u4_tiles(const U4Shape& shape, const uint8_t* block, const U4Rows* x
                      float* acc) {
   alignas(64) int8_t tiles[2][128 * kBlockColumns];
   alignas(64) int32_t sums[2][2 * 256];
-  for (int b = 0; b < row_blocks; ++b) {
-    std::memset(acc + b * kTileRows * kBlockColumns, 0,
-                static_cast<size_t>(x[b].rows) * kBlockColumns * sizeof(float));
-  }
+  // Missing rows too: what lay there could be denormal, and slow to add to.
+  std::memset(acc, 0, static_cast<size_t>(row_blocks) * kTileRows * kBlockColumns * sizeof(float));
   const int rows = row_blocks == 1 ? x[0].rows : kTileRows;
   configure(rows, rows, shape.step);
   // `stored`: the unit whose sums the next unit stores; `ready`: whose sums lie in memory.

@@ -30,6 +30,10 @@ template <int kSum, int kX, int kW>  // sum += x * w, int8 by int8
 inline void tile_multiply_s8() {
   __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kX), "i"(kW));
 }
+template <int kSum, int kX, int kW>  // sum += x * w, int8 by uint8
+inline void tile_multiply_s8u8() {
+  __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kX), "i"(kW));
+}
 template <int kSum, int kX, int kW>  // sum += x * w, bf16 pairs
 inline void tile_multiply_bf16() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kX), "i"(kW));
@@ -187,6 +191,38 @@ inline void u4_tiles(const U4Shape& shape, const uint8_t* block, const U4Rows* x
   tile_store<3>(sums[1] + 256, 64);
   u4_add<0, kTileRows>(stored);
   _tile_release();
+}
+
+// `screen` for up to 16 rows at once; few rows are as fast on vectors.
+inline void screen_tiles(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo,
+                         int64_t plane_stride, const int32_t* hi_start, const int32_t* lo_start, int rows,
+                         float* out) {
+  if (rows <= 4 || rows > kTileRows || k % 64 != 0) {
+    screen(block, k, hi, lo, plane_stride, hi_start, lo_start, rows, out);
+    return;
+  }
+  alignas(64) int32_t sums[2][256];
+  configure(rows, rows, 64);
+  tile_zero<0>();
+  tile_zero<1>();
+  publish_stores();
+  for (int64_t i = 0; i < k; i += 64) {
+    const uint8_t* lines = block + i * 16;
+    tile_load<6>(lines, 64);
+    prefetch_lines<16>(reinterpret_cast<const int8_t*>(lines) + kPrefetchBytes);
+    tile_load<4>(hi + i, plane_stride);
+    tile_multiply_s8u8<0, 4, 6>();
+    tile_load<5>(lo + i, plane_stride);
+    tile_multiply_s8u8<1, 5, 6>();
+  }
+  tile_store<0>(sums[0], 64);
+  tile_store<1>(sums[1], 64);
+  _tile_release();
+  for (int r = 0; r < rows; ++r) {
+    const I sum_hi = i_add(I{_mm512_load_si512(sums[0] + r * 16)}, i_set(hi_start[r]));
+    const I sum_lo = i_add(I{_mm512_load_si512(sums[1] + r * 16)}, i_set(lo_start[r]));
+    f_store(out + r * 16, f_fma(f_set(256.0F), f_from_i(sum_hi), f_from_i(sum_lo)));
+  }
 }
 
 // Two bf16 terms of one (normed) row: x = hi + lo + at most 2^-17 |x|. k is padded to 32 by zeros.

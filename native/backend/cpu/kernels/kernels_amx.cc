@@ -59,7 +59,7 @@ const Kernels kAmxKernels = {
     .finish = amx_kernels::finish,
     .dot = amx_kernels::dot,
     .pack_head_row = amx_kernels::pack_head_row,
-    .screen = amx_kernels::screen,
+    .screen = amx_kernels::screen_tiles,
 };
 
 }  // namespace turbomind::cpu

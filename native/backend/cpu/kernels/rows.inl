@@ -65,18 +65,19 @@ inline void norm_apply(const RowNorm& norm, const NormStats& stats, const float*
 }
 
 // One group of x to integers v = 256 hi + lo in [-32639, 32639], x ~ scale * v. A group without a
-// value above 1e-30 becomes zero (its reciprocal would overflow). Comparing bits keeps NaN, which
-// then reaches the scale and the result.
+// value above 1e-30 becomes zero (its reciprocal would overflow). Comparing bits keeps NaN; it and
+// infinity make the row's results NaN.
 inline void quantize_group(const float* x, int group, int8_t* hi, int8_t* lo, float* scale,
                            int32_t* minus_hi, int32_t* minus_lo) {
   const I magnitude = i_set(0x7fffffff);
   I largest = i_set(0);
   for (int i = 0; i < group; i += 16) largest = i_max(largest, i_and(i_bits(f_load(x + i)), magnitude));
   const float top = std::bit_cast<float>(i_max_lane(largest));
-  if (top < 1e-30F) {
+  const bool finite = top <= 3.4028235e38F;
+  if (top < 1e-30F || !finite) {
     std::memset(hi, 0, static_cast<size_t>(group));
     std::memset(lo, 0, static_cast<size_t>(group));
-    *scale = 0.0F;
+    *scale = finite ? 0.0F : std::bit_cast<float>(0x7fc00000);  // NaN times 0: every result says so
     *minus_hi = *minus_lo = 0;
     return;
   }

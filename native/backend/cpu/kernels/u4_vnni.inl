@@ -8,7 +8,7 @@ inline __m512i broadcast4(const int8_t* p) {
 }
 
 // How far ahead of its use a line of weights is asked for; past the end of a block lies the next.
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kPrefetchBytes = 8192;
 
 template <int kRows>
 inline void u4_some_rows(const U4Shape& shape, const uint8_t* block, const U4Rows& x, int first,

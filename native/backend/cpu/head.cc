@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t kRows = 16;                   // vocabulary rows a block
 constexpr int64_t kScreenedRows = 16;           // rows of x screened at once
 constexpr int64_t kSmallHead = int64_t{4} << 20;  // weights below which all rows are scored exactly
-// Rescored rows (a page or more each) that may stay mapped before their pages are let go.
-constexpr int64_t kResidentRows = 4096;
+// Rescored rows that may stay mapped (a fault brings 64 kB) before their pages are let go.
+constexpr int64_t kResidentRows = 256;
 constexpr int64_t kMostFeatures = 65536;        // the bound and int32 sums hold up to here
 
 // k-th largest of values; reorders them.
@@ -39,6 +39,8 @@ struct Head::Scratch {
   float* p;           // [rows] P and Q of the bound
   float* q;
   float* best;        // [rows][blocks] greatest lower bound of each block
+  int32_t* best_at;   // [rows][blocks] the vocabulary row that has it
+  float* sorted;      // [blocks]
   int64_t rows;
 };
 
@@ -72,6 +74,7 @@ Head::Head(const LinearSource& source, Isa isa, ThreadPool& pool) : kernels_(ker
     for (int64_t b = begin; b < end; ++b) pack_block(b, rows_ + static_cast<size_t>(b * kRows) * row_bytes_);
     pages_->done_with(data, bytes);
   });
+  pages_->read_sparsely(rows_, part.weight.bytes());
 }
 
 // Sixteen rows to 6 bits. Padding rows keep scale 0 and are never looked at.
@@ -104,7 +107,7 @@ size_t Head::bytes() const {
 
 size_t Head::scratch_bytes(int64_t rows) const {
   return static_cast<size_t>(rows) * (static_cast<size_t>(depth_) * 2 + 64 +
-                                      static_cast<size_t>(blocks_) * sizeof(float)) + 64;
+                                      static_cast<size_t>(blocks_) * 8) + static_cast<size_t>(blocks_) * sizeof(float) + 64;
 }
 
 Head::Scratch Head::lay_out(void* scratch, int64_t rows) const {
@@ -118,6 +121,8 @@ Head::Scratch Head::lay_out(void* scratch, int64_t rows) const {
   s.p = s.a + rows;
   s.q = s.p + rows;
   s.best = s.q + rows;
+  s.best_at = reinterpret_cast<int32_t*>(s.best + rows * blocks_);
+  s.sorted = reinterpret_cast<float*>(s.best_at + rows * blocks_);
   return s;
 }
 
@@ -171,13 +176,18 @@ void Head::screen(const Scratch& s, float* upper, ThreadPool& pool) const {
           const float a = s.a[row + r], p = s.p[row + r], q = s.q[row + r];
           float* to = upper + (row + r) * v_ + first;
           float best = -std::numeric_limits<float>::infinity();
+          int64_t best_at = first;
           for (int64_t n = 0; n < count; ++n) {
             const float score = out[r * kRows + n] * (scale_[first + n] * a);
             const float bound = residual_[first + n] * p + norm_[first + n] * q;
             to[n] = score + bound;
-            best = std::max(best, score - bound);
+            if (score - bound > best) {
+              best = score - bound;
+              best_at = first + n;
+            }
           }
           s.best[(row + r) * blocks_ + b] = best;
+          s.best_at[(row + r) * blocks_ + b] = static_cast<int32_t>(best_at);
         }
       }
     }
@@ -187,6 +197,23 @@ void Head::screen(const Scratch& s, float* upper, ThreadPool& pool) const {
 float Head::exact(int64_t n, const float* x) const {
   const float score = kernels_.dot(type_, rows_ + static_cast<size_t>(n) * row_bytes_, x, h_);
   return bias_.empty() ? score : score + bias_[static_cast<size_t>(n)];
+}
+
+// At most the k-th best exact logit of row `row`: the least exact one of k entries, those that lead
+// the k blocks with the greatest lower bounds. Far sharper than the bounds themselves.
+float Head::least_of_best(const Scratch& s, int64_t row, int k, const float* x) const {
+  const float* best = s.best + row * blocks_;
+  std::copy_n(best, blocks_, s.sorted);
+  const float kth = kth_largest(s.sorted, blocks_, k);
+  float least = std::numeric_limits<float>::infinity();
+  for (int64_t b = 0, taken = 0; b < blocks_ && taken < k; ++b) {
+    if (!(best[b] >= kth)) continue;
+    const float score = exact(s.best_at[row * blocks_ + b], x);
+    if (std::isnan(score)) return -std::numeric_limits<float>::infinity();
+    least = std::min(least, score);
+    ++taken;
+  }
+  return least;
 }
 
 // Entries of [begin, end) that can matter get exact scores.
@@ -220,11 +247,8 @@ void Head::best_logits(const float* x, int64_t rows, int k, float margin, float*
   const Scratch s = lay_out(scratch, rows);
   for (int64_t row = 0; row < rows; ++row) quantize(x + row * h_, s, row);
   screen(s, scores, pool);
-  // The k greatest block maxima are lower bounds of k different entries, so the k-th of them is at
-  // most the k-th best exact logit; what may be within `margin` of that has an upper bound above it.
   for (int64_t row = 0; row < rows; ++row) {
-    const float least = kth_largest(s.best + row * blocks_, blocks_, std::max(k, 1));
-    s.a[row] = least - margin - 1e-6F * std::fabs(least);
+    s.a[row] = least_of_best(s, row, std::max(k, 1), x + row * h_) - margin;
   }
   constexpr int64_t kChunk = 4096;
   const int64_t chunks = ceil_div(v_, kChunk);

@@ -1,5 +1,5 @@
 // The language model head. The full-precision rows stay in the mapped checkpoint; a 6-bit copy (three
-// eighths of bf16's bytes) finds the rows worth reading: of 151,936 random rows, under one in a hundred.
+// eighths of bf16's bytes) finds the rows worth reading: of 151,936 random rows, some tens.
 //
 // Bound. For a row w and x, let u be the 6-bit row (integers, |u| <= 31), s its scale,
 // r = w - s u; v the 16-bit x with scale a, d = x - a v, |d_i| <= 0.51 a, so ||d|| <= 0.51 a sqrt(H).
@@ -42,6 +42,7 @@ class Head final : public PackedHead {
   float exact(int64_t n, const float* x) const;
   void screen(const Scratch& s, float* upper, ThreadPool& pool) const;
   void rescore(const float* x, float threshold, float* scores, int64_t begin, int64_t end) const;
+  float least_of_best(const Scratch& s, int64_t row, int k, const float* x) const;
   Scratch lay_out(void* scratch, int64_t rows) const;
   void quantize(const float* x, const Scratch& s, int64_t row) const;
 

@@ -17,8 +17,6 @@ namespace {
 constexpr int64_t kRows = 16;                   // vocabulary rows a block
 constexpr int64_t kScreenedRows = 16;           // rows of x screened at once
 constexpr int64_t kSmallHead = int64_t{4} << 20;  // weights below which all rows are scored exactly
-// Rescored rows that may stay mapped (a fault brings 64 kB) before their pages are let go.
-constexpr int64_t kResidentRows = 256;
 constexpr int64_t kMostFeatures = 65536;        // the bound and int32 sums hold up to here
 
 // k-th largest of values; reorders them.
@@ -57,24 +55,29 @@ Head::Head(const LinearSource& source, Isa isa, ThreadPool& pool) : kernels_(ker
   block_bytes_ = depth_ / kHeadDepth * kHeadLineBytes;
   type_ = dense_type(part.weight.dtype);
   row_bytes_ = static_cast<size_t>(h_) * dtype_bytes(part.weight.dtype);
-  rows_ = part.weight.as<uint8_t>();
   bias_ = pack_bias(source, ceil_div<int64_t>(v_, kBlockColumns));
-  if (v_ * h_ < kSmallHead || h_ > kMostFeatures || !bias_.empty()) return;
+  if (v_ * h_ < kSmallHead) {
+    const uint8_t* table = part.weight.as<uint8_t>();
+    small_.assign(table, table + part.weight.bytes());
+    return;
+  }
+  file_ = FileRows(part.weight.data, part.weight.bytes());
+  if (h_ > kMostFeatures || !bias_.empty()) return;
   blocks_ = ceil_div(v_, kRows);
   memory_ = MappedMemory(static_cast<size_t>(blocks_ * block_bytes_));
   const size_t padded = static_cast<size_t>(blocks_ * kRows);
   scale_.assign(padded, 0.0F);
   residual_.assign(padded, 0.0F);
   norm_.assign(padded, 0.0F);
-  pages_.emplace(std::vector<std::pair<const void*, size_t>>{{rows_, part.weight.bytes()}});
+  const uint8_t* table = part.weight.as<uint8_t>();
+  const SourcePages pages({{table, part.weight.bytes()}});
   pool.parallel_for(blocks_, 16, [&](int64_t begin, int64_t end) {
     const size_t bytes = static_cast<size_t>(std::min(v_, end * kRows) - begin * kRows) * row_bytes_;
-    const uint8_t* data = rows_ + static_cast<size_t>(begin * kRows) * row_bytes_;
-    pages_->will_read(data, bytes);
-    for (int64_t b = begin; b < end; ++b) pack_block(b, rows_ + static_cast<size_t>(b * kRows) * row_bytes_);
-    pages_->done_with(data, bytes);
+    const uint8_t* data = table + static_cast<size_t>(begin * kRows) * row_bytes_;
+    pages.will_read(data, bytes);
+    for (int64_t b = begin; b < end; ++b) pack_block(b, table + static_cast<size_t>(b * kRows) * row_bytes_);
+    pages.done_with(data, bytes);
   });
-  pages_->read_sparsely(rows_, part.weight.bytes());
 }
 
 // Sixteen rows to 6 bits. Padding rows keep scale 0 and are never looked at.
@@ -102,7 +105,7 @@ void Head::pack_block(int64_t block, const uint8_t* rows) {
 }
 
 size_t Head::bytes() const {
-  return memory_.bytes() + (scale_.size() * 3 + bias_.size()) * sizeof(float);
+  return memory_.bytes() + small_.size() + (scale_.size() * 3 + bias_.size()) * sizeof(float);
 }
 
 size_t Head::scratch_bytes(int64_t rows) const {
@@ -194,9 +197,23 @@ void Head::screen(const Scratch& s, float* upper, ThreadPool& pool) const {
   });
 }
 
-float Head::exact(int64_t n, const float* x) const {
-  const float score = kernels_.dot(type_, rows_ + static_cast<size_t>(n) * row_bytes_, x, h_);
+// Rows [n, n + count): where they lie, or a copy in `buffer`.
+const uint8_t* Head::table_rows(int64_t n, int64_t count, std::vector<uint8_t>& buffer) const {
+  const size_t offset = static_cast<size_t>(n) * row_bytes_;
+  const size_t bytes = static_cast<size_t>(count) * row_bytes_;
+  if (!small_.empty()) return small_.data() + offset;
+  if (buffer.size() < bytes) buffer.resize(bytes);
+  if (!file_.read(offset, bytes, buffer.data())) unreadable_ = true;
+  return buffer.data();
+}
+
+float Head::exact(int64_t n, const uint8_t* row, const float* x) const {
+  const float score = kernels_.dot(type_, row, x, h_);
   return bias_.empty() ? score : score + bias_[static_cast<size_t>(n)];
+}
+
+void Head::check_readable() const {
+  if (unreadable_.exchange(false)) throw file_changed_error("the head");
 }
 
 // At most the k-th best exact logit of row `row`: the least exact one of k entries, those that lead
@@ -206,9 +223,11 @@ float Head::least_of_best(const Scratch& s, int64_t row, int k, const float* x) 
   std::copy_n(best, blocks_, s.sorted);
   const float kth = kth_largest(s.sorted, blocks_, k);
   float least = std::numeric_limits<float>::infinity();
+  std::vector<uint8_t> buffer;
   for (int64_t b = 0, taken = 0; b < blocks_ && taken < k; ++b) {
     if (!(best[b] >= kth)) continue;
-    const float score = exact(s.best_at[row * blocks_ + b], x);
+    const int64_t n = s.best_at[row * blocks_ + b];
+    const float score = exact(n, table_rows(n, 1, buffer), x);
     if (std::isnan(score)) return -std::numeric_limits<float>::infinity();
     least = std::min(least, score);
     ++taken;
@@ -218,25 +237,27 @@ float Head::least_of_best(const Scratch& s, int64_t row, int k, const float* x) 
 
 // Entries of [begin, end) that can matter get exact scores.
 void Head::rescore(const float* x, float threshold, float* scores, int64_t begin, int64_t end) const {
-  int64_t count = 0;
+  std::vector<uint8_t> buffer;
   for (int64_t n = begin; n < end; ++n) {
     if (scores[n] < threshold) {
       scores[n] = -std::numeric_limits<float>::infinity();
     } else {  // a NaN bound (NaN in x) too: the exact score then says NaN
-      scores[n] = exact(n, x);
-      ++count;
+      scores[n] = exact(n, table_rows(n, 1, buffer), x);
     }
   }
-  rescored_.fetch_add(count, std::memory_order_relaxed);
 }
 
 void Head::logits(const float* x, int64_t rows, float* y, void*, ThreadPool& pool) const {
   const int64_t grain = std::max<int64_t>(1, (64 << 10) / static_cast<int64_t>(row_bytes_));
   pool.parallel_for(v_, grain, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> buffer;
+    const uint8_t* table = table_rows(begin, end - begin, buffer);
     for (int64_t n = begin; n < end; ++n) {
-      for (int64_t row = 0; row < rows; ++row) y[row * v_ + n] = exact(n, x + row * h_);
+      const uint8_t* w = table + static_cast<size_t>(n - begin) * row_bytes_;
+      for (int64_t row = 0; row < rows; ++row) y[row * v_ + n] = exact(n, w, x + row * h_);
     }
   });
+  check_readable();
 }
 
 void Head::best_logits(const float* x, int64_t rows, int k, float margin, float* scores, void* scratch,
@@ -258,9 +279,7 @@ void Head::best_logits(const float* x, int64_t rows, int k, float margin, float*
       rescore(x + row * h_, s.a[row], scores + row * v_, from, std::min(v_, from + kChunk));
     }
   });
-  if (rescored_.load(std::memory_order_relaxed) < kResidentRows) return;
-  pages_->done_with(rows_, static_cast<size_t>(v_) * row_bytes_);
-  rescored_.store(0, std::memory_order_relaxed);
+  check_readable();
 }
 
 std::unique_ptr<PackedHead> pack_head(const LinearSource& source, Isa isa, ThreadPool& pool) {

@@ -1,4 +1,4 @@
-// The language model head. The full-precision rows stay in the mapped checkpoint; a 6-bit copy (three
+// The language model head. The full-precision rows stay in the checkpoint's file; a 6-bit copy (three
 // eighths of bf16's bytes) finds the rows worth reading: of 151,936 random rows, some tens.
 //
 // Bound. For a row w and x, let u be the 6-bit row (integers, |u| <= 31), s its scale,
@@ -15,9 +15,9 @@
 
 #include <atomic>
 #include <memory>
-#include <optional>
 #include <vector>
 
+#include "backend/cpu/file_rows.h"
 #include "backend/cpu/kernels/kernel_table.h"
 #include "backend/cpu/mapped_memory.h"
 #include "backend/cpu/packed_linear.h"
@@ -39,7 +39,9 @@ class Head final : public PackedHead {
  private:
   struct Scratch;
   void pack_block(int64_t block, const uint8_t* rows);
-  float exact(int64_t n, const float* x) const;
+  const uint8_t* table_rows(int64_t n, int64_t count, std::vector<uint8_t>& buffer) const;
+  float exact(int64_t n, const uint8_t* row, const float* x) const;
+  void check_readable() const;
   void screen(const Scratch& s, float* upper, ThreadPool& pool) const;
   void rescore(const float* x, float threshold, float* scores, int64_t begin, int64_t end) const;
   float least_of_best(const Scratch& s, int64_t row, int k, const float* x) const;
@@ -53,11 +55,11 @@ class Head final : public PackedHead {
   int64_t blocks_ = 0;  // of 16 rows; 0: no screening
   DenseType type_ = DenseType::f32;
   size_t row_bytes_ = 0;
-  const uint8_t* rows_ = nullptr;  // [V, H] in the mapping
+  std::vector<uint8_t> small_;     // [V, H] of a head that is not screened
+  FileRows file_;                  // [V, H] of one that is: it stays in the checkpoint
   std::vector<float> bias_;        // [V] or empty
   MappedMemory memory_;            // [blocks][depth / 16][3][64] u8, see kernel_table.h
-  std::optional<SourcePages> pages_;  // of the mapping: rescored rows do not stay resident
-  mutable std::atomic<int64_t> rescored_{0};  // rows read since the pages were last dropped
+  mutable std::atomic<bool> unreadable_{false};
   std::vector<float> scale_, residual_, norm_;  // [V rounded up to 16]: s, ||r||, ||w||
 };
 

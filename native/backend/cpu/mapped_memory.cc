@@ -117,19 +117,6 @@ void SourcePages::will_read(const void* data, size_t bytes) const {
 #endif
 }
 
-void SourcePages::read_sparsely(const void* data, size_t bytes) const {
-#if defined(__linux__)
-  if (files_.empty()) return;
-  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(data), page_bytes());
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page_bytes() - 1);
-  if (begin < end && droppable(begin, end)) {
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_NOHUGEPAGE);
-  }
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 void SourcePages::done_with(const void* data, size_t bytes) const {
 #if defined(__linux__)
   if (files_.empty()) return;

@@ -34,8 +34,6 @@ class SourcePages {
   explicit SourcePages(std::vector<std::pair<const void*, size_t>> ranges);
   // Maps [data, data + bytes) in one go instead of one fault per 64 kB.
   void will_read(const void* data, size_t bytes) const;
-  // From now on single rows are read: a fault must not map a huge page of the file cache.
-  void read_sparsely(const void* data, size_t bytes) const;
   // Forgets the whole pages inside the range; their contents stay in the file cache.
   void done_with(const void* data, size_t bytes) const;
 

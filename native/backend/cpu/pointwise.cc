@@ -1,6 +1,8 @@
 // See pointwise.h.
 #include "backend/cpu/pointwise.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <string>
 
@@ -44,17 +46,28 @@ void to_float(const void* from, DType dtype, int64_t count, float* to) {
 CpuEmbedding::CpuEmbedding(ConstTensorView table) : table_(table) {
   const bool number =
       table.dtype == DType::f32 || table.dtype == DType::f16 || table.dtype == DType::bf16;
-  if (number && table.rank == 2 && table.shape[0] > 0 && table.shape[1] > 0) return;
+  if (number && table.rank == 2 && table.shape[0] > 0 && table.shape[1] > 0) {
+    rows_ = FileRows(table.data, table.bytes());
+    return;
+  }
   throw Error(ErrorCode::tensor_mismatch,
               format("the embedding table has rank %d and dtype %s; expected [V, H] of f32, f16 "
                      "or bf16",
                      table.rank, std::string(to_string(table.dtype)).c_str()));
 }
 
-void CpuEmbedding::read_row(TokenId id, float* to) const {
-  const char* row = static_cast<const char*>(table_.data) +
-                    static_cast<size_t>(id) * table_.shape[1] * dtype_bytes(table_.dtype);
-  to_float(row, table_.dtype, table_.shape[1], to);
+bool CpuEmbedding::read_row(TokenId id, float* to) const {
+  constexpr int64_t kChunk = 2048;
+  alignas(64) uint8_t bytes[kChunk * sizeof(float)];
+  const int64_t hidden = table_.shape[1];
+  const size_t width = dtype_bytes(table_.dtype);
+  for (int64_t i = 0; i < hidden; i += kChunk) {
+    const int64_t count = std::min(kChunk, hidden - i);
+    const size_t offset = static_cast<size_t>(id * hidden + i) * width;
+    if (!rows_.read(offset, static_cast<size_t>(count) * width, bytes)) return false;
+    to_float(bytes, table_.dtype, count, to + i);
+  }
+  return true;
 }
 
 void embed(const EmbedArgs& args, std::span<const TokenId> token_ids, ThreadPool& pool) {
@@ -71,9 +84,13 @@ void embed(const EmbedArgs& args, std::span<const TokenId> token_ids, ThreadPool
              static_cast<long long>(table->out_features()));
   }
   float* x = args.x.as<float>();
+  std::atomic<bool> unreadable = false;
   pool.parallel_for(tokens, kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) table->read_row(token_ids[t], x + t * hidden);
+    for (int64_t t = begin; t < end; ++t) {
+      if (!table->read_row(token_ids[t], x + t * hidden)) unreadable = true;
+    }
   });
+  if (unreadable) throw file_changed_error("the embedding table");
   for (const EmbeddingOverride& part : args.overrides) {
     const int64_t rows = part.embeddings.dim(0);
     TM_CHECK(part.embeddings.dtype == DType::f32 && part.embeddings.elements() == rows * hidden &&

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backend/backend.h"
+#include "backend/cpu/file_rows.h"
 #include "backend/cpu/isa.h"
 #include "backend/cpu/thread_pool.h"
 
@@ -22,11 +23,13 @@ class CpuEmbedding : public LinearWeight {
   explicit CpuEmbedding(ConstTensorView table);
   int64_t in_features() const override { return table_.shape[1]; }   // H
   int64_t out_features() const override { return table_.shape[0]; }  // V
-  size_t bytes() const override { return 0; }  // pages of the file, which the system may drop
-  void read_row(TokenId id, float* to) const;
+  size_t bytes() const override { return 0; }  // stays in the file
+  // False when the weight file was cut meanwhile.
+  [[nodiscard]] bool read_row(TokenId id, float* to) const;
 
  private:
   ConstTensorView table_;
+  FileRows rows_;
 };
 
 void embed(const EmbedArgs& args, std::span<const TokenId> token_ids, ThreadPool& pool);

@@ -205,11 +205,15 @@ inline void screen_tiles(const uint8_t* block, int64_t k, const int8_t* hi, cons
   configure(rows, rows, 64);
   tile_zero<0>();
   tile_zero<1>();
-  publish_stores();
+  alignas(64) uint8_t tile[2][1024];
   for (int64_t i = 0; i < k; i += 64) {
-    const uint8_t* lines = block + i * 16;
-    tile_load<6>(lines, 64);
-    prefetch_lines<16>(reinterpret_cast<const int8_t*>(lines) + kPrefetchBytes);
+    uint8_t* to = tile[i / 64 & 1];
+    for (int64_t j = 0; j < 64; j += kHeadDepth) {
+      const HeadLines lines = head_lines(block + (i + j) / kHeadDepth * kHeadLineBytes);
+      for (int part = 0; part < 4; ++part) _mm512_store_si512(to + j * 16 + part * 64, lines.v[part]);
+    }
+    publish_stores();
+    tile_load<6>(to, 64);
     tile_load<4>(hi + i, plane_stride);
     tile_multiply_s8u8<0, 4, 6>();
     tile_load<5>(lo + i, plane_stride);

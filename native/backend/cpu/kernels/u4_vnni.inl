@@ -77,6 +77,26 @@ inline void u4_rows(const U4Shape& shape, const uint8_t* block, const U4Rows& x,
   if (count == 1) u4_some_rows<1>(shape, block, x, first, acc);
 }
 
+// Three lines of a head block to the four lines of bytes (u + 32) that they hold.
+struct HeadLines {
+  __m512i v[4];
+};
+inline HeadLines head_lines(const uint8_t* line) {
+  const __m512i low_six = _mm512_set1_epi8(0x3f);
+  const __m512i l0 = _mm512_load_si512(line);
+  const __m512i l1 = _mm512_load_si512(line + 64);
+  const __m512i l2 = _mm512_load_si512(line + 128);
+  for (int p = 0; p < kHeadLineBytes; p += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(line) + p + kPrefetchBytes, _MM_HINT_T0);
+  }
+  // 0xf8: a | (b & c). The top bit pairs of the three lines make the fourth value.
+  __m512i last = _mm512_and_si512(_mm512_srli_epi32(l0, 6), _mm512_set1_epi8(0x03));
+  last = _mm512_ternarylogic_epi32(last, _mm512_srli_epi32(l1, 4), _mm512_set1_epi8(0x0c), 0xf8);
+  last = _mm512_ternarylogic_epi32(last, _mm512_srli_epi32(l2, 2), _mm512_set1_epi8(0x30), 0xf8);
+  return {{_mm512_and_si512(l0, low_six), _mm512_and_si512(l1, low_six),
+           _mm512_and_si512(l2, low_six), last}};
+}
+
 template <int kRows>
 inline void screen_rows(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo,
                         int64_t plane_stride, const int32_t* hi_start, const int32_t* lo_start,
@@ -86,27 +106,15 @@ inline void screen_rows(const uint8_t* block, int64_t k, const int8_t* hi, const
     sum_hi[r] = _mm512_set1_epi32(hi_start[r]);
     sum_lo[r] = _mm512_set1_epi32(lo_start[r]);
   }
-  const __m512i low_six = _mm512_set1_epi8(0x3f);
   const uint8_t* line = block;
   for (int64_t i = 0; i < k; i += kHeadDepth, line += kHeadLineBytes) {
-    const __m512i l0 = _mm512_load_si512(line);
-    const __m512i l1 = _mm512_load_si512(line + 64);
-    const __m512i l2 = _mm512_load_si512(line + 128);
-    for (int p = 0; p < kHeadLineBytes; p += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(line) + p + kPrefetchBytes, _MM_HINT_T0);
-    }
-    // 0xf8: a | (b & c). The top bit pairs of the three lines make the fourth value.
-    __m512i last = _mm512_and_si512(_mm512_srli_epi32(l0, 6), _mm512_set1_epi8(0x03));
-    last = _mm512_ternarylogic_epi32(last, _mm512_srli_epi32(l1, 4), _mm512_set1_epi8(0x0c), 0xf8);
-    last = _mm512_ternarylogic_epi32(last, _mm512_srli_epi32(l2, 2), _mm512_set1_epi8(0x30), 0xf8);
-    const __m512i w[4] = {_mm512_and_si512(l0, low_six), _mm512_and_si512(l1, low_six),
-                          _mm512_and_si512(l2, low_six), last};
+    const HeadLines w = head_lines(line);
     for (int r = 0; r < kRows; ++r) {
       const int8_t* x_hi = hi + r * plane_stride + i;
       const int8_t* x_lo = lo + r * plane_stride + i;
       for (int part = 0; part < 4; ++part) {
-        sum_hi[r] = _mm512_dpbusd_epi32(sum_hi[r], w[part], broadcast4(x_hi + 4 * part));
-        sum_lo[r] = _mm512_dpbusd_epi32(sum_lo[r], w[part], broadcast4(x_lo + 4 * part));
+        sum_hi[r] = _mm512_dpbusd_epi32(sum_hi[r], w.v[part], broadcast4(x_hi + 4 * part));
+        sum_lo[r] = _mm512_dpbusd_epi32(sum_lo[r], w.v[part], broadcast4(x_lo + 4 * part));
       }
     }
   }

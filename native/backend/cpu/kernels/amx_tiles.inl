@@ -236,27 +236,28 @@ inline I bf16_round(F x) {  // bits of the nearest bf16 in the low half; finite 
   return i_sar<16>(i_add(bits, i_add(odd, i_set(0x7fff))));
 }
 
+inline void bf16_store_terms(F value, uint16_t* hi_to, uint16_t* lo_to) {
+  const I hi = bf16_round(value);
+  i_store_u16(hi_to, hi);
+  i_store_u16(lo_to, bf16_round(f_sub(value, f_bits(i_shl<16>(hi)))));
+}
+
 inline void bf16_split(const RowNorm* norm, const NormStats& stats, const float* x, int64_t k,
                        uint16_t* planes, int rows, int row) {
   const int64_t plane = static_cast<int64_t>(rows) * 32;
-  for (int64_t i = 0; i < k; i += 32) {
-    alignas(64) float values[32] = {};
-    const int64_t count = std::min<int64_t>(32, k - i);
-    if (norm != nullptr) {
-      RowNorm part = *norm;
-      part.weight += i;
-      if (part.bias != nullptr) part.bias += i;
-      norm_apply(part, stats, x + i, values, count);
-    } else {
-      std::memcpy(values, x + i, static_cast<size_t>(count) * sizeof(float));
-    }
-    uint16_t* to = planes + i / 32 * 2 * plane + row * 32;
+  uint16_t* to = planes + row * 32;
+  for (int64_t i = 0; i < k; i += 32, to += 2 * plane) {
     for (int half = 0; half < 2; ++half) {
-      const F value = f_load(values + half * 16);
-      const I hi = bf16_round(value);
-      const I lo = bf16_round(f_sub(value, f_bits(i_shl<16>(hi))));
-      i_store_u16(to + half * 16, hi);
-      i_store_u16(to + plane + half * 16, lo);
+      const int64_t at = i + half * 16, count = std::clamp<int64_t>(k - at, 0, 16);
+      const auto load = [&](const float* p) {
+        return count == 16 ? f_load(p + at) : count == 0 ? f_zero() : f_load_part(p + at, count);
+      };
+      F value = load(x);
+      if (norm != nullptr) {
+        const F bias = norm->bias != nullptr ? load(norm->bias) : f_zero();
+        value = norm_lanes(stats, value, load(norm->weight), bias);  // past k: weight and bias are 0
+      }
+      bf16_store_terms(value, to + half * 16, to + plane + half * 16);
     }
   }
 }

@@ -67,32 +67,35 @@ inline void norm_apply(const RowNorm& norm, const NormStats& stats, const float*
 // One group of x to integers v = 256 hi + lo in [-32639, 32639], x ~ scale * v. A group without a
 // value above 1e-30 becomes zero (its reciprocal would overflow). Comparing bits keeps NaN; it and
 // infinity make the row's results NaN.
-inline void quantize_group(const float* x, int group, int8_t* hi, int8_t* lo, float* scale,
-                           int32_t* minus_hi, int32_t* minus_lo) {
+// Sixteen values go to hi + i and lo + i of the tile that holds k = i, `next` bytes a tile.
+inline void quantize_group(const float* x, int group, int step, int64_t next, int8_t* hi, int8_t* lo,
+                           float* scale, int32_t* minus_hi, int32_t* minus_lo) {
   const I magnitude = i_set(0x7fffffff);
   I largest = i_set(0);
   for (int i = 0; i < group; i += 16) largest = i_max(largest, i_and(i_bits(f_load(x + i)), magnitude));
   const float top = std::bit_cast<float>(i_max_lane(largest));
   const bool finite = top <= 3.4028235e38F;
-  if (top < 1e-30F || !finite) {
-    std::memset(hi, 0, static_cast<size_t>(group));
-    std::memset(lo, 0, static_cast<size_t>(group));
-    *scale = finite ? 0.0F : std::bit_cast<float>(0x7fc00000);  // NaN times 0: every result says so
-    *minus_hi = *minus_lo = 0;
-    return;
-  }
+  const bool usable = finite && top >= 1e-30F;
   const F factor = f_set(32639.0F / top);
   I sum_hi = i_set(0), sum_lo = i_set(0);
-  for (int i = 0; i < group; i += 16) {
-    const I v = i_round(f_mul(f_load(x + i), factor));
-    const I low = i_sar<24>(i_shl<24>(v));
-    const I high = i_sar<8>(i_sub(v, low));
-    i_store_s8(hi + i, high);
-    i_store_s8(lo + i, low);
-    sum_hi = i_add(sum_hi, high);
-    sum_lo = i_add(sum_lo, low);
+  for (int begin = 0; begin < group; begin += step, hi += next, lo += next) {
+    if (!usable) {
+      std::memset(hi, 0, static_cast<size_t>(step));
+      std::memset(lo, 0, static_cast<size_t>(step));
+      continue;
+    }
+    for (int i = 0; i < step; i += 16) {
+      const I v = i_round(f_mul(f_load(x + begin + i), factor));
+      const I low = i_sar<24>(i_shl<24>(v));
+      const I high = i_sar<8>(i_sub(v, low));
+      i_store_s8(hi + i, high);
+      i_store_s8(lo + i, low);
+      sum_hi = i_add(sum_hi, high);
+      sum_lo = i_add(sum_lo, low);
+    }
   }
-  *scale = top / 32639.0F;
+  // NaN times 0: every result of a row that is not finite says so.
+  *scale = usable ? top / 32639.0F : finite ? 0.0F : std::bit_cast<float>(0x7fc00000);
   *minus_hi = -i_sum(sum_hi);
   *minus_lo = -i_sum(sum_lo);
 }
@@ -101,9 +104,9 @@ inline void u4_quantize(const U4Shape& shape, const RowNorm* norm, const float* 
                         int row) {
   const NormStats stats = norm != nullptr ? norm_stats(*norm, x, shape.k) : NormStats{};
   alignas(64) float normed[128];
-  alignas(64) int8_t hi[128], lo[128];
   const int64_t plane = static_cast<int64_t>(out.rows) * shape.step;
-  for (int64_t g = 0; g < shape.groups; ++g) {
+  int8_t* to = out.planes + row * shape.step;
+  for (int64_t g = 0; g < shape.groups; ++g, to += shape.group / shape.step * 2 * plane) {
     const float* values = x + g * shape.group;
     if (norm != nullptr) {
       RowNorm part = *norm;
@@ -113,13 +116,8 @@ inline void u4_quantize(const U4Shape& shape, const RowNorm* norm, const float* 
       values = normed;
     }
     const int64_t at = g * out.rows + row;
-    quantize_group(values, shape.group, hi, lo, out.scale + at, out.minus_hi + at, out.minus_lo + at);
-    for (int i = 0; i < shape.group; i += shape.step) {
-      const int64_t tile = (g * shape.group + i) / shape.step;
-      int8_t* to = out.planes + tile * 2 * plane + row * shape.step;
-      std::memcpy(to, hi + i, static_cast<size_t>(shape.step));
-      std::memcpy(to + plane, lo + i, static_cast<size_t>(shape.step));
-    }
+    quantize_group(values, shape.group, shape.step, 2 * plane, to, to + plane, out.scale + at,
+                   out.minus_hi + at, out.minus_lo + at);
   }
 }
 

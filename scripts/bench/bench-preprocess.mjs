@@ -16,7 +16,7 @@ import { parseArgs } from 'node:util';
 
 const TILE = 448;
 const MAX_TILES = 12;
-const ADDON = fileURLToPath(new URL('../build/Release/turbomind.node', import.meta.url));
+const ADDON = fileURLToPath(new URL('../../build/Release/turbomind.node', import.meta.url));
 const PYTHON = process.env.TURBOMIND_PYTHON ?? '/usr/bin/python3';
 
 const { values } = parseArgs({

@@ -10,7 +10,7 @@
 #include <exception>
 #include <utility>
 
-#include "backend/cuda/cuda_api.h"
+#include "backend/cuda_api.h"
 
 namespace turbomind {
 namespace {

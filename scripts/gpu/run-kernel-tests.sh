@@ -22,7 +22,7 @@ build=${TURBOMIND_GPU_BUILD:-build-gpu}
 generator=(); command -v ninja >/dev/null && generator=(-G Ninja)
 cmake -S . -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DTURBOMIND_CUDA=ON -DTURBOMIND_CUDA_ARCHS="$arch" \
   > "$out/configure.log" 2>&1 || { cat "$out/configure.log"; exit 1; }
-cmake --build "$build" -j "$(nproc)" --target turbomind_cuda kernel_bench gemm_test attention_test pointwise_test \
+cmake --build "$build" -j "$(nproc)" --target turbomind_cuda kernel_bench cuda_gemm_test cuda_attention_test cuda_pointwise_test \
   cuda_backend_test cuda_loader_test > "$out/build.log" 2>&1 || { grep -E "error|warning" "$out/build.log" | head -40; tail -5 "$out/build.log"; exit 1; }
 
 status=0
@@ -41,12 +41,12 @@ run() {  # name, command...
   echo "== $name: $result ($seconds s)"
   grep -E "^(FAIL|SKIP)|^    |cases,|ERROR SUMMARY" "$out/$name.log" | cut -c1-200 | head -60
 }
-for test in pointwise_test gemm_test attention_test cuda_backend_test cuda_loader_test; do
+for test in cuda_pointwise_test cuda_gemm_test cuda_attention_test cuda_backend_test cuda_loader_test; do
   run "$test" "$build/test/kernels/$test"
 done
 if [ $sanitize -eq 1 ]; then
   for tool in memcheck racecheck; do
-    for test in pointwise_test gemm_test attention_test cuda_backend_test; do
+    for test in cuda_pointwise_test cuda_gemm_test cuda_attention_test cuda_backend_test; do
       run "$tool-$test" timeout "${TURBOMIND_SANITIZE_SECONDS:-240}" compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/test/kernels/$test"
     done
   done

@@ -1,5 +1,5 @@
 // The CUDA library's exported functions. Any thread.
-#include "backend/cuda/cuda_api.h"
+#include "backend/cuda_api.h"
 
 #include <cstdio>
 #include <exception>

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "backend/cuda/cuda_api.h"
+#include "backend/cuda_api.h"
 #include "backend/cuda/cuda_graph.h"
 #include "backend/cuda/cuda_memory.h"
 #include "backend/cuda/gemm/gemm_table.h"

@@ -6,7 +6,7 @@
 namespace turbomind::cuda {
 namespace {
 
-// wgmma and mma.sync give the same bits (gemm_test holds them to it), so M may choose between them:
+// wgmma and mma.sync give the same bits (cuda_gemm_test holds them to it), so M may choose between them:
 // up to 16 tokens the mma.sync kernel streams 4-bit weights faster (H100, Qwen2.5-32B layer, M = 1:
 // 114 us against 130).
 constexpr GemmKernel kTable[] = {

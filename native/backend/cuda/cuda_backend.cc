@@ -1,0 +1,460 @@
+#include "backend/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace turbomind::cuda {
+namespace {
+
+constexpr size_t kUploadHalfBytes = size_t{8} << 20;
+constexpr int kLeastSm = 80;
+
+// A buffer that the backend knows by address while it lives.
+class TrackedBuffer final : public Buffer {
+ public:
+  using Registry = std::unordered_map<const void*, size_t>;
+  TrackedBuffer(std::shared_ptr<Registry> registry, std::unique_ptr<Buffer> buffer)
+      : registry_(std::move(registry)), buffer_(std::move(buffer)) {
+    (*registry_)[buffer_->data()] = buffer_->bytes();
+  }
+  ~TrackedBuffer() override { registry_->erase(buffer_->data()); }
+  void* data() override { return buffer_->data(); }
+  size_t bytes() const override { return buffer_->bytes(); }
+
+ private:
+  std::shared_ptr<Registry> registry_;
+  std::unique_ptr<Buffer> buffer_;
+};
+
+const CudaLinear& as_cuda(const LinearWeight* weight) {
+  TM_CHECK(weight != nullptr, "an op without its weight");
+  return static_cast<const CudaLinear&>(*weight);
+}
+
+int64_t row_bytes(ConstTensorView view) {
+  return view.row_elements() * static_cast<int64_t>(dtype_bytes(view.dtype));
+}
+
+const float* floats(ConstTensorView view) { return static_cast<const float*>(view.data); }
+
+float softmax_scale(float wanted, int head_dim) {
+  return wanted != 0.0F ? wanted : 1.0F / std::sqrt(static_cast<float>(head_dim));
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cuda_backend(const CreateOptions& options) {
+  if (options.abi_version != kAbiVersion) {
+    throw Error(ErrorCode::unsupported_device,
+                format("the CUDA library speaks ABI %d, its caller %d; install matching versions",
+                       kAbiVersion, options.abi_version));
+  }
+  return std::make_unique<CudaBackend>(options);
+}
+
+CudaBackend::CudaBackend(const CreateOptions& options)
+    : device_(options.device),
+      dtype_(static_cast<DType>(options.activation_dtype)),
+      use_graphs_(options.use_graphs != 0),
+      live_buffers_(std::make_shared<std::unordered_map<const void*, size_t>>()) {
+  if (options.activation_dtype == 0) dtype_ = DType::bf16;
+  if (dtype_ != DType::bf16 && dtype_ != DType::f16) {
+    throw Error(ErrorCode::invalid_argument,
+                format("activations of %s on the GPU; expected bf16 or f16", to_string(dtype_).data()));
+  }
+  int count = 0;
+  cuda_check(cudaGetDeviceCount(&count), "counting CUDA devices");
+  if (device_ < 0 || device_ >= count) {
+    throw Error(ErrorCode::unsupported_device,
+                format("cuda:%d does not exist; this machine has %d CUDA device(s)", device_, count));
+  }
+  use_device();
+  cuda_check(cudaGetDeviceProperties(&properties_, device_), "reading the device's properties");
+  const int sm = properties_.major * 10 + properties_.minor;
+  if (sm < kLeastSm) {
+    throw Error(ErrorCode::unsupported_device,
+                format("cuda:%d (%s) has compute capability %d.%d; 8.0 or newer is needed", device_,
+                       properties_.name, properties_.major, properties_.minor));
+  }
+  stream_ = std::make_unique<CudaStreamOwner>();
+  context_ = {.stream = stream_->get(),
+              .sm = sm,
+              .num_sms = properties_.multiProcessorCount,
+              .max_shared_bytes = static_cast<int>(properties_.sharedMemPerBlockOptin),
+              .programmatic = properties_.major >= 9};
+  staged_upload_ = std::make_unique<StagedUpload>(kUploadHalfBytes);
+  // Fails here, with a sentence, where this build has no code for the device.
+  zeroed(256);
+  UnpackArgs nothing;
+  unpack_step(context_, nothing);
+  synchronize();
+}
+
+CudaBackend::~CudaBackend() {
+  (void)cudaSetDevice(device_);
+  (void)cudaStreamSynchronize(context_.stream);  // a lost device has been reported already
+}
+
+DeviceInfo CudaBackend::info() const {
+  use_device();
+  DeviceInfo info;
+  info.name = properties_.name;
+  int driver = 0;
+  cuda_check(cudaDriverGetVersion(&driver), "reading the driver's version");
+  info.description = format("sm_%d%d, %d SMs, CUDA driver %d.%d", properties_.major, properties_.minor,
+                            properties_.multiProcessorCount, driver / 1000, driver % 1000 / 10);
+  cuda_check(cudaMemGetInfo(&info.free_bytes, &info.total_bytes), "reading free GPU memory");
+  return info;
+}
+
+std::unique_ptr<Buffer> CudaBackend::allocate(size_t bytes) {
+  use_device();
+  return std::make_unique<TrackedBuffer>(live_buffers_, pool_.allocate(bytes));
+}
+
+std::unique_ptr<Buffer> CudaBackend::zeroed(size_t bytes) {
+  std::unique_ptr<Buffer> buffer = pool_.allocate(bytes);
+  cuda_check(cudaMemsetAsync(buffer->data(), 0, bytes, context_.stream), "clearing memory");
+  return buffer;
+}
+
+void CudaBackend::upload(TensorView device, const void* host) {
+  use_device();
+  staged_upload_->copy(device.data, host, device.bytes(), context_.stream);
+}
+
+void CudaBackend::download(void* host, ConstTensorView device) {
+  use_device();
+  cuda_check(cudaMemcpyAsync(host, device.data, device.bytes(), cudaMemcpyDeviceToHost, context_.stream),
+             "downloading");
+  synchronize();
+}
+
+void CudaBackend::synchronize() {
+  cuda_check(cudaStreamSynchronize(context_.stream), "waiting for the GPU");
+}
+
+CudaCounters CudaBackend::counters() const {
+  return {pool_.driver_allocations(), graphs_.captures(), pool_.bytes_in_use()};
+}
+
+// ---- KV cache ------------------------------------------------------------------------------------
+
+size_t CudaBackend::kv_block_bytes(const KvCacheSpec& spec) const {
+  return static_cast<size_t>(spec.num_layers) * 2 * static_cast<size_t>(spec.num_kv_heads) *
+         static_cast<size_t>(spec.block_size) * static_cast<size_t>(spec.head_dim) * 2;
+}
+
+std::unique_ptr<KvCache> CudaBackend::make_kv_cache(const KvCacheSpec& spec) {
+  if (spec.block_size != kBlockTokens) {
+    throw Error(ErrorCode::invalid_argument,
+                format("KV blocks of %d tokens on the GPU; its kernels read blocks of %d",
+                       spec.block_size, kBlockTokens));
+  }
+  return std::make_unique<CudaKvCache>(
+      spec, allocate(kv_block_bytes(spec) * static_cast<size_t>(spec.num_blocks)));
+}
+
+void* CudaKvCache::keys(int layer) const {
+  const size_t half = static_cast<size_t>(spec_.num_blocks) * static_cast<size_t>(spec_.num_kv_heads) *
+                      static_cast<size_t>(spec_.block_size) * static_cast<size_t>(spec_.head_dim) * 2;
+  return static_cast<char*>(buffer_->data()) + 2 * static_cast<size_t>(layer) * half;
+}
+
+void* CudaKvCache::values(int layer) const {
+  const size_t half = buffer_->bytes() / static_cast<size_t>(2 * spec_.num_layers);
+  return static_cast<char*>(keys(layer)) + half;
+}
+
+// ---- language model ops --------------------------------------------------------------------------
+
+void CudaBackend::embed(const EmbedArgs& args) {
+  const CudaLinear& table = as_cuda(args.table);
+  if (mode_ == Mode::sign) {
+    sign({1, address(args.table)});
+    sign_view(args.x.data, row_bytes(args.x));
+    capturable_ = capturable_ && args.overrides.empty();
+    return;
+  }
+  cuda::embed(context_, table.matrix.weights, table.matrix.k_padded, table.matrix.n,
+              workspace_.step.token_ids, args.x.data, launch_rows(args.x.dim(0)),
+              static_cast<int>(args.x.dim(1)));
+  for (const EmbeddingOverride& image : args.overrides) {
+    const TensorView rows = args.x.rows(image.row, image.embeddings.dim(0));
+    cuda_check(cudaMemcpyAsync(rows.data, image.embeddings.data, rows.bytes(),
+                               cudaMemcpyDeviceToDevice, context_.stream),
+               "placing image embeddings");
+  }
+}
+
+void CudaBackend::norm(const Norm& norm, ConstTensorView x, TensorView y) {
+  if (mode_ == Mode::sign) {
+    sign({2, address(norm.weight.data)});
+    sign_view(x.data, row_bytes(x));
+    sign_view(y.data, row_bytes(y));
+    return;
+  }
+  const int64_t columns = x.row_elements();
+  cuda::norm(context_, dtype_,
+             {.kind = norm.kind, .weight = floats(norm.weight), .bias = floats(norm.bias),
+              .eps = norm.eps, .x = x.data, .y = y.data, .ldx = columns, .ldy = columns,
+              .rows = launch_rows(x.dim(0)), .columns = static_cast<int>(columns)});
+}
+
+const void* CudaBackend::padded_input(const CudaLinear& weight, const void* x, int rows, int64_t* ldx) {
+  *ldx = weight.matrix.k;
+  if (weight.matrix.k % 8 == 0) return x;
+  // Rows that 16-byte copies cannot reach (a patch of 3 * 14 * 14 values): copied to aligned ones.
+  *ldx = weight.matrix.k_padded;
+  TM_CHECK(static_cast<size_t>(rows) * static_cast<size_t>(*ldx) * 2 <= workspace_.scratch->bytes(),
+           "%d rows of %lld exceed the workspace", rows, static_cast<long long>(*ldx));
+  copy_rows(context_, x, weight.matrix.k, nullptr, workspace_.scratch->data(), *ldx, rows,
+            static_cast<int>(weight.matrix.k));
+  return workspace_.scratch->data();
+}
+
+void CudaBackend::run_gemm(const CudaLinear& weight, const void* x, int64_t ldx, int rows, void* y,
+                           int64_t ldy, bool y_is_f32, Epilogue epilogue, const float* scale) {
+  if (rows == 0) return;
+  const GemmArgs args{.w = &weight.matrix,
+                      .x = x,
+                      .ldx = ldx,
+                      .m = rows,
+                      .y = y,
+                      .ldy = ldy,
+                      .y_is_f32 = y_is_f32,
+                      .epilogue = epilogue,
+                      .scale = scale,
+                      .partials = static_cast<float*>(workspace_.gemm_partials->data()),
+                      .partial_floats = workspace_.gemm_partials->bytes() / sizeof(float),
+                      .tickets = static_cast<uint32_t*>(workspace_.gemm_tickets->data()),
+                      .num_tickets = workspace_.gemm_tickets->bytes() / sizeof(uint32_t)};
+  const bool forced = std::any_of(gemm_table().begin(), gemm_table().end(), [&](const GemmKernel& row) {
+    return row.name == forced_gemm_ && context_.sm >= row.min_sm && context_.sm <= row.max_sm &&
+           row.supports(args, context_);
+  });
+  select_gemm(args, context_, forced ? forced_gemm_ : std::string_view{}).run(args, context_);
+}
+
+void CudaBackend::linear(const LinearArgs& args) {
+  const CudaLinear& weight = as_cuda(args.weight);
+  if (mode_ == Mode::sign) {
+    sign({3, address(args.weight), args.norm != nullptr ? address(args.norm->weight.data) : 0,
+          static_cast<uint64_t>(args.epilogue), address(args.scale.data)});
+    sign_view(args.x.data, row_bytes(args.x));
+    sign_view(args.y.data, row_bytes(args.y));
+    return;
+  }
+  const int64_t k = weight.matrix.k;
+  TM_CHECK(workspace_.scratch != nullptr, "linear before reserve_workspace");
+  TM_CHECK(args.x.row_elements() == k && args.y.dim(0) == args.x.dim(0) &&
+               args.y.row_elements() ==
+                   (args.epilogue == Epilogue::silu_mul ? weight.matrix.n / 2 : weight.matrix.n) &&
+               (args.epilogue == Epilogue::silu_mul) == weight.matrix.gate_up,
+           "linear: x [%lld, %lld], y [%lld, %lld], W [%lld, %lld]",
+           static_cast<long long>(args.x.dim(0)), static_cast<long long>(args.x.row_elements()),
+           static_cast<long long>(args.y.dim(0)), static_cast<long long>(args.y.row_elements()),
+           static_cast<long long>(weight.matrix.n), static_cast<long long>(k));
+  const int rows = launch_rows(args.x.dim(0));
+  const void* x = args.x.data;
+  int64_t ldx = k;
+  if (args.norm != nullptr) {
+    const int64_t padded = round_up<int64_t>(k, 8);
+    TM_CHECK(k % 8 == 0 && static_cast<size_t>(rows) * static_cast<size_t>(padded) * 2 <=
+                               workspace_.scratch->bytes(),
+             "a norm over %lld columns and %d rows", static_cast<long long>(k), rows);
+    cuda::norm(context_, dtype_,
+               {.kind = args.norm->kind, .weight = floats(args.norm->weight),
+                .bias = floats(args.norm->bias), .eps = args.norm->eps, .x = x,
+                .y = workspace_.scratch->data(), .ldx = k, .ldy = k, .rows = rows,
+                .columns = static_cast<int>(k)});
+    x = workspace_.scratch->data();
+  } else {
+    x = padded_input(weight, x, rows, &ldx);
+  }
+  run_gemm(weight, x, ldx, rows, args.y.data, args.y.row_elements(), false, args.epilogue,
+           floats(args.scale));
+}
+
+void CudaBackend::attention(const AttentionArgs& args) {
+  const auto& cache = static_cast<const CudaKvCache&>(*args.cache);
+  if (mode_ == Mode::sign) {
+    sign({4, address(args.cache), static_cast<uint64_t>(args.layer),
+          args.q_norm != nullptr ? address(args.q_norm->weight.data) : 0,
+          args.k_norm != nullptr ? address(args.k_norm->weight.data) : 0,
+          address(args.rope.inv_freq.data)});
+    sign_view(args.qkv.data, row_bytes(args.qkv));
+    sign_view(args.y.data, row_bytes(args.y));
+    return;
+  }
+  Workspace& w = workspace_;
+  TM_CHECK(args.num_heads <= w.spec.max_heads && args.head_dim <= w.spec.max_head_dim &&
+               args.num_heads % args.num_kv_heads == 0,
+           "attention with %d heads of %d; the workspace was made for %d of %d", args.num_heads,
+           args.head_dim, w.spec.max_heads, w.spec.max_head_dim);
+  void* keys = cache.keys(args.layer);
+  void* values = cache.values(args.layer);
+  const float scale = softmax_scale(args.softmax_scale, args.head_dim);
+  rope_kv(context_, dtype_,
+          {.qkv = args.qkv.data, .k_cache = keys, .v_cache = values,
+           .inv_freq = floats(args.rope.inv_freq), .attention_scaling = args.rope.attention_scaling,
+           .q_norm = args.q_norm != nullptr ? floats(args.q_norm->weight) : nullptr,
+           .k_norm = args.k_norm != nullptr ? floats(args.k_norm->weight) : nullptr,
+           .q_norm_eps = args.q_norm != nullptr ? args.q_norm->eps : 0.0F,
+           .k_norm_eps = args.k_norm != nullptr ? args.k_norm->eps : 0.0F,
+           .positions = w.step.positions, .slots = w.step.slots,
+           .tokens = launch_rows(args.qkv.dim(0)), .num_heads = args.num_heads,
+           .num_kv_heads = args.num_kv_heads, .head_dim = args.head_dim});
+  decode_attention(context_, dtype_,
+                   {.qkv = args.qkv.data, .y = args.y.data, .k_cache = keys, .v_cache = values,
+                    .step = w.step, .num_items = graph_rows_ > 0 ? step_.padded_items : step_.items,
+                    .partial_out = static_cast<float*>(w.attention_out->data()),
+                    .partial_max_sum = static_cast<float2*>(w.attention_max_sum->data()),
+                    .tickets = static_cast<uint32_t*>(w.attention_tickets->data()),
+                    .num_heads = args.num_heads, .num_kv_heads = args.num_kv_heads,
+                    .head_dim = args.head_dim, .softmax_scale = scale});
+  prefill_attention(context_, dtype_,
+                    {.qkv = args.qkv.data, .y = args.y.data, .k_cache = keys, .v_cache = values,
+                     .step = w.step, .num_tiles = step_.tiles, .num_heads = args.num_heads,
+                     .num_kv_heads = args.num_kv_heads, .head_dim = args.head_dim,
+                     .softmax_scale = scale});
+}
+
+// ---- sampling ------------------------------------------------------------------------------------
+
+void CudaBackend::compute_logits(const SampleArgs& args) {
+  use_device();
+  const CudaLinear& head = as_cuda(args.head);
+  Workspace& w = workspace_;
+  TM_CHECK(w.logits != nullptr && head.matrix.n <= w.spec.vocab_size,
+           "a head of %lld rows; the workspace was made for %lld",
+           static_cast<long long>(head.matrix.n), static_cast<long long>(w.spec.vocab_size));
+  const int64_t hidden = args.x.row_elements();
+  TM_CHECK(hidden == head.matrix.k && hidden % 8 == 0, "a head over %lld columns of %lld",
+           static_cast<long long>(head.matrix.k), static_cast<long long>(hidden));
+  void* x = w.scratch->data();
+  if (args.norm != nullptr) {
+    cuda::norm(context_, dtype_,
+               {.kind = args.norm->kind, .weight = floats(args.norm->weight),
+                .bias = floats(args.norm->bias), .eps = args.norm->eps, .x = args.x.data, .y = x,
+                .ldx = hidden, .ldy = hidden, .gather = w.step.sample_rows, .rows = step_.rows,
+                .columns = static_cast<int>(hidden)});
+  } else {
+    copy_rows(context_, args.x.data, hidden, w.step.sample_rows, x, hidden, step_.rows,
+              static_cast<int>(hidden));
+  }
+  run_gemm(head, x, hidden, step_.rows, w.logits->data(), head.matrix.n, true, Epilogue::none, nullptr);
+}
+
+void CudaBackend::sample(const SampleArgs& args) {
+  TM_CHECK(static_cast<int>(args.rows.size()) == step_.rows && args.results.size() == args.rows.size(),
+           "%zu sample rows and %zu results for a step that wants %d", args.rows.size(),
+           args.results.size(), step_.rows);
+  if (args.rows.empty()) return;
+  compute_logits(args);
+  Workspace& w = workspace_;
+  const int64_t vocab = as_cuda(args.head).matrix.n;
+  argmax(context_, static_cast<const float*>(w.logits->data()), step_.rows, vocab, w.argmax->data(),
+         std::max(w.spec.max_rows, 1), static_cast<int32_t*>(w.ids->data()));
+  cuda_check(cudaMemcpyAsync(w.host_ids->data(), w.ids->data(), args.rows.size() * sizeof(int32_t),
+                             cudaMemcpyDeviceToHost, context_.stream),
+             "reading the sampled tokens");
+  synchronize();
+  const auto* ids = reinterpret_cast<const int32_t*>(w.host_ids->data());
+  for (size_t r = 0; r < args.rows.size(); ++r) {
+    const SampleRow& row = args.rows[r];
+    const SamplingParams& params = *row.params;
+    args.results[r].top_logprobs.clear();
+    if (!params.do_sample && params.repetition_penalty == 1.0F && params.num_logprobs == 0 &&
+        row.banned.empty() && params.bad_words.empty()) {
+      if (ids[r] < 0) {
+        throw Error(ErrorCode::device_error,
+                    format("row %zu of %zu cannot be sampled: no logit is a finite number", r,
+                           args.rows.size()));
+      }
+      args.results[r].token = ids[r];
+    } else {
+      sample_on_host(row, static_cast<int>(r), args.results[r]);
+    }
+  }
+}
+
+void CudaBackend::sample_on_host(const SampleRow& row, int row_idx, SampleResult& result) {
+  Workspace& w = workspace_;
+  const size_t vocab = w.host_logits->bytes() / sizeof(float);
+  const auto* logits = static_cast<const float*>(w.logits->data()) + static_cast<size_t>(row_idx) * vocab;
+  cuda_check(cudaMemcpyAsync(w.host_logits->data(), logits, vocab * sizeof(float),
+                             cudaMemcpyDeviceToHost, context_.stream),
+             "reading logits");
+  synchronize();
+  const std::span<float> host(reinterpret_cast<float*>(w.host_logits->data()), vocab);
+  const SampleStatus status = host_sampler_.sample(host, row, result);
+  if (status == SampleStatus::ok) return;
+  throw Error(status == SampleStatus::all_banned ? ErrorCode::invalid_argument : ErrorCode::device_error,
+              format("row %d cannot be sampled: %s", row_idx, describe(status)));
+}
+
+void CudaBackend::logits(const SampleArgs& args, std::span<float> out) {
+  if (step_.rows == 0) return;
+  const int64_t vocab = as_cuda(args.head).matrix.n;
+  TM_CHECK(static_cast<int64_t>(out.size()) == step_.rows * vocab, "%zu logits for %d rows of %lld",
+           out.size(), step_.rows, static_cast<long long>(vocab));
+  compute_logits(args);
+  download(out.data(), ConstTensorView(workspace_.logits->data(), DType::f32, {step_.rows, vocab}));
+}
+
+// ---- vision ops ----------------------------------------------------------------------------------
+
+void CudaBackend::patchify(const PatchifyArgs& args) {
+  use_device();
+  const size_t bytes = args.tiles.bytes();
+  if (!tiles_ || tiles_->bytes() < bytes) {
+    synchronize();
+    tiles_.reset();
+    tiles_ = pool_.allocate(bytes);
+  }
+  staged_upload_->copy(tiles_->data(), args.tiles.data, bytes, context_.stream);
+  PatchifyLaunch launch_args{.tiles = static_cast<const uint8_t*>(tiles_->data()),
+                             .patches = args.patches.data,
+                             .num_tiles = static_cast<int>(args.tiles.dim(0)),
+                             .image_size = static_cast<int>(args.tiles.dim(1)),
+                             .patch_size = args.patch_size};
+  std::copy_n(args.mean, 3, launch_args.mean);
+  std::copy_n(args.std, 3, launch_args.std);
+  cuda::patchify(context_, dtype_, launch_args);
+}
+
+void CudaBackend::vision_embed(const VisionEmbedArgs& args) {
+  use_device();
+  const auto tokens = static_cast<int>(args.x.dim(0) / args.num_tiles);
+  cuda::vision_embed(context_, dtype_, args.patches.data, floats(args.cls), floats(args.positions),
+                     args.x.data, args.num_tiles, tokens - 1, static_cast<int>(args.x.row_elements()));
+}
+
+void CudaBackend::vision_attention(const VisionAttentionArgs& args) {
+  use_device();
+  const int64_t columns = static_cast<int64_t>(args.num_heads) * args.head_dim;
+  const Norm* norms[2] = {args.q_norm, args.k_norm};
+  for (int part = 0; part < 2; ++part) {
+    if (norms[part] == nullptr) continue;
+    void* x = static_cast<char*>(args.qkv.data) + part * columns * 2;
+    cuda::norm(context_, dtype_,
+               {.kind = norms[part]->kind, .weight = floats(norms[part]->weight),
+                .bias = floats(norms[part]->bias), .eps = norms[part]->eps, .x = x, .y = x,
+                .ldx = 3 * columns, .ldy = 3 * columns, .rows = static_cast<int>(args.qkv.dim(0)),
+                .columns = static_cast<int>(columns)});
+  }
+  tile_attention(context_, dtype_,
+                 {.qkv = args.qkv.data, .y = args.y.data, .num_tiles = args.num_tiles,
+                  .tokens = args.tokens_per_tile, .num_heads = args.num_heads,
+                  .head_dim = args.head_dim, .softmax_scale = softmax_scale(0.0F, args.head_dim)});
+}
+
+void CudaBackend::pixel_shuffle(const PixelShuffleArgs& args) {
+  use_device();
+  cuda::pixel_shuffle(context_, args.x.data, args.y.data, args.num_tiles, args.grid, args.factor,
+                      static_cast<int>(args.x.row_elements()));
+}
+
+}  // namespace turbomind::cuda

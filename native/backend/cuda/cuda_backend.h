@@ -1,0 +1,193 @@
+// class Backend on one NVIDIA GPU: one stream, one engine thread. Owns the pool, the workspace, the
+// arrays of the current step and the captured decode graphs; leaves the kernels to kernels/ and
+// gemm/, loading to cuda_weights.cc and the step's arrays to cuda_step.cc.
+#pragma once
+
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/cuda_api.h"
+#include "backend/cuda/cuda_graph.h"
+#include "backend/cuda/cuda_memory.h"
+#include "backend/cuda/gemm/gemm_table.h"
+#include "backend/cuda/kernels/kernels.h"
+#include "backend/host_sampler.h"
+
+namespace turbomind::cuda {
+
+std::unique_ptr<Backend> make_cuda_backend(const CreateOptions& options);
+
+class CudaLinear final : public LinearWeight {
+ public:
+  int64_t in_features() const override { return matrix.k; }
+  int64_t out_features() const override { return matrix.n; }
+  size_t bytes() const override;
+
+  PackedMatrix matrix;
+  std::shared_ptr<Buffer> weights;  // shared by an embedding table and a tied head
+  std::unique_ptr<Buffer> meta;
+  std::unique_ptr<Buffer> bias;
+};
+
+class CudaKvCache final : public KvCache {
+ public:
+  CudaKvCache(const KvCacheSpec& spec, std::unique_ptr<Buffer> buffer)
+      : spec_(spec), buffer_(std::move(buffer)) {}
+  const KvCacheSpec& spec() const override { return spec_; }
+  void* keys(int layer) const;    // [B, Hkv, 64, D]
+  void* values(int layer) const;
+
+ private:
+  KvCacheSpec spec_;
+  std::unique_ptr<Buffer> buffer_;
+};
+
+class CudaStreamOwner {
+ public:
+  CudaStreamOwner() { cuda_check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  ~CudaStreamOwner() { (void)cudaStreamDestroy(stream_); }
+  CudaStreamOwner(const CudaStreamOwner&) = delete;
+  CudaStreamOwner& operator=(const CudaStreamOwner&) = delete;
+  CudaStream get() const { return stream_; }
+
+ private:
+  CudaStream stream_ = nullptr;
+};
+
+// What tests and benchmarks look at.
+struct CudaCounters {
+  size_t driver_allocations = 0;
+  size_t graph_captures = 0;
+  size_t bytes_in_use = 0;
+};
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(const CreateOptions& options);
+  ~CudaBackend() override;
+
+  DeviceInfo info() const override;
+  DType activation_dtype() const override { return dtype_; }
+  std::unique_ptr<Buffer> allocate(size_t bytes) override;
+  void upload(TensorView device, const void* host) override;
+  void download(void* host, ConstTensorView device) override;
+  void synchronize() override;
+
+  std::unique_ptr<LinearWeight> load_linear(const LinearSource& source) override;
+  std::unique_ptr<LinearWeight> load_embedding(ConstTensorView table) override;
+  std::unique_ptr<LinearWeight> load_head(const LinearSource& source) override;
+  std::unique_ptr<Buffer> load_vector(ConstTensorView source) override;
+
+  size_t kv_block_bytes(const KvCacheSpec& spec) const override;
+  std::unique_ptr<KvCache> make_kv_cache(const KvCacheSpec& spec) override;
+  size_t reserve_workspace(const WorkspaceSpec& spec) override;
+
+  void begin_step(const StepBatch& batch) override;
+  void execute(const std::function<void()>& forward) override;
+
+  void embed(const EmbedArgs& args) override;
+  void norm(const Norm& norm, ConstTensorView x, TensorView y) override;
+  void linear(const LinearArgs& args) override;
+  void attention(const AttentionArgs& args) override;
+  void sample(const SampleArgs& args) override;
+  void logits(const SampleArgs& args, std::span<float> out) override;
+  void patchify(const PatchifyArgs& args) override;
+  void vision_embed(const VisionEmbedArgs& args) override;
+  void vision_attention(const VisionAttentionArgs& args) override;
+  void pixel_shuffle(const PixelShuffleArgs& args) override;
+
+  CudaCounters counters() const;
+  const LaunchContext& context() const { return context_; }
+  // Asks for one row of the GEMM table by name where it fits (tests, benchmarks); empty: the best.
+  void force_gemm(std::string_view name) { forced_gemm_ = name; }
+
+ private:
+  // Everything sized by reserve_workspace.
+  struct Workspace {
+    WorkspaceSpec spec;
+    std::unique_ptr<Buffer> arrays;    // StepArrays
+    std::unique_ptr<Buffer> blob;      // one step's upload
+    std::unique_ptr<PinnedBuffer> staging[2];
+    Event staged[2];
+    int next_staging = 0;
+    std::unique_ptr<Buffer> scratch;   // T [max_tokens, max_in_features padded]
+    size_t scratch_row_elements = 0;
+    std::unique_ptr<Buffer> gemm_partials;
+    std::unique_ptr<Buffer> gemm_tickets;
+    int max_items = 0;
+    int max_tiles = 0;
+    int max_blocks = 0;
+    std::unique_ptr<Buffer> attention_out;
+    std::unique_ptr<Buffer> attention_max_sum;
+    std::unique_ptr<Buffer> attention_tickets;
+    std::unique_ptr<Buffer> logits;    // f32 [max_rows, V]
+    std::unique_ptr<Buffer> argmax;
+    std::unique_ptr<Buffer> ids;       // i32 [max_rows]
+    std::unique_ptr<PinnedBuffer> host_ids;
+    std::unique_ptr<PinnedBuffer> host_logits;  // f32 [V]
+    StepArrays step;
+  };
+  // Sizes of the current step.
+  struct Step {
+    int tokens = 0;
+    int sequences = 0;
+    int rows = 0;  // sampled
+    int items = 0;
+    int tiles = 0;
+    int padded_rows = 0;   // of a decode step: its bucket; else tokens
+    int padded_items = 0;
+    bool decode_only = false;
+  };
+
+  void use_device() const { cuda_check(cudaSetDevice(device_), "selecting the device"); }
+  std::unique_ptr<Buffer> zeroed(size_t bytes);
+  void release_load_scratch();
+  void* load_scratch(size_t bytes);
+  std::unique_ptr<CudaLinear> load_dense(const LinearSource& source);
+  std::unique_ptr<CudaLinear> load_awq(const LinearSource& source);
+  void load_bias(const LinearSource& source, CudaLinear& linear);
+  const void* stage_to_scratch(ConstTensorView source, char*& cursor);
+
+  // While a graph is recorded, an op over the step's tokens runs over the padded rows.
+  int launch_rows(int64_t rows) const;
+  // Signature pass: mixes an op's identity, and learns how many rows its buffers could hold.
+  void sign(std::initializer_list<uint64_t> values);
+  void sign_view(const void* data, int64_t row_bytes);
+  static uint64_t address(const void* pointer) { return reinterpret_cast<uint64_t>(pointer); }
+
+  void run_gemm(const CudaLinear& weight, const void* x, int64_t ldx, int rows, void* y, int64_t ldy,
+                bool y_is_f32, Epilogue epilogue, const float* scale);
+  const void* padded_input(const CudaLinear& weight, const void* x, int rows, int64_t* ldx);
+  void compute_logits(const SampleArgs& args);
+  void sample_on_host(const SampleRow& row, int row_idx, SampleResult& result);
+
+  int device_ = 0;
+  DType dtype_ = DType::bf16;
+  bool use_graphs_ = true;
+  cudaDeviceProp properties_{};
+  DevicePool pool_;
+  std::unique_ptr<CudaStreamOwner> stream_;
+  LaunchContext context_;
+  std::unique_ptr<StagedUpload> staged_upload_;
+  std::unique_ptr<Buffer> load_scratch_;
+  std::unordered_map<const void*, std::weak_ptr<Buffer>> dense_by_source_;
+  Workspace workspace_;
+  Step step_;
+  GraphCache graphs_;
+  std::unique_ptr<Buffer> tiles_;  // u8 pixels of a vision batch
+  HostSampler host_sampler_;
+  std::string_view forced_gemm_;
+
+  enum class Mode { run, sign };
+  Mode mode_ = Mode::run;
+  int graph_rows_ = 0;  // > 0 while recording
+  uint64_t signature_ = 0;
+  int64_t capacity_rows_ = 0;
+  bool capturable_ = true;
+  // Live buffers handed out by allocate: their bytes, for sign_view.
+  std::shared_ptr<std::unordered_map<const void*, size_t>> live_buffers_;
+};
+
+}  // namespace turbomind::cuda

@@ -1,0 +1,265 @@
+// The arrays of a step: flattened on the host, sent in one copy, spread by one kernel to fixed
+// addresses; and execution, which replays a captured graph for decode steps. Engine thread.
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "backend/cuda/cuda_backend.h"
+
+namespace turbomind::cuda {
+namespace {
+
+constexpr int kMaxGraphRows = 256;
+constexpr size_t kGemmPartialFloats = size_t{8} << 20;
+constexpr size_t kGemmTickets = 4096;
+constexpr size_t kMaxAttentionBytes = size_t{256} << 20;
+
+// Padded rows of a decode step: few enough graphs, little waste.
+int row_bucket(int rows) {
+  constexpr int kBuckets[] = {1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256};
+  for (int bucket : kBuckets) {
+    if (rows <= bucket) return bucket;
+  }
+  return rows;
+}
+
+int pad_items(int items) { return static_cast<int>(std::bit_ceil(static_cast<unsigned>(items))); }
+
+// Fills the blob of one step and remembers where each array goes.
+class BlobWriter {
+ public:
+  BlobWriter(char* data, size_t bytes)
+      : words_(reinterpret_cast<int32_t*>(data)), capacity_(bytes / sizeof(int32_t)) {}
+  // Room for `count` words that will be copied to `destination`.
+  std::span<int32_t> add(int32_t* destination, size_t count) {
+    TM_CHECK(used_ + count <= capacity_ && entry_ < kUnpackEntries,
+             "a step of %zu words, %zu reserved", used_ + count, capacity_);
+    args_.entries[entry_++] = {destination, static_cast<int32_t>(used_), static_cast<int32_t>(count)};
+    const std::span<int32_t> out(words_ + used_, count);
+    used_ += count;
+    return out;
+  }
+  size_t bytes() const { return used_ * sizeof(int32_t); }
+  UnpackArgs& args() { return args_; }
+
+ private:
+  int32_t* words_;
+  size_t capacity_;
+  size_t used_ = 0;
+  int entry_ = 0;
+  UnpackArgs args_;
+};
+
+void fill(std::span<int32_t> out, std::span<const int32_t> values, int32_t padding) {
+  std::copy(values.begin(), values.end(), out.begin());
+  std::fill(out.begin() + static_cast<int64_t>(values.size()), out.end(), padding);
+}
+
+}  // namespace
+
+size_t CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
+  use_device();
+  release_load_scratch();
+  graphs_.clear();
+  workspace_ = Workspace{};
+  Workspace& w = workspace_;
+  const size_t before = pool_.bytes_in_use();
+  w.spec = spec;
+  const int tokens = std::max(spec.max_tokens, kMaxGraphRows);
+  const int sequences = std::max(spec.max_sequences, 1);
+  const int rows = std::max(spec.max_rows, 1);
+  w.max_blocks = ceil_div(std::max(spec.max_kv_len, 1), kBlockTokens) + 1;
+  const size_t item_bytes =
+      static_cast<size_t>(std::max(spec.max_heads, 1)) *
+      (static_cast<size_t>(std::max(spec.max_head_dim, 1)) * sizeof(float) + sizeof(float2));
+  const int64_t all_items = static_cast<int64_t>(sequences) *
+                            ceil_div(std::max(spec.max_kv_len, 1), kSplitTokens);
+  w.max_items = pad_items(static_cast<int>(std::min<int64_t>(
+      all_items, static_cast<int64_t>(kMaxAttentionBytes / item_bytes))));
+  w.max_tiles = ceil_div(tokens, kQueryTile) + sequences;
+
+  const size_t words[] = {static_cast<size_t>(tokens), static_cast<size_t>(tokens),
+                          static_cast<size_t>(tokens), static_cast<size_t>(sequences) + 1,
+                          static_cast<size_t>(sequences), static_cast<size_t>(tokens),
+                          static_cast<size_t>(sequences), 2 * static_cast<size_t>(w.max_items),
+                          2 * static_cast<size_t>(w.max_tiles), 1,
+                          static_cast<size_t>(sequences) * static_cast<size_t>(w.max_blocks)};
+  size_t total_words = 0;
+  for (size_t count : words) total_words += round_up<size_t>(count, 64);
+  w.arrays = zeroed(total_words * sizeof(int32_t));
+  auto* cursor = static_cast<int32_t*>(w.arrays->data());
+  int array = 0;
+  const auto take = [&] {
+    int32_t* at = cursor;
+    cursor += round_up<size_t>(words[array++], 64);
+    return at;
+  };
+  w.step.token_ids = take();
+  w.step.positions = take();
+  w.step.slots = take();
+  w.step.query_start = take();
+  w.step.kv_len = take();
+  w.step.sample_rows = take();
+  w.step.split_start = take();
+  w.step.decode_items = reinterpret_cast<int2*>(take());
+  w.step.query_tiles = reinterpret_cast<int2*>(take());
+  w.step.block_stride = take();
+  w.step.block_table = take();
+  w.blob = pool_.allocate(total_words * sizeof(int32_t));
+  for (auto& staging : w.staging) {
+    staging = std::make_unique<PinnedBuffer>(total_words * sizeof(int32_t));
+  }
+
+  w.scratch_row_elements =
+      static_cast<size_t>(round_up<int64_t>(std::max<int64_t>(spec.max_in_features, 1), kChunkColumns));
+  w.scratch = pool_.allocate(static_cast<size_t>(tokens) * w.scratch_row_elements * 2);
+  w.gemm_partials = pool_.allocate(kGemmPartialFloats * sizeof(float));
+  w.gemm_tickets = zeroed(kGemmTickets * sizeof(uint32_t));
+  const auto items = static_cast<size_t>(w.max_items);
+  const auto heads = static_cast<size_t>(std::max(spec.max_heads, 1));
+  w.attention_out = pool_.allocate(items * heads * static_cast<size_t>(std::max(spec.max_head_dim, 1)) * 4);
+  w.attention_max_sum = pool_.allocate(items * heads * sizeof(float2));
+  w.attention_tickets = zeroed(static_cast<size_t>(sequences) * heads * sizeof(uint32_t));
+  if (spec.vocab_size > 0 && spec.max_rows > 0) {
+    w.logits = pool_.allocate(static_cast<size_t>(rows) * static_cast<size_t>(spec.vocab_size) * 4);
+    w.argmax = zeroed(argmax_scratch_bytes(rows));
+    w.ids = pool_.allocate(static_cast<size_t>(rows) * 4);
+    w.host_ids = std::make_unique<PinnedBuffer>(static_cast<size_t>(rows) * 4);
+    w.host_logits = std::make_unique<PinnedBuffer>(static_cast<size_t>(spec.vocab_size) * 4);
+  }
+  synchronize();
+  return pool_.bytes_in_use() - before;
+}
+
+void CudaBackend::begin_step(const StepBatch& batch) {
+  use_device();
+  Workspace& w = workspace_;
+  TM_CHECK(w.blob != nullptr, "begin_step before reserve_workspace");
+  const int tokens = batch.num_tokens();
+  const int sequences = batch.num_sequences();
+  TM_CHECK(tokens <= std::max(w.spec.max_tokens, 1) && sequences <= std::max(w.spec.max_sequences, 1) &&
+               static_cast<int>(batch.sample_rows.size()) <= std::max(w.spec.max_rows, 1) &&
+               batch.max_blocks <= w.max_blocks,
+           "a step of %d tokens, %d sequences, %zu rows, %d blocks a sequence; the workspace holds "
+           "%d, %d, %d, %d", tokens, sequences, batch.sample_rows.size(), batch.max_blocks,
+           w.spec.max_tokens, w.spec.max_sequences, w.spec.max_rows, w.max_blocks);
+  step_ = Step{};
+  step_.tokens = tokens;
+  step_.sequences = sequences;
+  step_.rows = static_cast<int>(batch.sample_rows.size());
+
+  // Sequences with one new token are decoded, the others are cut into tiles of query rows.
+  for (int s = 0; s < sequences; ++s) {
+    const int queries = batch.query_start[s + 1] - batch.query_start[s];
+    if (queries == 1) {
+      step_.items += ceil_div(batch.kv_len[s], kSplitTokens);
+    } else {
+      step_.tiles += ceil_div(queries, kQueryTile);
+    }
+  }
+  TM_CHECK(step_.tiles <= w.max_tiles, "%d query tiles, %d reserved", step_.tiles, w.max_tiles);
+  if (step_.items > w.max_items) {
+    throw Error(ErrorCode::out_of_memory,
+                format("decode attention of this step needs %d work items, the workspace holds %d; "
+                       "lower maxBatchSize or sessionLen", step_.items, w.max_items));
+  }
+  step_.decode_only = step_.tiles == 0 && tokens == sequences && tokens > 0 && tokens <= kMaxGraphRows;
+  step_.padded_rows = step_.decode_only ? row_bucket(tokens) : tokens;
+  step_.padded_items = step_.items == 0 ? 0 : std::min(pad_items(step_.items), w.max_items);
+
+  // flatten
+  const int slot = w.next_staging;
+  w.next_staging = 1 - slot;
+  w.staged[slot].wait();
+  BlobWriter blob(w.staging[slot]->data(), w.staging[slot]->bytes());
+  const auto padded = static_cast<size_t>(step_.padded_rows);
+  fill(blob.add(w.step.token_ids, padded), batch.token_ids, 0);
+  fill(blob.add(w.step.positions, padded), batch.positions, 0);
+  fill(blob.add(w.step.slots, padded), batch.slots, -1);
+  fill(blob.add(w.step.query_start, batch.query_start.size()), batch.query_start, 0);
+  fill(blob.add(w.step.kv_len, batch.kv_len.size()), batch.kv_len, 0);
+  fill(blob.add(w.step.sample_rows, batch.sample_rows.size()), batch.sample_rows, 0);
+  const std::span<int32_t> split_start = blob.add(w.step.split_start, static_cast<size_t>(sequences));
+  const std::span<int32_t> items = blob.add(reinterpret_cast<int32_t*>(w.step.decode_items),
+                                            2 * static_cast<size_t>(step_.padded_items));
+  const std::span<int32_t> tiles = blob.add(reinterpret_cast<int32_t*>(w.step.query_tiles),
+                                            2 * static_cast<size_t>(step_.tiles));
+  size_t item = 0;
+  size_t tile = 0;
+  for (int s = 0; s < sequences; ++s) {
+    const int queries = batch.query_start[s + 1] - batch.query_start[s];
+    split_start[static_cast<size_t>(s)] = static_cast<int32_t>(item / 2);
+    for (int i = 0; queries == 1 && i < ceil_div(batch.kv_len[s], kSplitTokens); ++i) {
+      items[item++] = s;
+      items[item++] = i;
+    }
+    for (int i = 0; queries > 1 && i < queries; i += kQueryTile) {
+      tiles[tile++] = s;
+      tiles[tile++] = i;
+    }
+  }
+  std::fill(items.begin() + static_cast<int64_t>(item), items.end(), -1);
+  blob.add(w.step.block_stride, 1)[0] = batch.max_blocks;
+  fill(blob.add(w.step.block_table, batch.block_table.size()), batch.block_table, -1);
+
+  // send
+  cuda_check(cudaMemcpyAsync(w.blob->data(), w.staging[slot]->data(), blob.bytes(),
+                             cudaMemcpyHostToDevice, context_.stream),
+             "uploading a step");
+  w.staged[slot].record(context_.stream);
+  blob.args().blob = static_cast<const int32_t*>(w.blob->data());
+  unpack_step(context_, blob.args());
+}
+
+void CudaBackend::execute(const std::function<void()>& forward) {
+  use_device();
+  if (!use_graphs_ || !step_.decode_only) {
+    forward();
+    return;
+  }
+  // Restores the plain mode whatever happens in forward.
+  struct Restore {
+    CudaBackend& backend;
+    ~Restore() {
+      backend.mode_ = Mode::run;
+      backend.graph_rows_ = 0;
+    }
+  } restore{*this};
+  signature_ = 0xcbf29ce484222325ULL;
+  capacity_rows_ = kMaxGraphRows;
+  capturable_ = true;
+  mode_ = Mode::sign;
+  forward();
+  mode_ = Mode::run;
+  if (!capturable_) {
+    forward();
+    return;
+  }
+  const int rows = step_.padded_rows <= capacity_rows_ ? step_.padded_rows : step_.tokens;
+  const GraphKey key{signature_, rows, step_.padded_items};
+  graph_rows_ = rows;
+  graphs_.run(key, context_.stream, forward);
+}
+
+int CudaBackend::launch_rows(int64_t rows) const {
+  return graph_rows_ > 0 && rows == step_.tokens ? graph_rows_ : static_cast<int>(rows);
+}
+
+void CudaBackend::sign(std::initializer_list<uint64_t> values) {
+  for (uint64_t value : values) {
+    signature_ = (signature_ ^ value) * 0x9e3779b97f4a7c15ULL;
+    signature_ ^= signature_ >> 29;
+  }
+}
+
+void CudaBackend::sign_view(const void* data, int64_t row_bytes) {
+  sign({address(data), static_cast<uint64_t>(row_bytes)});
+  const auto known = live_buffers_->find(data);
+  // A view that does not start a buffer holds the rows it says and no more.
+  const int64_t rows = known == live_buffers_->end()
+                           ? step_.tokens
+                           : static_cast<int64_t>(known->second) / std::max<int64_t>(row_bytes, 1);
+  capacity_rows_ = std::min(capacity_rows_, rows);
+}
+
+}  // namespace turbomind::cuda

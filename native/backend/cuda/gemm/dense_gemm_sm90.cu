@@ -1,0 +1,26 @@
+// 16-bit weights on wgmma, both operands from shared memory: gemm_sm90.cuh with tensor maps.
+// Compared with `naive` and `dense_sm80`.
+#include "backend/cuda/gemm/gemm_sm90.cuh"
+
+namespace turbomind::cuda {
+
+bool supports_dense_sm90(const GemmArgs& args, const LaunchContext&) {
+  if (args.w->kind != WeightKind::dense) return false;
+  if (reinterpret_cast<uintptr_t>(args.x) % 16 != 0) return false;
+  return args.ldx % 8 == 0;
+}
+
+void dense_gemm_sm90(const GemmArgs& args, const LaunchContext& context) {
+  visit_dtype(args.w->dtype, [&]<class T>() {
+    const int m = args.m;
+    if (m <= 8) return run_sm90<Sm90Config<T, 0, 1, 8>>(args, context, 6);
+    if (m <= 16) return run_sm90<Sm90Config<T, 0, 1, 16>>(args, context, 6);
+    if (m <= 32) return run_sm90<Sm90Config<T, 0, 1, 32>>(args, context, 6);
+    if (m <= 64) return run_sm90<Sm90Config<T, 0, 2, 64>>(args, context, 4);
+    // Segments in turn need an f32 tile beside the ring: it fits with 128 tokens only.
+    if (m <= 128 || args.w->segments > 1) return run_sm90<Sm90Config<T, 0, 2, 128>>(args, context, 4);
+    return run_sm90<Sm90Config<T, 0, 2, 256>>(args, context, 4);
+  });
+}
+
+}  // namespace turbomind::cuda

@@ -1,0 +1,164 @@
+// The end of every GEMM kernel: an f32 tile in shared memory, segments added in order, then bias,
+// activation, residual and one rounding on the way to y. Device only.
+#pragma once
+
+#include "backend/cuda/device/convert.cuh"
+#include "backend/cuda/gemm/gemm_table.h"
+
+namespace turbomind::cuda {
+
+struct EpilogueParams {
+  const float* bias = nullptr;   // [n_padded] or null
+  const float* scale = nullptr;  // [n] or null
+  void* y = nullptr;
+  int64_t ldy = 0;
+  int m = 0;
+  int n = 0;  // rows of W
+  Epilogue kind = Epilogue::none;
+  bool y_is_f32 = false;
+};
+
+// Where the segments of one output tile meet when several CTAs share them.
+struct SplitParams {
+  float* partials = nullptr;  // [row tiles, token tiles, segments, kTileT, kTileN]
+  uint32_t* tickets = nullptr;
+  bool split = false;  // each CTA along z has one segment
+};
+
+inline EpilogueParams epilogue_params(const GemmArgs& args) {
+  return {.bias = args.w->bias,
+          .scale = args.scale,
+          .y = args.y,
+          .ldy = args.ldy,
+          .m = args.m,
+          .n = static_cast<int>(args.w->n),
+          .kind = args.epilogue,
+          .y_is_f32 = args.y_is_f32};
+}
+
+// Whether segments go to CTAs of their own. One CTA in turn takes the time of all its columns; shared,
+// they take rounds of a segment each and then the meeting, which costs as much as about `kMeeting`
+// times 128 columns for 128 tokens. Small token tiles always share: they only stream weights.
+inline bool sharing_pays(int segments, int64_t k_padded, int64_t output_tiles, int tile_tokens, int num_sms) {
+  if (segments == 1 || output_tiles >= 2 * num_sms) return false;
+  if (tile_tokens <= 32) return true;
+  constexpr int64_t kMeeting = 14;
+  const int64_t columns = k_padded / 128;
+  const int64_t rounds = (output_tiles * segments + num_sms - 1) / num_sms;
+  return columns / segments * rounds + kMeeting * tile_tokens / 128 < columns;
+}
+
+__device__ __forceinline__ float gelu(float x) {
+  return 0.5F * x * (1.0F + erff(x * 0.70710678118654752F));
+}
+__device__ __forceinline__ float silu(float x) { return x / (1.0F + __expf(-x)); }
+
+template <class T>
+__device__ __forceinline__ void store8(const EpilogueParams& p, int64_t offset, float (&v)[8],
+                                       int count) {
+  if (p.y_is_f32) {
+    float* y = static_cast<float*>(p.y) + offset;
+    for (int i = 0; i < count; ++i) y[i] = v[i];
+    return;
+  }
+  T* y = static_cast<T*>(p.y) + offset;
+  if (count == 8 && p.ldy % 8 == 0) {
+    *reinterpret_cast<uint4*>(y) = pack8<T>(v);
+  } else {
+    for (int i = 0; i < count; ++i) y[i] = from_float<T>(v[i]);
+  }
+}
+
+// Eight neighbouring outputs of token t, from row n of W. `other` holds the up outputs of silu_mul.
+template <class T>
+__device__ __forceinline__ void finish8(const EpilogueParams& p, int t, int n, float (&v)[8],
+                                        const float (&other)[8]) {
+  if (p.kind == Epilogue::silu_mul) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float gate = v[i] + (p.bias != nullptr ? p.bias[n + i] : 0.0F);
+      const float up = other[i] + (p.bias != nullptr ? p.bias[n + 8 + i] : 0.0F);
+      v[i] = silu(gate) * up;
+    }
+    store8<T>(p, t * p.ldy + n / 2, v, 8);
+    return;
+  }
+  const int count = min(8, p.n - n);
+  const int64_t offset = t * p.ldy + n;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (i >= count) break;
+    if (p.bias != nullptr) v[i] += p.bias[n + i];
+    if (p.kind == Epilogue::gelu) v[i] = gelu(v[i]);
+    if (p.kind == Epilogue::residual) {
+      const float scale = p.scale != nullptr ? p.scale[n + i] : 1.0F;
+      v[i] = fmaf(v[i], scale, to_float(static_cast<const T*>(p.y)[offset + i]));
+    }
+  }
+  store8<T>(p, offset, v, count);
+}
+
+template <int kTileN>
+inline constexpr int kTileStride = kTileN + 4;  // floats; keeps fragment stores free of conflicts
+
+// tile: [kTileT][kTileStride<kTileN>], complete and synchronised.
+template <class T, int kTileT, int kTileN, int kThreads>
+__device__ __forceinline__ void store_tile(const float* tile, const EpilogueParams& p, int t0,
+                                           int n0, int thread) {
+  const bool gated = p.kind == Epilogue::silu_mul;
+  const int pieces = gated ? kTileN / 16 : kTileN / 8;
+  for (int i = thread; i < kTileT * pieces; i += kThreads) {
+    const int t = i / pieces;
+    const int local = (i % pieces) * (gated ? 16 : 8);
+    if (t0 + t >= p.m || n0 + local >= p.n) continue;
+    const float* source = tile + t * kTileStride<kTileN> + local;
+    float v[8];
+    float other[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      v[j] = source[j];
+      other[j] = gated ? source[8 + j] : 0.0F;
+    }
+    finish8<T>(p, t0 + t, n0 + local, v, other);
+  }
+}
+
+// Publishes this CTA's segment and, in the CTA that comes last, leaves the sum of all segments, in
+// order, in `tile`. Returns whether this is that CTA. All kThreads threads call it.
+template <int kTileT, int kTileN, int kThreads, class Sync>
+__device__ __forceinline__ bool meet_segments(float* tile, const SplitParams& split, int segment,
+                                              int segments, int64_t output_tile, int valid_tokens,
+                                              int thread, bool* shared_last, Sync&& sync) {
+  constexpr int kQuads = kTileN / 4;
+  float* all = split.partials + output_tile * segments * kTileT * kTileN;
+  float4* mine = reinterpret_cast<float4*>(all + static_cast<int64_t>(segment) * kTileT * kTileN);
+  for (int i = thread; i < valid_tokens * kQuads; i += kThreads) {
+    __stcg(mine + i, *reinterpret_cast<const float4*>(tile + i / kQuads * kTileStride<kTileN> +
+                                                     i % kQuads * 4));
+  }
+  sync();
+  if (thread == 0) {  // its fences cover what the CTA wrote before, and reads after, the barriers
+    __threadfence();
+    *shared_last = atomicAdd(&split.tickets[output_tile], 1U) == static_cast<uint32_t>(segments) - 1;
+    __threadfence();
+  }
+  sync();
+  if (!*shared_last) return false;
+  for (int i = thread; i < valid_tokens * kQuads; i += kThreads) {
+    float4 sum = __ldcg(reinterpret_cast<const float4*>(all) + i);
+    for (int s = 1; s < segments; ++s) {
+      const float4 part = __ldcg(
+          reinterpret_cast<const float4*>(all + static_cast<int64_t>(s) * kTileT * kTileN) + i);
+      sum.x += part.x;
+      sum.y += part.y;
+      sum.z += part.z;
+      sum.w += part.w;
+    }
+    *reinterpret_cast<float4*>(tile + i / kQuads * kTileStride<kTileN> + i % kQuads * 4) = sum;
+  }
+  if (thread == 0) split.tickets[output_tile] = 0;
+  sync();
+  return true;
+}
+
+}  // namespace turbomind::cuda

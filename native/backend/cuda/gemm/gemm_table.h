@@ -1,0 +1,106 @@
+// y = epilogue(x * W^T + bias): which kernel runs is a row of one table, the first that fits.
+//
+// Determinism: K is cut into `segments` fixed per (N, K, kind). Each is summed in its own f32 chain
+// of k16 steps, and the segments are added in order, whatever the kernel's tile and whether one CTA
+// runs them in turn or several share them. So a row of y does not depend on M or on its place in x.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "backend/backend.h"
+#include "backend/cuda/cuda_check.h"
+
+namespace turbomind::cuda {
+
+inline constexpr int kPackRows = 64;       // rows of a packed 4-bit tile, and the padding of N
+inline constexpr int kPackColumns = 64;    // columns of it
+inline constexpr int kChunkColumns = 128;  // K of 4-bit weights is padded to this
+
+// A weight matrix on the device, in the layout that all kernels read.
+//  dense: weights T [n_padded, k_padded] row-major.
+//  awq:   weights [n_padded / 64, k_padded / 64, 4 warps, 32 lanes, 4 k16 steps] words of eight
+//         nibbles (device/dequant.cuh), meta [n_padded / 64, k_padded / group, 64 rows] words.
+// gate_up: rows 16i..16i+7 are gate outputs 8i..8i+7, rows 16i+8..16i+15 the up outputs.
+struct PackedMatrix {
+  WeightKind kind = WeightKind::dense;
+  DType dtype = DType::bf16;  // of activations, and of dense weights
+  int64_t n = 0;
+  int64_t k = 0;
+  int64_t n_padded = 0;
+  int64_t k_padded = 0;
+  int group_size = 0;
+  bool scale_is_bf16 = false;  // else f16
+  bool gate_up = false;
+  int segments = 1;
+  const void* weights = nullptr;
+  const uint32_t* meta = nullptr;
+  const float* bias = nullptr;  // [n_padded] or null
+};
+
+struct GemmArgs {
+  const PackedMatrix* w = nullptr;
+  const void* x = nullptr;  // T [m, k], row stride ldx (elements, a multiple of 8)
+  int64_t ldx = 0;
+  int m = 0;
+  void* y = nullptr;  // T or f32, row stride ldy
+  int64_t ldy = 0;
+  bool y_is_f32 = false;
+  Epilogue epilogue = Epilogue::none;
+  const float* scale = nullptr;  // residual only: [n] or null
+  float* partials = nullptr;     // workspace for segments that several CTAs share
+  size_t partial_floats = 0;
+  uint32_t* tickets = nullptr;  // zero between launches
+  size_t num_tickets = 0;
+};
+
+struct GemmKernel {
+  std::string_view name;
+  int min_sm;
+  int max_sm;
+  int min_tokens;  // M from which this row is the one to take; asked for by name it runs at any
+  bool (*supports)(const GemmArgs&, const LaunchContext&);
+  void (*run)(const GemmArgs&, const LaunchContext&);
+};
+
+std::span<const GemmKernel> gemm_table();
+// The first row that fits; `name`, when not empty, asks for that row (tests, benchmarks).
+const GemmKernel& select_gemm(const GemmArgs& args, const LaunchContext& context,
+                              std::string_view name = {});
+
+// Segments of K for a shape; a pure function, the same on every device.
+int choose_segments(WeightKind kind, int64_t n, int64_t k);
+
+// Loading 4-bit weights: the checkpoint's arrays, already on the device, to the packed layout.
+struct AwqPart {
+  const uint32_t* qweight = nullptr;  // [K, N / 8]
+  const uint32_t* qzeros = nullptr;   // [K / g, N / 8]
+  const void* scales = nullptr;       // [K / g, N]
+  int64_t n = 0;
+  int64_t base = 0;  // first packed row, for concatenated parts
+};
+inline constexpr int kMaxParts = 4;
+struct AwqPackArgs {
+  AwqPart parts[kMaxParts];
+  int num_parts = 0;
+  DType scale_type = DType::f16;
+  PackedMatrix matrix;
+  uint32_t* weights = nullptr;
+  uint32_t* meta = nullptr;
+};
+void pack_awq(const LaunchContext& context, const AwqPackArgs& args);
+
+// Rows of the table, one file each.
+bool supports_naive(const GemmArgs&, const LaunchContext&);
+void gemm_naive(const GemmArgs&, const LaunchContext&);
+bool supports_u4_sm80(const GemmArgs&, const LaunchContext&);
+void u4_gemm_sm80(const GemmArgs&, const LaunchContext&);
+bool supports_dense_sm80(const GemmArgs&, const LaunchContext&);
+void dense_gemm_sm80(const GemmArgs&, const LaunchContext&);
+bool supports_u4_sm90(const GemmArgs&, const LaunchContext&);
+void u4_gemm_sm90(const GemmArgs&, const LaunchContext&);
+bool supports_dense_sm90(const GemmArgs&, const LaunchContext&);
+void dense_gemm_sm90(const GemmArgs&, const LaunchContext&);
+
+}  // namespace turbomind::cuda

@@ -1,0 +1,158 @@
+// Launchers of every kernel that is not a GEMM. All asynchronous on the context's stream; shapes in
+// the letters of backend.h. Pointers are device pointers unless said otherwise.
+#pragma once
+
+#include <cstdint>
+
+#include "backend/backend.h"
+#include "backend/cuda/cuda_check.h"
+
+namespace turbomind::cuda {
+
+inline constexpr int kBlockTokens = 64;   // tokens of a KV block: one kernel tile of keys
+inline constexpr int kSplitTokens = 256;  // tokens a decode CTA reads; fixed, so that a sequence's
+                                          // result depends on its own length alone
+inline constexpr int kQueryTile = 64;     // query rows of a prefill CTA
+
+// Device arrays of the current step, at fixed addresses so that captured graphs stay valid.
+struct StepArrays {
+  int32_t* token_ids = nullptr;    // [T]
+  int32_t* positions = nullptr;    // [T]
+  int32_t* slots = nullptr;        // [T], -1 on padding rows
+  int32_t* query_start = nullptr;  // [S + 1]
+  int32_t* kv_len = nullptr;       // [S]
+  int32_t* sample_rows = nullptr;  // [R]
+  int32_t* split_start = nullptr;  // [S] first decode item of the sequence
+  int2* decode_items = nullptr;    // (sequence, split), sequence -1 on padding
+  int2* query_tiles = nullptr;     // (sequence, first query row of the tile within it)
+  int32_t* block_stride = nullptr; // [1] row length of block_table
+  int32_t* block_table = nullptr;  // [S, block_stride]
+};
+
+// Copies the packed words of one step, just uploaded to `blob`, to the arrays.
+struct UnpackEntry {
+  int32_t* destination = nullptr;
+  int32_t source_word = 0;  // offset in blob
+  int32_t words = 0;
+};
+inline constexpr int kUnpackEntries = 11;
+struct UnpackArgs {
+  const int32_t* blob = nullptr;
+  UnpackEntry entries[kUnpackEntries];
+};
+void unpack_step(const LaunchContext& context, const UnpackArgs& args);
+
+struct NormArgs {
+  NormKind kind = NormKind::rms;
+  const float* weight = nullptr;  // [C]
+  const float* bias = nullptr;    // [C] or null
+  float eps = 1e-6F;
+  const void* x = nullptr;        // [*, C] with row stride ldx
+  void* y = nullptr;              // [rows, C] with row stride ldy; may be x
+  int64_t ldx = 0;
+  int64_t ldy = 0;
+  const int32_t* gather = nullptr;  // row i of y comes from row gather[i] of x; null: i
+  int rows = 0;
+  int columns = 0;  // C
+};
+void norm(const LaunchContext& context, DType dtype, const NormArgs& args);
+
+// y[i] = x[gather ? gather[i] : i], rows of `columns`, zeros up to `ldy`.
+void copy_rows(const LaunchContext& context, const void* x, int64_t ldx, const int32_t* gather,
+               void* y, int64_t ldy, int rows, int columns);
+
+void embed(const LaunchContext& context, const void* table, int64_t ld_table, int64_t vocab,
+           const int32_t* token_ids, void* x, int rows, int columns);
+
+struct RopeKvArgs {
+  void* qkv = nullptr;                 // [T, (Hq + 2 Hkv) * D]; q is rotated in place
+  void* k_cache = nullptr;             // [B, Hkv, 64, D]
+  void* v_cache = nullptr;
+  const float* inv_freq = nullptr;     // [D / 2]
+  float attention_scaling = 1.0F;
+  const float* q_norm = nullptr;       // [D] or null
+  const float* k_norm = nullptr;
+  float q_norm_eps = 0.0F;
+  float k_norm_eps = 0.0F;
+  const int32_t* positions = nullptr;  // [T]
+  const int32_t* slots = nullptr;      // [T]
+  int tokens = 0;
+  int num_heads = 0;
+  int num_kv_heads = 0;
+  int head_dim = 0;
+};
+void rope_kv(const LaunchContext& context, DType dtype, const RopeKvArgs& args);
+
+struct DecodeAttentionArgs {
+  const void* qkv = nullptr;  // [T, (Hq + 2 Hkv) * D], q rotated
+  void* y = nullptr;          // [T, Hq * D]
+  const void* k_cache = nullptr;
+  const void* v_cache = nullptr;
+  StepArrays step;
+  int num_items = 0;          // CTAs along x; padding items exit at once
+  float* partial_out = nullptr;   // [items, Hq, D]
+  float2* partial_max_sum = nullptr;  // [items, Hq]
+  uint32_t* tickets = nullptr;    // [S, Hkv], zero between launches
+  int num_heads = 0;
+  int num_kv_heads = 0;
+  int head_dim = 0;
+  float softmax_scale = 0.0F;
+};
+void decode_attention(const LaunchContext& context, DType dtype, const DecodeAttentionArgs& args);
+
+struct PrefillAttentionArgs {
+  const void* qkv = nullptr;
+  void* y = nullptr;
+  const void* k_cache = nullptr;
+  const void* v_cache = nullptr;
+  StepArrays step;
+  int num_tiles = 0;  // query tiles of the step
+  int num_heads = 0;
+  int num_kv_heads = 0;
+  int head_dim = 0;
+  float softmax_scale = 0.0F;
+};
+void prefill_attention(const LaunchContext& context, DType dtype, const PrefillAttentionArgs& args);
+
+struct TileAttentionArgs {  // non-causal, contiguous keys: the vision tower
+  const void* qkv = nullptr;  // [n * tokens, 3 * C]
+  void* y = nullptr;          // [n * tokens, C]
+  int num_tiles = 0;
+  int tokens = 0;
+  int num_heads = 0;
+  int head_dim = 0;
+  float softmax_scale = 0.0F;
+};
+void tile_attention(const LaunchContext& context, DType dtype, const TileAttentionArgs& args);
+
+// Index of the largest of each row, the lowest index among equals, -1 if all are NaN. `scratch` has
+// argmax_scratch_bytes(max_rows) bytes, zeroed once.
+size_t argmax_scratch_bytes(int max_rows);
+void argmax(const LaunchContext& context, const float* logits, int rows, int64_t vocab,
+            void* scratch, int max_rows, int32_t* ids);
+
+struct PatchifyLaunch {
+  const uint8_t* tiles = nullptr;  // [n, S, S, 3]
+  void* patches = nullptr;         // [n * P, 3 * p * p]
+  int num_tiles = 0;
+  int image_size = 0;
+  int patch_size = 0;
+  float mean[3] = {};
+  float std[3] = {};
+};
+void patchify(const LaunchContext& context, DType dtype, const PatchifyLaunch& args);
+void vision_embed(const LaunchContext& context, DType dtype, const void* patches, const float* cls,
+                  const float* positions, void* x, int num_tiles, int num_patches, int columns);
+void pixel_shuffle(const LaunchContext& context, const void* x, void* y, int num_tiles, int grid,
+                   int factor, int columns);
+
+// Loading. Any of f32, f16, bf16 to f32; and a dense matrix [rows, columns] to T [*, ld], row r
+// going to row row_map(r): base + r, or for interleaved halves 16 * (r / 8) + r % 8 + 8 * part.
+enum class RowMap : uint8_t { plain, gate, up };
+void convert_vector(const LaunchContext& context, const void* source, DType source_type, float* out,
+                    int64_t count, RowMap map, int64_t base);
+void convert_matrix(const LaunchContext& context, const void* source, DType source_type, void* out,
+                    DType out_type, int64_t rows, int64_t columns, int64_t ld, RowMap map,
+                    int64_t base);
+
+}  // namespace turbomind::cuda

@@ -1,0 +1,208 @@
+// class CudaBackend as the engine uses it: steps, captured graphs, batches, memory and errors.
+#include "backend/cuda/cuda_backend.h"
+
+#include "small_decoder.h"
+
+namespace {
+
+using namespace turbomind;
+using namespace turbomind::cuda;
+using namespace turbomind::cuda::testing;
+using Sequence = SmallDecoder::Sequence;
+
+std::vector<TokenId> prompt_of(int length, uint32_t seed) {
+  Random random(seed);
+  std::vector<TokenId> prompt(static_cast<size_t>(length));
+  for (TokenId& id : prompt) id = random.below(1000);
+  return prompt;
+}
+
+std::unique_ptr<CudaBackend> backend_with(int graphs) {
+  CreateOptions options;
+  options.use_graphs = graphs;
+  return std::make_unique<CudaBackend>(options);
+}
+
+// Prefills `prompt` in chunks of at most `chunk` and decodes `count` tokens, alone.
+std::vector<TokenId> generate(SmallDecoder& decoder, const std::vector<TokenId>& prompt, int chunk, int count) {
+  Sequence sequence = decoder.make_sequence(prompt);
+  while (sequence.computed < static_cast<int>(prompt.size())) {
+    decoder.step({&sequence}, {std::min(chunk, static_cast<int>(prompt.size()) - sequence.computed)});
+  }
+  for (int i = 1; i < count; ++i) decoder.step({&sequence}, {1});
+  return {sequence.tokens.begin() + static_cast<int64_t>(prompt.size()), sequence.tokens.end()};
+}
+
+TEST("greedy tokens are the same with and without graphs, alone and in a mixed batch of 64") {
+  const std::vector<TokenId> prompt = prompt_of(150, 1);
+  const auto eager = backend_with(0);
+  const auto graphed = backend_with(1);
+  SmallDecoder a(*eager, {});
+  SmallDecoder b(*graphed, {});
+  const std::vector<TokenId> alone = generate(a, prompt, 100, 40);
+  EXPECT(generate(b, prompt, 100, 40) == alone);
+  EXPECT(generate(b, prompt, 75, 40) == alone);
+  EXPECT(graphed->counters().graph_captures > 0);
+
+  // The same request beside 40 others that come and go, some of them prefilling.
+  for (SmallDecoder* decoder : {&a, &b}) {
+    Sequence wanted = decoder->make_sequence(prompt);
+    std::vector<Sequence> others;
+    for (int i = 0; i < 30; ++i) others.push_back(decoder->make_sequence(prompt_of(3 + i, 100 + static_cast<uint32_t>(i))));
+    decoder->step({&wanted}, {100});
+    decoder->step({&others[0], &wanted, &others[1]}, {2, 50, 4});
+    for (int step = 1; step < 40; ++step) {
+      std::vector<Sequence*> members;
+      std::vector<int> chunks;
+      for (int i = 0; i < std::min(step, 30); ++i) {
+        Sequence& other = others[static_cast<size_t>(i)];
+        const int waiting = static_cast<int>(other.tokens.size()) - other.computed;
+        if (waiting == 0) continue;
+        members.push_back(&other);
+        chunks.push_back(std::min(waiting, 9));
+      }
+      members.insert(members.begin() + static_cast<int64_t>(members.size() / 2), &wanted);
+      chunks.insert(chunks.begin() + static_cast<int64_t>(chunks.size() / 2), 1);
+      decoder->step(members, chunks);
+    }
+    const std::vector<TokenId> tokens(wanted.tokens.begin() + 150, wanted.tokens.end());
+    EXPECT(tokens == alone);
+  }
+}
+
+TEST("logits of a step are finite and the same bits with graphs and without") {
+  const auto eager = backend_with(0);
+  const auto graphed = backend_with(1);
+  std::vector<float> first, second, third;
+  for (const auto& [backend, out] : {std::pair{eager.get(), &first}, {graphed.get(), &second}, {graphed.get(), &third}}) {
+    SmallDecoder decoder(*backend, {});
+    Sequence x = decoder.make_sequence(prompt_of(20, 2));
+    Sequence y = decoder.make_sequence(prompt_of(300, 3));
+    decoder.step({&x}, {20});
+    decoder.step({&y}, {200});
+    decoder.step({&y}, {100});
+    for (int i = 0; i < 5; ++i) decoder.step({&x, &y}, {1, 1}, out);
+  }
+  EXPECT(first == second);
+  EXPECT(second == third);
+  for (float value : first) EXPECT(std::isfinite(value));
+}
+
+TEST("a steady decode step allocates nothing and captures nothing new") {
+  const auto backend = backend_with(1);
+  SmallDecoder decoder(*backend, {});
+  std::vector<Sequence> sequences;
+  std::vector<Sequence*> members;
+  for (int i = 0; i < 7; ++i) sequences.push_back(decoder.make_sequence(prompt_of(10 + i, 50 + static_cast<uint32_t>(i))));
+  for (Sequence& sequence : sequences) {
+    decoder.step({&sequence}, {static_cast<int>(sequence.tokens.size())});
+    members.push_back(&sequence);
+  }
+  const std::vector<int> ones(7, 1);
+  decoder.step(members, ones);
+  decoder.step(members, ones);
+  const CudaCounters before = backend->counters();
+  for (int i = 0; i < 50; ++i) decoder.step(members, ones);
+  EXPECT_EQ(backend->counters().driver_allocations, before.driver_allocations);
+  EXPECT_EQ(backend->counters().graph_captures, before.graph_captures);
+}
+
+TEST("buffers without room for padding rows are never written past their end") {
+  const auto backend = backend_with(1);
+  const auto eager = backend_with(0);
+  SmallSpec spec;
+  spec.max_tokens = 5;  // below the bucket of 5 rows, which is 8
+  SmallDecoder tight(*backend, spec);
+  SmallDecoder reference(*eager, spec);
+  for (SmallDecoder* decoder : {&tight, &reference}) decoder->params = {};
+  std::vector<std::vector<TokenId>> outputs;
+  for (SmallDecoder* decoder : {&tight, &reference}) {
+    std::vector<Sequence> sequences;
+    std::vector<Sequence*> members;
+    for (int i = 0; i < 5; ++i) sequences.push_back(decoder->make_sequence(prompt_of(3, static_cast<uint32_t>(i))));
+    for (Sequence& sequence : sequences) {
+      decoder->step({&sequence}, {3});
+      members.push_back(&sequence);
+    }
+    for (int i = 0; i < 10; ++i) decoder->step(members, {1, 1, 1, 1, 1});
+    std::vector<TokenId> all;
+    for (const Sequence& sequence : sequences) all.insert(all.end(), sequence.tokens.begin(), sequence.tokens.end());
+    outputs.push_back(all);
+  }
+  EXPECT(outputs[0] == outputs[1]);
+}
+
+TEST("sampled tokens repeat with their seed, and log-probabilities come back") {
+  const auto backend = backend_with(1);
+  SmallDecoder decoder(*backend, {});
+  decoder.params.do_sample = true;
+  decoder.params.temperature = 0.9F;
+  decoder.params.top_k = 40;
+  decoder.params.seed = 77;
+  decoder.params.num_logprobs = 3;
+  const std::vector<TokenId> prompt = prompt_of(30, 9);
+  const std::vector<TokenId> first = generate(decoder, prompt, 64, 12);
+  EXPECT(generate(decoder, prompt, 64, 12) == first);
+}
+
+TEST("too much memory is an error with numbers, and the backend lives on") {
+  const auto backend = backend_with(1);
+  try {
+    (void)backend->allocate(size_t{1} << 45);
+    EXPECT(false);
+  } catch (const Error& error) {
+    EXPECT(error.code() == ErrorCode::out_of_memory);
+    EXPECT(std::string(error.what()).find("GiB") != std::string::npos);
+  }
+  SmallDecoder decoder(*backend, {});
+  EXPECT_EQ(generate(decoder, prompt_of(10, 4), 64, 3).size(), 3U);
+}
+
+TEST("shapes and options that the kernels cannot serve are refused by name") {
+  CreateOptions options;
+  options.device = 99;
+  EXPECT_ERROR(CudaBackend(options), ErrorCode::unsupported_device);
+  options = {};
+  options.abi_version = -1;
+  EXPECT_ERROR(make_cuda_backend(options), ErrorCode::unsupported_device);
+  options = {};
+  options.activation_dtype = static_cast<int>(DType::i8);
+  EXPECT_ERROR(CudaBackend(options), ErrorCode::invalid_argument);
+  const auto backend = backend_with(1);
+  EXPECT_ERROR(backend->make_kv_cache({1, 1, 64, 16, 4}), ErrorCode::invalid_argument);
+  const std::vector<uint16_t> weight(64 * 64);
+  LinearPart part;
+  part.out_features = 64;
+  part.weight = ConstTensorView(weight.data(), DType::bf16, {64, 32});
+  LinearSource source;
+  source.name = "wrong";
+  source.in_features = 64;
+  source.parts = {part};
+  EXPECT_ERROR(backend->load_linear(source), ErrorCode::tensor_mismatch);
+}
+
+TEST("closing gives back the GPU memory") {
+  size_t before = 0;
+  size_t after = 0;
+  size_t total = 0;
+  {
+    const auto warm = backend_with(1);  // the context and its modules stay
+    SmallDecoder decoder(*warm, {});
+    (void)generate(decoder, prompt_of(10, 4), 64, 3);
+  }
+  cuda_check(cudaMemGetInfo(&before, &total));
+  for (int i = 0; i < 3; ++i) {
+    const auto backend = backend_with(1);
+    SmallDecoder decoder(*backend, {});
+    (void)generate(decoder, prompt_of(10, 4), 64, 3);
+  }
+  cuda_check(cudaMemGetInfo(&after, &total));
+  EXPECT(after + (size_t{4} << 20) >= before);
+}
+
+}  // namespace
+
+int main() {
+  require_device();
+  return turbomind::test::run_all();
+}

@@ -1,6 +1,6 @@
 // Speed of the native preprocessing against Pillow + numpy, in the same run on the same machine.
 //
-//   node scripts/bench-preprocess.mjs [--json] [--sizes 1920x1080,4000x3000] [--repeats 15]
+//   npm run bench:preprocess -- [--json] [--sizes 1920x1080,4000x3000] [--repeats 15]
 //
 // Ours makes 8-bit tiles with a content hash; the normalisation happens in the vision tower, where
 // the patch embedding reads them. Pillow's figure is given with and without its float32

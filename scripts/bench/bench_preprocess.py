@@ -1,4 +1,4 @@
-"""Pillow + numpy side of scripts/bench-preprocess.mjs: what internvl_chat's load_image does after
+"""Pillow + numpy side of scripts/bench/bench-preprocess.mjs: what internvl_chat's load_image does after
 decoding. One process, one thread, as a Python server runs it. Prints one JSON line.
 
 usage: bench_preprocess.py TILE MAX_TILES REPEATS WIDTHxHEIGHT ...

@@ -22,10 +22,27 @@ int64_t row_blocks_per_task(int64_t k) {
   return std::clamp(kActivationBytes / (2 * kTileRows * k), int64_t{1}, kMost);
 }
 
-// Weight bytes a thread takes at a time: enough to hide the claim, little enough to share evenly.
-int64_t blocks_per_chunk(size_t block_bytes) {
-  return std::max<int64_t>(1, (32 << 10) / static_cast<int64_t>(block_bytes));
-}
+// Blocks cut into runs that shrink: each thread first takes a quarter of its fair share of what is
+// left, twice halved, so that most weights are read in long runs (what is prefetched past the end of a
+// run is wasted) and the last runs even out who was slower.
+class ShrinkingRuns {
+ public:
+  ShrinkingRuns(int64_t blocks, int threads)
+      : blocks_(blocks), threads_(threads == 1 ? 1 : threads), levels_(threads == 1 ? 1 : kLevels) {}
+  int64_t count() const { return levels_ * threads_; }
+  int64_t begin(int64_t run) const {
+    const int64_t level = run / threads_;
+    if (level >= levels_) return blocks_;
+    // In units of blocks / 2^level: all levels before, then this one's runs. The last takes the rest.
+    const int64_t unit = int64_t{1} << level;
+    const int64_t share = level + 1 < levels_ ? 2 * threads_ : threads_;
+    return blocks_ - blocks_ / unit + (run % threads_) * (blocks_ / unit) / share;
+  }
+
+ private:
+  static constexpr int64_t kLevels = 4;
+  int64_t blocks_, threads_, levels_;
+};
 
 }  // namespace
 
@@ -163,10 +180,10 @@ void LinearU4::run(const LinearCall& call, void* scratch, ThreadPool& pool) cons
 }
 
 void LinearU4::run_few_rows(const LinearCall& call, const RowBlocks& x, ThreadPool& pool) const {
-  const int64_t grain = blocks_per_chunk(shape_.block_bytes);
-  pool.parallel_for(blocks_, grain, [&](int64_t begin, int64_t end) {
+  const ShrinkingRuns runs(blocks_, pool.size());
+  pool.parallel_for(runs.count(), 1, [&](int64_t first, int64_t last) {
     alignas(64) float acc[kTileRows * kBlockColumns];
-    for (int64_t b = begin; b < end; ++b) {
+    for (int64_t b = runs.begin(first); b < runs.begin(last); ++b) {
       for (int64_t i = 0; i < x.count(); ++i) {
         const U4Rows rows = x.at(i);
         kernels_.u4_rows(shape_, block(b), rows, 0, rows.rows, acc);
@@ -180,7 +197,7 @@ void LinearU4::run_tiles(const LinearCall& call, const RowBlocks& x, ThreadPool&
   constexpr int64_t kMost = 8;
   const int64_t strips = ceil_div(x.count(), row_blocks_per_task(shape_.k));
   const int64_t per_task = ceil_div(x.count(), strips);
-  const int64_t grain = strips > 1 || x.count() > 1 ? 1 : blocks_per_chunk(shape_.block_bytes);
+  const int64_t grain = x.count() > 1 ? 1 : std::max<int64_t>(1, (64 << 10) / static_cast<int64_t>(shape_.block_bytes));
   // Strip-major: the rows of a strip stay in cache while all blocks of weights pass.
   pool.parallel_for(strips * blocks_, grain, [&](int64_t begin, int64_t end) {
     alignas(64) float acc[kMost * kTileRows * kBlockColumns];

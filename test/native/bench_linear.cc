@@ -67,7 +67,10 @@ struct Awq {  // random bits, one source shared by all layers
   std::vector<int32_t> qweight, qzeros;
   std::vector<uint16_t> scales;
   Awq(std::mt19937& rng, int64_t k_, int64_t n_)
-      : k(k_), n(n_), qweight(static_cast<size_t>(k_ * n_ / 8)), qzeros(static_cast<size_t>(k_ / 128 * n_ / 8)),
+      : k(k_),
+        n(n_),
+        qweight(static_cast<size_t>(k_ * n_ / 8)),
+        qzeros(static_cast<size_t>(k_ / 128 * n_ / 8)),
         scales(static_cast<size_t>(k_ / 128 * n_), to_f16(0.01F)) {
     for (int32_t& x : qweight) x = static_cast<int32_t>(rng());
     for (int32_t& x : qzeros) x = static_cast<int32_t>(rng());
@@ -83,7 +86,8 @@ struct Awq {  // random bits, one source shared by all layers
   }
 };
 
-LinearSource source_of(std::vector<LinearPart> parts, int64_t k, PartOrder order = PartOrder::concatenated) {
+LinearSource source_of(std::vector<LinearPart> parts, int64_t k,
+                       PartOrder order = PartOrder::concatenated) {
   LinearSource s;
   s.name = "bench";
   s.in_features = k;
@@ -98,12 +102,14 @@ struct Model {
   double pack_seconds = 0;
   size_t bytes = 0;
 
-  Model(const Awq& q, const Awq& out, const Awq& gate, const Awq& down_source, cpu::Isa isa, cpu::ThreadPool& pool) {
+  Model(const Awq& q, const Awq& out, const Awq& gate, const Awq& down_source, cpu::Isa isa,
+        cpu::ThreadPool& pool) {
     const double start = seconds_now();
     for (int i = 0; i < kLayers; ++i) {
       qkv.push_back(cpu::pack_linear(source_of({q.part()}, kHidden), isa, pool));
       o.push_back(cpu::pack_linear(source_of({out.part()}, kHidden), isa, pool));
-      gate_up.push_back(cpu::pack_linear(source_of({gate.part(), gate.part()}, kHidden, PartOrder::gate_up), isa, pool));
+      gate_up.push_back(cpu::pack_linear(
+          source_of({gate.part(), gate.part()}, kHidden, PartOrder::gate_up), isa, pool));
       down.push_back(cpu::pack_linear(source_of({down_source.part()}, kInner), isa, pool));
     }
     pack_seconds = seconds_now() - start;
@@ -113,14 +119,20 @@ struct Model {
     }
   }
 
-  void step(const Norm& norm, std::vector<float>& x, std::vector<float>& wide, int64_t rows, void* scratch,
-            cpu::ThreadPool& pool) const {
+  void step(const Norm& norm, std::vector<float>& x, std::vector<float>& wide, int64_t rows,
+            void* scratch, cpu::ThreadPool& pool) const {
     for (size_t i = 0; i < kLayers; ++i) {
       qkv[i]->run({.x = x.data(), .y = wide.data(), .rows = rows, .norm = &norm}, scratch, pool);
-      o[i]->run({.x = x.data(), .y = wide.data(), .rows = rows, .epilogue = Epilogue::residual}, scratch, pool);
-      gate_up[i]->run({.x = x.data(), .y = wide.data(), .rows = rows, .norm = &norm, .epilogue = Epilogue::silu_mul},
+      o[i]->run({.x = x.data(), .y = wide.data(), .rows = rows, .epilogue = Epilogue::residual},
+                scratch, pool);
+      gate_up[i]->run({.x = x.data(),
+                       .y = wide.data(),
+                       .rows = rows,
+                       .norm = &norm,
+                       .epilogue = Epilogue::silu_mul},
                       scratch, pool);
-      down[i]->run({.x = wide.data(), .y = x.data(), .rows = rows, .epilogue = Epilogue::none}, scratch, pool);
+      down[i]->run({.x = wide.data(), .y = x.data(), .rows = rows, .epilogue = Epilogue::none},
+                   scratch, pool);
     }
   }
 };
@@ -132,28 +144,35 @@ int main(int argc, char** argv) {
   const double budget = argc > 2 ? std::atof(argv[2]) : 0.4;
   cpu::ThreadPool pool(threads);
   std::mt19937 rng(1);
-  const Awq q(rng, kHidden, kQkv), o(rng, kHidden, kHidden), gate(rng, kHidden, kInner), down(rng, kInner, kHidden);
+  const Awq q(rng, kHidden, kQkv), o(rng, kHidden, kHidden), gate(rng, kHidden, kInner),
+      down(rng, kInner, kHidden);
   const std::vector<float> ones(kHidden, 1.0F);
   Norm norm;
   norm.weight = {ones.data(), DType::f32, {kHidden}};
   const double bandwidth = read_bandwidth(pool);
   std::printf("{\"threads\": %d, \"read_gb_s\": %.2f", threads, bandwidth / 1e9);
-  const double macs = static_cast<double>(kLayers) * (kHidden * kQkv + kHidden * kHidden + 3 * kHidden * kInner);
+  const double macs =
+      static_cast<double>(kLayers) * (kHidden * kQkv + kHidden * kHidden + 3 * kHidden * kInner);
   for (cpu::Isa isa : isas()) {
     if (isa == cpu::Isa::scalar) continue;
     const Model model(q, o, gate, down, isa, pool);
-    std::printf(",\n \"%s\": {\"pack_s\": %.3f, \"mb\": %.1f", cpu::to_string(isa), model.pack_seconds,
-                static_cast<double>(model.bytes) / 1e6);
+    std::printf(",\n \"%s\": {\"pack_s\": %.3f, \"mb\": %.1f", cpu::to_string(isa),
+                model.pack_seconds, static_cast<double>(model.bytes) / 1e6);
     for (int64_t rows : {1, 2, 3, 4, 5, 8, 16, 32, 512}) {
       if (rows > 16 && isa == cpu::Isa::avx2) continue;
-      std::vector<float> x = random_floats(rng, rows * kInner, 1.0F), wide(static_cast<size_t>(rows * kInner));
+      std::vector<float> x = random_floats(rng, rows * kInner, 1.0F),
+                         wide(static_cast<size_t>(rows * kInner));
       size_t bytes = 0;
-      for (const auto& layer : {&model.down[0], &model.gate_up[0]}) bytes = std::max(bytes, (*layer)->scratch_bytes(rows));
+      for (const auto& layer : {&model.down[0], &model.gate_up[0]})
+        bytes = std::max(bytes, (*layer)->scratch_bytes(rows));
       const Scratch64 scratch(bytes);
-      const double t = time_of([&] { model.step(norm, x, wide, rows, scratch.data, pool); }, budget);
-      std::printf(",\n   \"m%lld\": {\"ms\": %.2f, \"gb_s\": %.2f, \"of_read\": %.3f, \"gmac_s\": %.1f}",
-                  static_cast<long long>(rows), t * 1e3, static_cast<double>(model.bytes) / t / 1e9,
-                  static_cast<double>(model.bytes) / t / bandwidth, macs * static_cast<double>(rows) / t / 1e9);
+      const double t =
+          time_of([&] { model.step(norm, x, wide, rows, scratch.data, pool); }, budget);
+      std::printf(
+          ",\n   \"m%lld\": {\"ms\": %.2f, \"gb_s\": %.2f, \"of_read\": %.3f, \"gmac_s\": %.1f}",
+          static_cast<long long>(rows), t * 1e3, static_cast<double>(model.bytes) / t / 1e9,
+          static_cast<double>(model.bytes) / t / bandwidth,
+          macs * static_cast<double>(rows) / t / 1e9);
       std::fflush(stdout);
     }
     std::printf("}");
@@ -162,7 +181,8 @@ int main(int argc, char** argv) {
     std::vector<uint16_t> table(static_cast<size_t>(kVocab * kHidden));
     for (uint16_t& w : table) {  // about normal: the sum of four bytes
       const uint32_t r = static_cast<uint32_t>(rng());
-      const int sum = static_cast<int>((r & 255) + ((r >> 8) & 255) + ((r >> 16) & 255) + (r >> 24)) - 510;
+      const int sum =
+          static_cast<int>((r & 255) + ((r >> 8) & 255) + ((r >> 16) & 255) + (r >> 24)) - 510;
       w = cpu::f32_to_bf16(static_cast<float>(sum) * 1e-4F);
     }
     LinearPart part;
@@ -170,16 +190,22 @@ int main(int argc, char** argv) {
     part.weight = {table.data(), DType::bf16, {kVocab, kHidden}};
     const double start = seconds_now();
     const auto head = cpu::pack_head(source_of({part}, kHidden), cpu::best_isa(), pool);
-    std::printf(",\n \"head\": {\"pack_s\": %.3f, \"mb\": %.1f", seconds_now() - start, static_cast<double>(head->bytes()) / 1e6);
+    std::printf(",\n \"head\": {\"pack_s\": %.3f, \"mb\": %.1f", seconds_now() - start,
+                static_cast<double>(head->bytes()) / 1e6);
     for (int64_t rows : {1, 4, 16}) {
       const std::vector<float> x = random_floats(rng, rows * kHidden, 1.0F);
       std::vector<float> scores(static_cast<size_t>(rows * kVocab));
       const Scratch64 scratch(head->scratch_bytes(rows));
       for (int k : {1, 50}) {
-        const double t = time_of([&] { head->best_logits(x.data(), rows, k, 0.0F, scores.data(), scratch.data, pool); }, budget);
-        const auto scored = std::count_if(scores.begin(), scores.end(), [](float s) { return s > -1e30F; });
-        std::printf(",\n   \"m%lld_k%d\": {\"ms\": %.2f, \"of_read\": %.3f, \"rescored\": %.1f}", static_cast<long long>(rows), k,
-                    t * 1e3, static_cast<double>(head->bytes()) / t / bandwidth, static_cast<double>(scored) / static_cast<double>(rows));
+        const double t = time_of(
+            [&] { head->best_logits(x.data(), rows, k, 0.0F, scores.data(), scratch.data, pool); },
+            budget);
+        const auto scored =
+            std::count_if(scores.begin(), scores.end(), [](float s) { return s > -1e30F; });
+        std::printf(",\n   \"m%lld_k%d\": {\"ms\": %.2f, \"of_read\": %.3f, \"rescored\": %.1f}",
+                    static_cast<long long>(rows), k, t * 1e3,
+                    static_cast<double>(head->bytes()) / t / bandwidth,
+                    static_cast<double>(scored) / static_cast<double>(rows));
         std::fflush(stdout);
       }
     }
@@ -187,9 +213,12 @@ int main(int argc, char** argv) {
   }
   {  // InternViT-300M's widest layer, 1025 rows a tile
     std::vector<uint16_t> w(4096 * 1024);
-    for (uint16_t& v : w) v = cpu::f32_to_bf16(static_cast<float>(static_cast<int>(rng() & 255) - 128) * 1e-3F);
+    for (uint16_t& v : w)
+      v = cpu::f32_to_bf16(static_cast<float>(static_cast<int>(rng() & 255) - 128) * 1e-3F);
     std::printf(",\n \"bf16\": {");
-    const struct { int64_t n, k; } shapes[] = {{4096, 1024}, {1024, 4096}, {3072, 1024}, {1024, 256}};
+    const struct {
+      int64_t n, k;
+    } shapes[] = {{4096, 1024}, {1024, 4096}, {3072, 1024}, {1024, 256}};
     const char* separator = "";
     for (const auto& s : shapes) {
       LinearPart part;
@@ -200,9 +229,12 @@ int main(int argc, char** argv) {
       const std::vector<float> x = random_floats(rng, rows * s.k, 1.0F);
       std::vector<float> y(static_cast<size_t>(rows * s.n));
       const Scratch64 scratch(layer->scratch_bytes(rows));
-      const double t = time_of([&] { layer->run({.x = x.data(), .y = y.data(), .rows = rows}, scratch.data, pool); }, budget);
-      std::printf("%s\n   \"n%lld_k%lld\": {\"ms\": %.2f, \"gmac_s\": %.1f}", separator, static_cast<long long>(s.n),
-                  static_cast<long long>(s.k), t * 1e3, static_cast<double>(rows * s.n * s.k) / t / 1e9);
+      const double t = time_of(
+          [&] { layer->run({.x = x.data(), .y = y.data(), .rows = rows}, scratch.data, pool); },
+          budget);
+      std::printf("%s\n   \"n%lld_k%lld\": {\"ms\": %.2f, \"gmac_s\": %.1f}", separator,
+                  static_cast<long long>(s.n), static_cast<long long>(s.k), t * 1e3,
+                  static_cast<double>(rows * s.n * s.k) / t / 1e9);
       separator = ",";
     }
     std::printf("}");

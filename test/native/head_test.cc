@@ -28,23 +28,26 @@ struct HeadCase {
   }
 };
 
-std::vector<float> all_logits(const cpu::PackedHead& head, const std::vector<float>& x, int64_t rows, cpu::ThreadPool& pool) {
+std::vector<float> all_logits(const cpu::PackedHead& head, const std::vector<float>& x,
+                              int64_t rows, cpu::ThreadPool& pool) {
   std::vector<float> y(static_cast<size_t>(rows * head.out_features()));
   Scratch64 scratch(head.scratch_bytes(rows));
   head.logits(x.data(), rows, y.data(), scratch.data, pool);
   return y;
 }
 
-std::vector<float> best(const cpu::PackedHead& head, const std::vector<float>& x, int64_t rows, int k, float margin,
-                        cpu::ThreadPool& pool) {
+std::vector<float> best(const cpu::PackedHead& head, const std::vector<float>& x, int64_t rows,
+                        int k, float margin, cpu::ThreadPool& pool) {
   std::vector<float> y(static_cast<size_t>(rows * head.out_features()));
   Scratch64 scratch(head.scratch_bytes(rows));
   head.best_logits(x.data(), rows, k, margin, y.data(), scratch.data, pool);
   return y;
 }
 
-// Entries that must be exact are; the others are exact or below all of those. Counts the exact ones.
-int64_t expect_contract(std::span<const float> got, std::span<const float> exact, int k, float margin) {
+// Entries that must be exact are; the others are exact or below all of those. Counts the exact
+// ones.
+int64_t expect_contract(std::span<const float> got, std::span<const float> exact, int k,
+                        float margin) {
   std::vector<float> sorted(exact.begin(), exact.end());
   std::nth_element(sorted.begin(), sorted.begin() + k - 1, sorted.end(), std::greater<float>());
   const float least = sorted[static_cast<size_t>(k - 1)] - margin;
@@ -101,13 +104,16 @@ TEST("screening loses nothing: random rows, all k and margins, all instruction s
         for (float margin : {0.0F, 0.5F}) {
           const std::vector<float> got = best(*head, x, 5, k, margin, pool);
           for (int64_t r = 0; r < 5; ++r) {
-            const int64_t scored = expect_contract(std::span(got).subspan(static_cast<size_t>(r * c.v), static_cast<size_t>(c.v)),
-                                                   std::span(exact).subspan(static_cast<size_t>(r * c.v), static_cast<size_t>(c.v)), k, margin);
+            const int64_t scored = expect_contract(
+                std::span(got).subspan(static_cast<size_t>(r * c.v), static_cast<size_t>(c.v)),
+                std::span(exact).subspan(static_cast<size_t>(r * c.v), static_cast<size_t>(c.v)), k,
+                margin);
             EXPECT(scored >= k);
             if (k == 1 && margin == 0.0F) EXPECT(scored < c.v / 50);  // else it is no screening
           }
           // A row's answer does not depend on its batch.
-          const std::vector<float> alone = best(*head, {x.begin() + 3 * c.h, x.begin() + 4 * c.h}, 1, k, margin, pool);
+          const std::vector<float> alone =
+              best(*head, {x.begin() + 3 * c.h, x.begin() + 4 * c.h}, 1, k, margin, pool);
           EXPECT(same_bits(alone, {got.begin() + 3 * c.v, got.begin() + 4 * c.v}));
         }
       }
@@ -119,7 +125,8 @@ TEST("adversaries: near ties, one huge outlier, rows of zeros, x of zeros, NaN")
   std::mt19937 rng(23);
   HeadCase c(rng, 33000, 128, DType::f32);
   std::vector<float>& w = c.weight.values;
-  // Rows 100..199 are copies of row 7 but for one last-bit change: screening cannot tell them apart.
+  // Rows 100..199 are copies of row 7 but for one last-bit change: screening cannot tell them
+  // apart.
   for (int64_t n = 100; n < 200; ++n) {
     std::copy_n(w.begin() + 7 * c.h, c.h, w.begin() + n * c.h);
     float& last = w[static_cast<size_t>(n * c.h + n - 100)];
@@ -128,8 +135,11 @@ TEST("adversaries: near ties, one huge outlier, rows of zeros, x of zeros, NaN")
   std::fill_n(w.begin() + 300 * c.h, c.h, 0.0F);
   w[static_cast<size_t>(301 * c.h)] = 50.0F;  // its other weights vanish in 8 bits
   std::vector<float> x(static_cast<size_t>(4 * c.h), 0.0F);
-  for (int64_t i = 0; i < c.h; ++i) x[static_cast<size_t>(i)] = 4.0F * w[static_cast<size_t>(7 * c.h + i)];
-  for (int64_t i = 0; i < c.h; ++i) x[static_cast<size_t>(c.h + i)] = w[static_cast<size_t>(301 * c.h + i)] * (i == 0 ? 1e-6F : 1.0F);
+  for (int64_t i = 0; i < c.h; ++i)
+    x[static_cast<size_t>(i)] = 4.0F * w[static_cast<size_t>(7 * c.h + i)];
+  for (int64_t i = 0; i < c.h; ++i)
+    x[static_cast<size_t>(c.h + i)] =
+        w[static_cast<size_t>(301 * c.h + i)] * (i == 0 ? 1e-6F : 1.0F);
   x[static_cast<size_t>(3 * c.h + 5)] = std::nanf("");
   cpu::ThreadPool pool(2);
   for (cpu::Isa isa : isas()) {
@@ -138,8 +148,10 @@ TEST("adversaries: near ties, one huge outlier, rows of zeros, x of zeros, NaN")
     for (int k : {1, 5}) {
       const std::vector<float> got = best(*head, x, 4, k, 0.0F, pool);
       for (int64_t r = 0; r < 3; ++r) {
-        expect_contract(std::span(got).subspan(static_cast<size_t>(r * c.v), static_cast<size_t>(c.v)),
-                        std::span(exact).subspan(static_cast<size_t>(r * c.v), static_cast<size_t>(c.v)), k, 0.0F);
+        expect_contract(
+            std::span(got).subspan(static_cast<size_t>(r * c.v), static_cast<size_t>(c.v)),
+            std::span(exact).subspan(static_cast<size_t>(r * c.v), static_cast<size_t>(c.v)), k,
+            0.0F);
       }
       EXPECT(std::isnan(got[static_cast<size_t>(3 * c.v)]));
     }
@@ -157,7 +169,8 @@ TEST("a head of another kind or shape is a typed error") {
   wrong.in_features = 9;
   EXPECT_ERROR(cpu::pack_head(wrong, cpu::best_isa(), pool), ErrorCode::tensor_mismatch);
   const std::vector<AwqPart> awq = {AwqPart(rng, 32, 8, 32, DType::f16, false)};
-  EXPECT_ERROR(cpu::pack_head(awq_source(awq), cpu::best_isa(), pool), ErrorCode::unsupported_quantization);
+  EXPECT_ERROR(cpu::pack_head(awq_source(awq), cpu::best_isa(), pool),
+               ErrorCode::unsupported_quantization);
 }
 
 TEST_MAIN()

@@ -9,7 +9,8 @@ using namespace turbomind::test;
 
 namespace {
 
-// Of the typical result. f32 fma chains: rounding of K sums. bf16 tiles: x is cut at 2^-17 of a value.
+// Of the typical result. f32 fma chains: rounding of K sums. bf16 tiles: x is cut at 2^-17 of a
+// value.
 constexpr double kMeanTolerance = 4e-6;
 constexpr double kWorstTolerance = 3e-5;
 
@@ -29,7 +30,8 @@ struct DensePart {
   }
 };
 
-LinearSource dense_source(const std::vector<DensePart>& parts, PartOrder order = PartOrder::concatenated) {
+LinearSource dense_source(const std::vector<DensePart>& parts,
+                          PartOrder order = PartOrder::concatenated) {
   LinearSource source;
   source.name = "test.dense";
   source.in_features = parts[0].k;
@@ -38,7 +40,8 @@ LinearSource dense_source(const std::vector<DensePart>& parts, PartOrder order =
   return source;
 }
 
-std::vector<double> product(const std::vector<DensePart>& parts, const std::vector<float>& x, int64_t rows) {
+std::vector<double> product(const std::vector<DensePart>& parts, const std::vector<float>& x,
+                            int64_t rows) {
   std::vector<double> y;
   for (int64_t r = 0; r < rows; ++r) {
     for (const DensePart& part : parts) {
@@ -75,7 +78,9 @@ constexpr DType kTypes[] = {DType::f32, DType::f16, DType::bf16};
 TEST("every type, odd shape and instruction set agrees with float64") {
   std::mt19937 rng(11);
   cpu::ThreadPool pool(2);
-  const struct { int64_t n, k; } shapes[] = {{1, 1}, {5, 33}, {40, 96}, {33, 257}, {96, 588}};
+  const struct {
+    int64_t n, k;
+  } shapes[] = {{1, 1}, {5, 33}, {40, 96}, {33, 257}, {96, 588}};
   for (DType type : kTypes) {
     for (const auto& s : shapes) {
       const std::vector<DensePart> parts = {DensePart(rng, s.n, s.k, type, true)};
@@ -110,7 +115,8 @@ TEST("a row keeps its bits in any batch, place and team; fma levels agree bit fo
         const auto layer = cpu::pack_linear(dense_source(parts), isa, pool);
         for (int64_t rows : {1, 2, 7, 8, 9, 12, 16, 17, 33, 64, 65}) {
           const int64_t first = 65 - rows;
-          const std::vector<float> got = run(*layer, {.x = x.data() + first * k, .rows = rows}, n, pool);
+          const std::vector<float> got =
+              run(*layer, {.x = x.data() + first * k, .rows = rows}, n, pool);
           EXPECT(same_bits(got, {want.begin() + first * n, want.end()}));
         }
       }
@@ -124,17 +130,22 @@ TEST("parts, gate_up, norm, gelu and residual") {
   const int64_t k = 80, rows = 9;
   const std::vector<float> x = random_floats(rng, rows * k, 1.0F);
   for (DType type : kTypes) {
-    const std::vector<DensePart> mlp = {DensePart(rng, 24, k, type, true), DensePart(rng, 24, k, type, true)};
-    const std::vector<DensePart> qkv = {DensePart(rng, 40, k, type, true), DensePart(rng, 3, k, type, false),
+    const std::vector<DensePart> mlp = {DensePart(rng, 24, k, type, true),
+                                        DensePart(rng, 24, k, type, true)};
+    const std::vector<DensePart> qkv = {DensePart(rng, 40, k, type, true),
+                                        DensePart(rng, 3, k, type, false),
                                         DensePart(rng, 3, k, DType::f32, true)};
-    const std::vector<float> ones(static_cast<size_t>(k), 1.0F), old = random_floats(rng, rows * 46, 1.0F);
+    const std::vector<float> ones(static_cast<size_t>(k), 1.0F),
+        old = random_floats(rng, rows * 46, 1.0F);
     Norm norm;
     norm.weight = {ones.data(), DType::f32, {k}};
     std::vector<float> normed = x;
     for (int64_t r = 0; r < rows; ++r) {
       double square = 0;
-      for (int64_t i = 0; i < k; ++i) square += std::pow(x[static_cast<size_t>(r * k + i)], 2) / static_cast<double>(k);
-      for (int64_t i = 0; i < k; ++i) normed[static_cast<size_t>(r * k + i)] /= static_cast<float>(std::sqrt(square + 1e-6));
+      for (int64_t i = 0; i < k; ++i)
+        square += std::pow(x[static_cast<size_t>(r * k + i)], 2) / static_cast<double>(k);
+      for (int64_t i = 0; i < k; ++i)
+        normed[static_cast<size_t>(r * k + i)] /= static_cast<float>(std::sqrt(square + 1e-6));
     }
     const std::vector<double> both = product(mlp, x, rows);
     std::vector<double> gated, gelu = product(qkv, normed, rows), residual = product(qkv, x, rows);
@@ -149,9 +160,16 @@ TEST("parts, gate_up, norm, gelu and residual") {
     for (cpu::Isa isa : isas()) {
       const auto gate_up = cpu::pack_linear(dense_source(mlp, PartOrder::gate_up), isa, pool);
       const auto three = cpu::pack_linear(dense_source(qkv), isa, pool);
-      expect_near(run(*gate_up, {.x = x.data(), .rows = rows, .epilogue = Epilogue::silu_mul}, 24, pool), gated);
-      expect_near(run(*three, {.x = x.data(), .rows = rows, .norm = &norm, .epilogue = Epilogue::gelu}, 46, pool), gelu);
-      expect_near(run(*three, {.x = x.data(), .rows = rows, .epilogue = Epilogue::residual}, 46, pool, old), residual);
+      expect_near(
+          run(*gate_up, {.x = x.data(), .rows = rows, .epilogue = Epilogue::silu_mul}, 24, pool),
+          gated);
+      expect_near(
+          run(*three, {.x = x.data(), .rows = rows, .norm = &norm, .epilogue = Epilogue::gelu}, 46,
+              pool),
+          gelu);
+      expect_near(
+          run(*three, {.x = x.data(), .rows = rows, .epilogue = Epilogue::residual}, 46, pool, old),
+          residual);
     }
   }
 }
@@ -178,10 +196,14 @@ TEST("wrong shapes and types are typed errors") {
     return cpu::pack_linear(source, cpu::best_isa(), pool);
   };
   EXPECT_ERROR(broken([](LinearSource& s) { s.in_features = 15; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].out_features = 9; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].weight.dtype = DType::i8; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].weight.data = nullptr; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(broken([&](LinearSource& s) { s.parts.push_back(awq[0].view()); }), ErrorCode::unsupported_quantization);
+  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].out_features = 9; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].weight.dtype = DType::i8; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].weight.data = nullptr; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(broken([&](LinearSource& s) { s.parts.push_back(awq[0].view()); }),
+               ErrorCode::unsupported_quantization);
 }
 
 TEST_MAIN()

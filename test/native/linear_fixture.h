@@ -1,5 +1,5 @@
-// Random layers for the linear tests and the benchmark: AWQ arrays with every nibble position filled,
-// dense matrices, and their float64 products. Fixed seeds.
+// Random layers for the linear tests and the benchmark: AWQ arrays with every nibble position
+// filled, dense matrices, and their float64 products. Fixed seeds.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,8 @@ inline uint16_t to_f16(float x) {  // round to nearest even; normal range only
   const uint32_t sign = (bits >> 16) & 0x8000U;
   const int32_t exponent = static_cast<int32_t>((bits >> 23) & 255U) - 112;
   if (exponent <= 0) return static_cast<uint16_t>(sign);
-  const uint32_t rounded = (static_cast<uint32_t>(exponent) << 23 | (bits & 0x7fffffU)) + 0xfffU + ((bits >> 13) & 1U);
+  const uint32_t rounded =
+      (static_cast<uint32_t>(exponent) << 23 | (bits & 0x7fffffU)) + 0xfffU + ((bits >> 13) & 1U);
   return static_cast<uint16_t>(sign | (rounded >> 13));
 }
 
@@ -36,7 +37,9 @@ struct FloatArray {  // one of the three types, with its exact values beside
       value = type == DType::f16 ? cpu::f16_to_f32(half.back()) : cpu::bf16_to_f32(half.back());
     }
   }
-  const void* data() const { return dtype == DType::f32 ? static_cast<const void*>(values.data()) : half.data(); }
+  const void* data() const {
+    return dtype == DType::f32 ? static_cast<const void*>(values.data()) : half.data();
+  }
 };
 
 inline std::vector<float> random_floats(std::mt19937& rng, int64_t count, float deviation) {
@@ -72,14 +75,16 @@ struct AwqPart {
     std::vector<int32_t> words(values.size() / 8);
     for (size_t w = 0; w < words.size(); ++w) {
       uint32_t word = 0;
-      for (int p = 0; p < 8; ++p) word |= static_cast<uint32_t>(values[w * 8 + kAwqColumnOfNibble[p]]) << (4 * p);
+      for (int p = 0; p < 8; ++p)
+        word |= static_cast<uint32_t>(values[w * 8 + kAwqColumnOfNibble[p]]) << (4 * p);
       words[w] = static_cast<int32_t>(word);
     }
     return words;
   }
   double weight(int64_t column, int64_t i) const {
     const size_t at = static_cast<size_t>(i / group * n + column);
-    return (q[static_cast<size_t>(i * n + column)] - z[at]) * static_cast<double>(scales.values[at]);
+    return (q[static_cast<size_t>(i * n + column)] - z[at]) *
+           static_cast<double>(scales.values[at]);
   }
   LinearPart view() const {
     LinearPart part;
@@ -93,7 +98,8 @@ struct AwqPart {
   }
 };
 
-inline LinearSource awq_source(const std::vector<AwqPart>& parts, PartOrder order = PartOrder::concatenated) {
+inline LinearSource awq_source(const std::vector<AwqPart>& parts,
+                               PartOrder order = PartOrder::concatenated) {
   LinearSource source;
   source.name = "test.layer";
   source.in_features = parts[0].k;
@@ -119,8 +125,9 @@ inline std::vector<cpu::Isa> isas() {
   return all;
 }
 
-inline std::vector<float> run(const cpu::PackedLinear& layer, cpu::LinearCall call, int64_t out_columns,
-                              cpu::ThreadPool& pool, std::vector<float> y = {}) {
+inline std::vector<float> run(const cpu::PackedLinear& layer, cpu::LinearCall call,
+                              int64_t out_columns, cpu::ThreadPool& pool,
+                              std::vector<float> y = {}) {
   y.resize(static_cast<size_t>(call.rows * out_columns));
   Scratch64 scratch(layer.scratch_bytes(call.rows));
   call.y = y.data();

@@ -9,19 +9,21 @@ using namespace turbomind::test;
 
 namespace {
 
-// 16-bit activations err by at most 1/65278 of a group's largest value each, independently: 2e-5 to 5e-5
-// of the typical result in the root mean square, and five to ten times that at worst.
+// 16-bit activations err by at most 1/65278 of a group's largest value each, independently: 2e-5 to
+// 5e-5 of the typical result in the root mean square, and five to ten times that at worst.
 constexpr double kMeanTolerance = 6e-5;
 constexpr double kWorstTolerance = 3e-4;
 
-std::vector<double> product(const std::vector<AwqPart>& parts, const std::vector<float>& x, int64_t rows) {
+std::vector<double> product(const std::vector<AwqPart>& parts, const std::vector<float>& x,
+                            int64_t rows) {
   std::vector<double> y;
   const int64_t k = parts[0].k;
   for (int64_t r = 0; r < rows; ++r) {
     for (const AwqPart& part : parts) {
       for (int64_t n = 0; n < part.n; ++n) {
         double sum = part.bias.values.empty() ? 0.0 : part.bias.values[static_cast<size_t>(n)];
-        for (int64_t i = 0; i < k; ++i) sum += part.weight(n, i) * x[static_cast<size_t>(r * k + i)];
+        for (int64_t i = 0; i < k; ++i)
+          sum += part.weight(n, i) * x[static_cast<size_t>(r * k + i)];
         y.push_back(sum);
       }
     }
@@ -49,9 +51,12 @@ void expect_near(const std::vector<float>& got, const std::vector<double>& want)
 TEST("every shape, group size, scale type and instruction set agrees with float64") {
   std::mt19937 rng(1);
   cpu::ThreadPool pool(2);
-  const struct { int64_t k, n; int group; DType type; } cases[] = {
-      {32, 8, 32, DType::f16},   {96, 40, 32, DType::bf16}, {64, 16, 64, DType::f32},
-      {320, 72, 64, DType::f16}, {128, 32, 128, DType::f16}, {896, 104, 128, DType::bf16}};
+  const struct {
+    int64_t k, n;
+    int group;
+    DType type;
+  } cases[] = {{32, 8, 32, DType::f16},   {96, 40, 32, DType::bf16},  {64, 16, 64, DType::f32},
+               {320, 72, 64, DType::f16}, {128, 32, 128, DType::f16}, {896, 104, 128, DType::bf16}};
   for (const auto& c : cases) {
     const std::vector<AwqPart> parts = {AwqPart(rng, c.k, c.n, c.group, c.type, true)};
     for (int64_t rows : {1, 5, 33}) {
@@ -99,7 +104,8 @@ TEST("all instruction sets, batch sizes, positions and thread counts give a row 
         const auto layer = cpu::pack_linear(awq_source(parts), isa, pool);
         for (int64_t rows : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 64, 65}) {
           const int64_t first = 65 - rows;  // so that a row stands in another place each time
-          const std::vector<float> got = run(*layer, {.x = x.data() + first * k, .rows = rows}, n, pool);
+          const std::vector<float> got =
+              run(*layer, {.x = x.data() + first * k, .rows = rows}, n, pool);
           EXPECT(same_bits(got, {want.begin() + first * n, want.end()}));
         }
       }
@@ -120,7 +126,11 @@ TEST("extreme activations stay exact in the integers: bits agree on all instruct
   std::vector<float> x(static_cast<size_t>(8 * k));
   for (size_t i = 0; i < x.size(); ++i) {
     const size_t row = i / static_cast<size_t>(k);
-    x[i] = row == 0 ? 3.0F : row == 1 ? -3.0F : row == 2 ? 0.0F : row == 3 ? 1e-38F : (i % 2 == 0 ? 1e30F : -1.0F);
+    x[i] = row == 0   ? 3.0F
+           : row == 1 ? -3.0F
+           : row == 2 ? 0.0F
+           : row == 3 ? 1e-38F
+                      : (i % 2 == 0 ? 1e30F : -1.0F);
   }
   const std::vector<double> want = product(parts, x, 2);
   std::vector<float> first;
@@ -152,9 +162,11 @@ TEST("parts follow each other, and gate_up gives silu(gate) * up") {
   cpu::ThreadPool pool(2);
   const int64_t k = 128, rows = 6;
   const std::vector<float> x = random_floats(rng, rows * k, 1.0F);
-  const std::vector<AwqPart> qkv = {AwqPart(rng, k, 48, 64, DType::f16, true), AwqPart(rng, k, 8, 64, DType::f16, true),
+  const std::vector<AwqPart> qkv = {AwqPart(rng, k, 48, 64, DType::f16, true),
+                                    AwqPart(rng, k, 8, 64, DType::f16, true),
                                     AwqPart(rng, k, 24, 64, DType::f32, false)};
-  const std::vector<AwqPart> mlp = {AwqPart(rng, k, 40, 64, DType::f16, true), AwqPart(rng, k, 40, 64, DType::f16, true)};
+  const std::vector<AwqPart> mlp = {AwqPart(rng, k, 40, 64, DType::f16, true),
+                                    AwqPart(rng, k, 40, 64, DType::f16, true)};
   const std::vector<double> both = product(mlp, x, rows);
   std::vector<double> want;
   for (int64_t r = 0; r < rows; ++r) {
@@ -164,8 +176,9 @@ TEST("parts follow each other, and gate_up gives silu(gate) * up") {
     }
   }
   for (cpu::Isa isa : isas()) {
-    expect_near(run(*cpu::pack_linear(awq_source(qkv), isa, pool), {.x = x.data(), .rows = rows}, 80, pool),
-                product(qkv, x, rows));
+    expect_near(
+        run(*cpu::pack_linear(awq_source(qkv), isa, pool), {.x = x.data(), .rows = rows}, 80, pool),
+        product(qkv, x, rows));
     const auto layer = cpu::pack_linear(awq_source(mlp, PartOrder::gate_up), isa, pool);
     const cpu::LinearCall call = {.x = x.data(), .rows = rows, .epilogue = Epilogue::silu_mul};
     expect_near(run(*layer, call, 40, pool), want);
@@ -177,7 +190,8 @@ TEST("norm, gelu and residual are applied, with the same bits everywhere") {
   cpu::ThreadPool pool(2);
   const int64_t k = 192, n = 40, rows = 7;
   const std::vector<AwqPart> parts = {AwqPart(rng, k, n, 64, DType::f16, true)};
-  const std::vector<float> x = random_floats(rng, rows * k, 3.0F), weight = random_floats(rng, k, 1.0F);
+  const std::vector<float> x = random_floats(rng, rows * k, 3.0F),
+                           weight = random_floats(rng, k, 1.0F);
   const std::vector<float> shift = random_floats(rng, k, 1.0F), scale = random_floats(rng, n, 1.0F);
   const std::vector<float> old = random_floats(rng, rows * n, 1.0F);
   for (NormKind kind : {NormKind::rms, NormKind::layer}) {
@@ -189,17 +203,21 @@ TEST("norm, gelu and residual are applied, with the same bits everywhere") {
     for (int64_t r = 0; r < rows; ++r) {
       double mean = 0, square = 0;
       const float* row = x.data() + r * k;
-      for (int64_t i = 0; i < k && kind == NormKind::layer; ++i) mean += row[i] / static_cast<double>(k);
-      for (int64_t i = 0; i < k; ++i) square += (row[i] - mean) * (row[i] - mean) / static_cast<double>(k);
+      for (int64_t i = 0; i < k && kind == NormKind::layer; ++i)
+        mean += row[i] / static_cast<double>(k);
+      for (int64_t i = 0; i < k; ++i)
+        square += (row[i] - mean) * (row[i] - mean) / static_cast<double>(k);
       for (int64_t i = 0; i < k; ++i) {
         const size_t at = static_cast<size_t>(i);
-        normed[static_cast<size_t>(r * k + i)] = static_cast<float>(
-            (row[i] - mean) / std::sqrt(square + 1e-6) * weight[at] + (kind == NormKind::layer ? shift[at] : 0.0F));
+        normed[static_cast<size_t>(r * k + i)] =
+            static_cast<float>((row[i] - mean) / std::sqrt(square + 1e-6) * weight[at] +
+                               (kind == NormKind::layer ? shift[at] : 0.0F));
       }
     }
     std::vector<double> plain = product(parts, normed, rows), gelu = plain, residual = plain;
     for (double& v : gelu) v = 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
-    for (size_t i = 0; i < residual.size(); ++i) residual[i] = old[i] + scale[i % static_cast<size_t>(n)] * residual[i];
+    for (size_t i = 0; i < residual.size(); ++i)
+      residual[i] = old[i] + scale[i % static_cast<size_t>(n)] * residual[i];
     std::vector<std::vector<float>> firsts(3);
     for (cpu::Isa isa : isas()) {
       const auto layer = cpu::pack_linear(awq_source(parts), isa, pool);
@@ -208,7 +226,8 @@ TEST("norm, gelu and residual are applied, with the same bits everywhere") {
       with_gelu.epilogue = Epilogue::gelu;
       with_residual.epilogue = Epilogue::residual;
       with_residual.scale = scale.data();
-      const std::vector<std::vector<float>> got = {run(*layer, call, n, pool), run(*layer, with_gelu, n, pool),
+      const std::vector<std::vector<float>> got = {run(*layer, call, n, pool),
+                                                   run(*layer, with_gelu, n, pool),
                                                    run(*layer, with_residual, n, pool, old)};
       expect_near(got[0], plain);
       expect_near(got[1], gelu);
@@ -240,16 +259,24 @@ TEST("wrong shapes, types and group sizes are typed errors") {
     change(source);
     return cpu::pack_linear(source, cpu::best_isa(), pool);
   };
-  EXPECT_ERROR(broken([](LinearSource& s) { s.group_size = 48; }), ErrorCode::unsupported_quantization);
-  EXPECT_ERROR(broken([](LinearSource& s) { s.group_size = 0; }), ErrorCode::unsupported_quantization);
+  EXPECT_ERROR(broken([](LinearSource& s) { s.group_size = 48; }),
+               ErrorCode::unsupported_quantization);
+  EXPECT_ERROR(broken([](LinearSource& s) { s.group_size = 0; }),
+               ErrorCode::unsupported_quantization);
   EXPECT_ERROR(broken([](LinearSource& s) { s.in_features = 96; }), ErrorCode::tensor_mismatch);
   EXPECT_ERROR(broken([](LinearSource& s) { s.parts.clear(); }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].qweight.shape[1] = 5; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].qzeros.shape[0] = 3; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].scales.dtype = DType::i32; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].bias.shape[0] = 31; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].out_features = 36; }), ErrorCode::tensor_mismatch);
-  EXPECT_ERROR(broken([](LinearSource& s) { s.order = PartOrder::gate_up; }), ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].qweight.shape[1] = 5; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].qzeros.shape[0] = 3; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].scales.dtype = DType::i32; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].bias.shape[0] = 31; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(broken([](LinearSource& s) { s.parts[0].out_features = 36; }),
+               ErrorCode::tensor_mismatch);
+  EXPECT_ERROR(broken([](LinearSource& s) { s.order = PartOrder::gate_up; }),
+               ErrorCode::tensor_mismatch);
 }
 
 TEST_MAIN()

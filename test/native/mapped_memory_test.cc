@@ -37,7 +37,8 @@ struct FileMapping {
     bool inside = false;
     const unsigned long from = reinterpret_cast<unsigned long>(data);
     while (std::fgets(line, sizeof(line), smaps) != nullptr) {
-      if (std::sscanf(line, "%lx-%lx ", &begin, &end) == 2) inside = begin < from + size && end > from;
+      if (std::sscanf(line, "%lx-%lx ", &begin, &end) == 2)
+        inside = begin < from + size && end > from;
       if (inside && std::sscanf(line, "Rss: %ld kB", &kb) == 1) total += kb;
     }
     std::fclose(smaps);
@@ -60,7 +61,8 @@ TEST("packing from a file leaves its pages, and gives the result of packing from
   EXPECT(file.resident_kb() <= 16);  // of 256
   const auto heap = cpu::pack_linear(awq_source(parts), cpu::best_isa(), pool);
   const std::vector<float> x = random_floats(rng, 1024, 1.0F);
-  EXPECT(same_bits(run(*mapped, {.x = x.data(), .rows = 1}, 512, pool), run(*heap, {.x = x.data(), .rows = 1}, 512, pool)));
+  EXPECT(same_bits(run(*mapped, {.x = x.data(), .rows = 1}, 512, pool),
+                   run(*heap, {.x = x.data(), .rows = 1}, 512, pool)));
 }
 
 TEST("heap memory and writable mappings keep their contents") {

@@ -88,7 +88,8 @@ TEST("a job inside a job runs on the calling thread") {
   ThreadPool pool(2);
   std::atomic<int64_t> total{0};
   pool.parallel_for(8, 1, [&](int64_t begin, int64_t) {
-    pool.parallel_for(10, 3, [&](int64_t from, int64_t to) { total.fetch_add((to - from) + 0 * begin); });
+    pool.parallel_for(10, 3,
+                      [&](int64_t from, int64_t to) { total.fetch_add((to - from) + 0 * begin); });
   });
   EXPECT_EQ(total.load(), 80);
 }
@@ -107,6 +108,8 @@ TEST("memory written before a job is seen by it, and its results after it") {
   }
 }
 
-TEST("a team of no threads is an internal error") { EXPECT_ERROR(ThreadPool(0), ErrorCode::internal); }
+TEST("a team of no threads is an internal error") {
+  EXPECT_ERROR(ThreadPool(0), ErrorCode::internal);
+}
 
 TEST_MAIN()

@@ -33,7 +33,8 @@ uint64_t enabled_states() {  // XCR0: which register files the system saves
 #endif
 
 #if defined(__x86_64__) && defined(__linux__)
-// The kernel enables tile data per process on request; it refuses where a signal stack is too small.
+// The kernel enables tile data per process on request; it refuses where a signal stack is too
+// small.
 bool request_amx() {
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
@@ -127,10 +128,14 @@ Isa best_isa() {
 
 const char* to_string(Isa isa) {
   switch (isa) {
-    case Isa::scalar: return "scalar";
-    case Isa::avx2: return "avx2";
-    case Isa::avx512: return "avx512";
-    case Isa::amx: return "amx";
+    case Isa::scalar:
+      return "scalar";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::amx:
+      return "amx";
   }
   return "?";
 }
@@ -147,19 +152,23 @@ Isa parse_isa(const std::string& cap) {
     }
     return isa;
   }
-  throw Error(ErrorCode::invalid_argument,
-              format("unknown instruction set \"%s\"; expected scalar, avx2, avx512 or amx",
-                     cap.c_str()));
+  throw Error(
+      ErrorCode::invalid_argument,
+      format("unknown instruction set \"%s\"; expected scalar, avx2, avx512 or amx", cap.c_str()));
 }
 
 std::vector<std::string> feature_names() {
   const CpuFeatures& f = cpu_features();
-  const std::pair<bool, const char*> all[] = {
-      {f.avx2, "avx2"},         {f.fma, "fma"},
-      {f.f16c, "f16c"},         {f.avx_vnni, "avx_vnni"},
-      {f.avx512, "avx512"},     {f.avx512_vnni, "avx512_vnni"},
-      {f.avx512_bf16, "avx512_bf16"}, {f.amx_tile, "amx_tile"},
-      {f.amx_int8, "amx_int8"}, {f.amx_bf16, "amx_bf16"}};
+  const std::pair<bool, const char*> all[] = {{f.avx2, "avx2"},
+                                              {f.fma, "fma"},
+                                              {f.f16c, "f16c"},
+                                              {f.avx_vnni, "avx_vnni"},
+                                              {f.avx512, "avx512"},
+                                              {f.avx512_vnni, "avx512_vnni"},
+                                              {f.avx512_bf16, "avx512_bf16"},
+                                              {f.amx_tile, "amx_tile"},
+                                              {f.amx_int8, "amx_int8"},
+                                              {f.amx_bf16, "amx_bf16"}};
   std::vector<std::string> names;
   for (const auto& [present, name] : all) {
     if (present) names.emplace_back(name);

@@ -84,11 +84,13 @@ void check_dense_part(const LinearSource& source, const LinearPart& part) {
   const bool shape = w.data != nullptr && w.rank >= 2 && part.out_features > 0 &&
                      w.shape[0] == part.out_features && w.row_elements() == source.in_features;
   if (is_float && shape) return;
-  throw Error(ErrorCode::tensor_mismatch,
-              format("%s: weight is [%lld, %lld] of type %s, expected [%lld, %lld] of f32, f16 or bf16",
-                     source.name.c_str(), static_cast<long long>(w.dim(0)),
-                     static_cast<long long>(w.row_elements()), std::string(to_string(w.dtype)).c_str(),
-                     static_cast<long long>(part.out_features), static_cast<long long>(source.in_features)));
+  throw Error(
+      ErrorCode::tensor_mismatch,
+      format("%s: weight is [%lld, %lld] of type %s, expected [%lld, %lld] of f32, f16 or bf16",
+             source.name.c_str(), static_cast<long long>(w.dim(0)),
+             static_cast<long long>(w.row_elements()), std::string(to_string(w.dtype)).c_str(),
+             static_cast<long long>(part.out_features),
+             static_cast<long long>(source.in_features)));
 }
 
 LinearDense::LinearDense(const LinearSource& source, Isa isa, ThreadPool& pool)
@@ -155,11 +157,12 @@ void LinearDense::run_tiles(const LinearCall& call, uint16_t* planes, ThreadPool
       const NormStats stats = call.norm != nullptr ? kernels_.norm_stats(norm, x, k_) : NormStats{};
       const int64_t first = row / kTileRows * kTileRows;
       const int rows = static_cast<int>(std::min<int64_t>(kTileRows, call.rows - first));
-      kernels_.bf16_split(call.norm != nullptr ? &norm : nullptr, stats, x, k_, planes + first * depth * 2,
-                          rows, static_cast<int>(row - first));
+      kernels_.bf16_split(call.norm != nullptr ? &norm : nullptr, stats, x, k_,
+                          planes + first * depth * 2, rows, static_cast<int>(row - first));
     }
   });
-  // Few rows wait for memory: single blocks share it out evenly. Many rows reuse what the caches hold.
+  // Few rows wait for memory: single blocks share it out evenly. Many rows reuse what the caches
+  // hold.
   const int64_t per_task = call.rows <= 2 * kTileRows ? 1 : kTaskBlocks;
   const int64_t strips = ceil_div(call.rows, kTaskRows), groups = ceil_div(blocks_, per_task);
   const int64_t grain = per_task > 1 ? 1 : block_grain(strips, block_bytes_);
@@ -171,8 +174,8 @@ void LinearDense::run_tiles(const LinearCall& call, uint16_t* planes, ThreadPool
       const int64_t rows = std::min(kTaskRows, call.rows - row);
       const int64_t first = task % groups * per_task;
       const int64_t count = std::min(per_task, blocks_ - first);
-      kernels_.bf16_tiles(reinterpret_cast<const uint16_t*>(block(first)), static_cast<int>(count), k_,
-                          planes + row * depth * 2, rows, acc, kSums);
+      kernels_.bf16_tiles(reinterpret_cast<const uint16_t*>(block(first)), static_cast<int>(count),
+                          k_, planes + row * depth * 2, rows, acc, kSums);
       for (int64_t i = 0; i < count; ++i) {
         finish_block(kernels_, call, bias_, out_columns_, first + i, row, rows, acc + i * kSums);
       }
@@ -193,16 +196,17 @@ void LinearDense::run_fma(const LinearCall& call, float* normed, ThreadPool& poo
     x = normed;
   }
   const int64_t strips = ceil_div(call.rows, kTaskRows);
-  pool.parallel_for(strips * blocks_, block_grain(strips, block_bytes_), [&](int64_t begin, int64_t end) {
-    alignas(64) float acc[kTaskRows * kBlockColumns];
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / blocks_ * kTaskRows;
-      const int64_t rows = std::min(kTaskRows, call.rows - row);
-      const int64_t b = task % blocks_;
-      kernels_.dense_fma(type_, block(b), k_, x + row * k_, k_, rows, acc);
-      finish_block(kernels_, call, bias_, out_columns_, b, row, rows, acc);
-    }
-  });
+  pool.parallel_for(strips * blocks_, block_grain(strips, block_bytes_),
+                    [&](int64_t begin, int64_t end) {
+                      alignas(64) float acc[kTaskRows * kBlockColumns];
+                      for (int64_t task = begin; task < end; ++task) {
+                        const int64_t row = task / blocks_ * kTaskRows;
+                        const int64_t rows = std::min(kTaskRows, call.rows - row);
+                        const int64_t b = task % blocks_;
+                        kernels_.dense_fma(type_, block(b), k_, x + row * k_, k_, rows, acc);
+                        finish_block(kernels_, call, bias_, out_columns_, b, row, rows, acc);
+                      }
+                    });
 }
 
 }  // namespace turbomind::cpu

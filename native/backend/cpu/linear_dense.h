@@ -25,7 +25,9 @@ class LinearDense final : public PackedLinear {
 
  private:
   bool tiles() const { return family_tiles_; }
-  const uint8_t* block(int64_t i) const { return memory_.data() + static_cast<size_t>(i) * block_bytes_; }
+  const uint8_t* block(int64_t i) const {
+    return memory_.data() + static_cast<size_t>(i) * block_bytes_;
+  }
   void run_tiles(const LinearCall& call, uint16_t* planes, ThreadPool& pool) const;
   void run_fma(const LinearCall& call, float* normed, ThreadPool& pool) const;
 

@@ -23,17 +23,20 @@ int64_t row_blocks_per_task(int64_t k) {
 }
 
 // Blocks cut into runs that shrink: each thread first takes a quarter of its fair share of what is
-// left, twice halved, so that most weights are read in long runs (what is prefetched past the end of a
-// run is wasted) and the last runs even out who was slower.
+// left, twice halved, so that most weights are read in long runs (what is prefetched past the end
+// of a run is wasted) and the last runs even out who was slower.
 class ShrinkingRuns {
  public:
   ShrinkingRuns(int64_t blocks, int threads)
-      : blocks_(blocks), threads_(threads == 1 ? 1 : threads), levels_(threads == 1 ? 1 : kLevels) {}
+      : blocks_(blocks),
+        threads_(threads == 1 ? 1 : threads),
+        levels_(threads == 1 ? 1 : kLevels) {}
   int64_t count() const { return levels_ * threads_; }
   int64_t begin(int64_t run) const {
     const int64_t level = run / threads_;
     if (level >= levels_) return blocks_;
-    // In units of blocks / 2^level: all levels before, then this one's runs. The last takes the rest.
+    // In units of blocks / 2^level: all levels before, then this one's runs. The last takes the
+    // rest.
     const int64_t unit = int64_t{1} << level;
     const int64_t share = level + 1 < levels_ ? 2 * threads_ : threads_;
     return blocks_ - blocks_ / unit + (run % threads_) * (blocks_ / unit) / share;
@@ -75,10 +78,11 @@ std::vector<float> pack_bias(const LinearSource& source, int64_t blocks) {
     const DType type = part.bias.dtype;
     const bool is_float = type == DType::f32 || type == DType::f16 || type == DType::bf16;
     if (part.bias.elements() != part.out_features || !is_float) {
-      throw Error(ErrorCode::tensor_mismatch,
-                  format("%s: bias has %lld values of type %s, expected %lld floats", source.name.c_str(),
-                         static_cast<long long>(part.bias.elements()), std::string(to_string(type)).c_str(),
-                         static_cast<long long>(part.out_features)));
+      throw Error(
+          ErrorCode::tensor_mismatch,
+          format("%s: bias has %lld values of type %s, expected %lld floats", source.name.c_str(),
+                 static_cast<long long>(part.bias.elements()), std::string(to_string(type)).c_str(),
+                 static_cast<long long>(part.out_features)));
     }
   }
   std::vector<float> bias(any ? static_cast<size_t>(blocks) * kBlockColumns : 0, 0.0F);
@@ -141,7 +145,8 @@ size_t LinearU4::scratch_bytes(int64_t rows) const {
   const size_t entries = static_cast<size_t>(rows * shape_.groups);
   // A tile of the last row block may read past it; see u4_tiles.
   return round_up(static_cast<size_t>(rows * shape_.k) * 2 + entries * 12 +
-                      kTileRows * (64 * 2 + sizeof(float)), size_t{64});
+                      kTileRows * (64 * 2 + sizeof(float)),
+                  size_t{64});
 }
 
 LinearU4::RowBlocks LinearU4::lay_out(void* scratch, int64_t rows) const {
@@ -197,7 +202,9 @@ void LinearU4::run_tiles(const LinearCall& call, const RowBlocks& x, ThreadPool&
   constexpr int64_t kMost = 8;
   const int64_t strips = ceil_div(x.count(), row_blocks_per_task(shape_.k));
   const int64_t per_task = ceil_div(x.count(), strips);
-  const int64_t grain = x.count() > 1 ? 1 : std::max<int64_t>(1, (64 << 10) / static_cast<int64_t>(shape_.block_bytes));
+  const int64_t grain =
+      x.count() > 1 ? 1
+                    : std::max<int64_t>(1, (64 << 10) / static_cast<int64_t>(shape_.block_bytes));
   // Strip-major: the rows of a strip stay in cache while all blocks of weights pass.
   pool.parallel_for(strips * blocks_, grain, [&](int64_t begin, int64_t end) {
     alignas(64) float acc[kMost * kTileRows * kBlockColumns];

@@ -24,7 +24,8 @@ struct SourceColumn {
 SourceColumn source_column(const LinearSource& source, int64_t packed_column);
 int64_t packed_blocks(const LinearSource& source);  // of 32 columns
 
-// Applies `finish` to one block's sums: `acc` [rows][32] are rows [row, row + rows) of block `block`.
+// Applies `finish` to one block's sums: `acc` [rows][32] are rows [row, row + rows) of block
+// `block`.
 void finish_block(const Kernels& kernels, const LinearCall& call, const std::vector<float>& bias,
                   int64_t out_columns, int64_t block, int64_t row, int64_t rows, const float* acc);
 

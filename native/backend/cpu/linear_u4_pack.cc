@@ -1,6 +1,6 @@
 // AWQ arrays to packed blocks, one quantisation group of all columns at a time: a group's qweight
-// rows are one run of the file, so pages are read in order, once, and dropped after. Runs at load on
-// the backend's threads.
+// rows are one run of the file, so pages are read in order, once, and dropped after. Runs at load
+// on the backend's threads.
 #include "backend/cpu/linear_u4_pack.h"
 
 #include <cstring>
@@ -18,15 +18,17 @@ namespace {
 
 long long ll(int64_t value) { return static_cast<long long>(value); }
 
-void check_view(const LinearSource& source, const char* what, const ConstTensorView& view, int64_t rows,
-                int64_t columns) {
-  if (view.data != nullptr && view.rank == 2 && view.shape[0] == rows && view.shape[1] == columns) return;
+void check_view(const LinearSource& source, const char* what, const ConstTensorView& view,
+                int64_t rows, int64_t columns) {
+  if (view.data != nullptr && view.rank == 2 && view.shape[0] == rows && view.shape[1] == columns)
+    return;
   throw Error(ErrorCode::tensor_mismatch,
-              format("%s: %s is [%lld, %lld] (rank %d), expected [%lld, %lld]", source.name.c_str(), what,
-                     ll(view.dim(0)), ll(view.dim(1)), view.rank, ll(rows), ll(columns)));
+              format("%s: %s is [%lld, %lld] (rank %d), expected [%lld, %lld]", source.name.c_str(),
+                     what, ll(view.dim(0)), ll(view.dim(1)), view.rank, ll(rows), ll(columns)));
 }
 
-void check_type(const LinearSource& source, const char* what, bool ok, DType dtype, const char* expected) {
+void check_type(const LinearSource& source, const char* what, bool ok, DType dtype,
+                const char* expected) {
   if (ok) return;
   throw Error(ErrorCode::tensor_mismatch,
               format("%s: %s has type %s, expected %s", source.name.c_str(), what,
@@ -56,7 +58,8 @@ uint8_t nibble(uint32_t word, int column) { return (word >> kShift[column]) & 15
 
 // Four rows of k of 32 columns (words [k][octet]) to one 64-byte line.
 #if defined(__SSE2__)
-// Bytes of a row: (word pair 0) low nibbles hold columns 0 4 1 5 of each word, high nibbles 2 6 3 7.
+// Bytes of a row: (word pair 0) low nibbles hold columns 0 4 1 5 of each word, high nibbles 2 6 3
+// 7.
 inline __m128i row_bytes(__m128i words) {
   const __m128i mask = _mm_set1_epi8(15);
   const __m128i low = _mm_and_si128(words, mask);
@@ -69,23 +72,24 @@ inline __m128i row_bytes(__m128i words) {
   return pairs;
 }
 
-// Byte order of row_bytes: position p of a line's four-row transpose holds this column.
 inline void write_line(const uint32_t (*words)[4], uint8_t* line) {
   __m128i rows[4];
   for (int i = 0; i < 4; ++i) {
     rows[i] = row_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words[i])));
   }
-  const __m128i lo01 = _mm_unpacklo_epi8(rows[0], rows[1]), hi01 = _mm_unpackhi_epi8(rows[0], rows[1]);
-  const __m128i lo23 = _mm_unpacklo_epi8(rows[2], rows[3]), hi23 = _mm_unpackhi_epi8(rows[2], rows[3]);
+  const __m128i lo01 = _mm_unpacklo_epi8(rows[0], rows[1]),
+                hi01 = _mm_unpackhi_epi8(rows[0], rows[1]);
+  const __m128i lo23 = _mm_unpacklo_epi8(rows[2], rows[3]),
+                hi23 = _mm_unpackhi_epi8(rows[2], rows[3]);
   // Words of four k each, columns in the order 0 4 2 6 | 1 5 3 7, then the same + 8.
   const __m128i q[4] = {_mm_unpacklo_epi16(lo01, lo23), _mm_unpackhi_epi16(lo01, lo23),
                         _mm_unpacklo_epi16(hi01, hi23), _mm_unpackhi_epi16(hi01, hi23)};
   __m128i* out = reinterpret_cast<__m128i*>(line);
   for (int half = 0; half < 2; ++half) {
-    const __m128i even = q[2 * half], odd = q[2 * half + 1];          // 0 4 2 6, 1 5 3 7
-    const __m128i low = _mm_unpacklo_epi32(even, odd);                // 0 1 4 5
-    const __m128i high = _mm_unpackhi_epi32(even, odd);               // 2 3 6 7
-    _mm_store_si128(out + 2 * half, _mm_unpacklo_epi64(low, high));   // 0 1 2 3
+    const __m128i even = q[2 * half], odd = q[2 * half + 1];             // 0 4 2 6, 1 5 3 7
+    const __m128i low = _mm_unpacklo_epi32(even, odd);                   // 0 1 4 5
+    const __m128i high = _mm_unpackhi_epi32(even, odd);                  // 2 3 6 7
+    _mm_store_si128(out + 2 * half, _mm_unpacklo_epi64(low, high));      // 0 1 2 3
     _mm_store_si128(out + 2 * half + 1, _mm_unpackhi_epi64(low, high));  // 4 5 6 7
   }
 }
@@ -189,8 +193,9 @@ void check_u4_source(const LinearSource& source) {
   const int group = source.group_size;
   const int64_t k = source.in_features;
   if (group != 32 && group != 64 && group != 128) {
-    throw Error(ErrorCode::unsupported_quantization,
-                format("%s: awq group_size %d; expected 32, 64 or 128", source.name.c_str(), group));
+    throw Error(
+        ErrorCode::unsupported_quantization,
+        format("%s: awq group_size %d; expected 32, 64 or 128", source.name.c_str(), group));
   }
   if (k <= 0 || k % group != 0) {
     throw Error(ErrorCode::tensor_mismatch, format("%s: awq group_size %d does not divide K = %lld",
@@ -200,14 +205,16 @@ void check_u4_source(const LinearSource& source) {
     const int64_t n = part.out_features;
     if (n <= 0 || n % 8 != 0) {
       throw Error(ErrorCode::tensor_mismatch,
-                  format("%s: awq needs output features in eights, got N = %lld", source.name.c_str(), ll(n)));
+                  format("%s: awq needs output features in eights, got N = %lld",
+                         source.name.c_str(), ll(n)));
     }
     check_view(source, "qweight", part.qweight, k, n / 8);
     check_view(source, "qzeros", part.qzeros, k / group, n / 8);
     check_view(source, "scales", part.scales, k / group, n);
     check_type(source, "qweight", part.qweight.dtype == DType::i32, part.qweight.dtype, "i32");
     check_type(source, "qzeros", part.qzeros.dtype == DType::i32, part.qzeros.dtype, "i32");
-    check_type(source, "scales", is_float(part.scales.dtype), part.scales.dtype, "f16, bf16 or f32");
+    check_type(source, "scales", is_float(part.scales.dtype), part.scales.dtype,
+               "f16, bf16 or f32");
   }
 }
 

@@ -1,5 +1,5 @@
-// Packed-weight pages and checkpoint page hints, see the header. Linux does all of it; elsewhere the
-// hints do nothing.
+// Packed-weight pages and checkpoint page hints, see the header. Linux does all of it; elsewhere
+// the hints do nothing.
 #include "backend/cpu/mapped_memory.h"
 
 #include <algorithm>
@@ -22,9 +22,10 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 
 [[noreturn]] void no_memory(size_t bytes) {
-  throw Error(ErrorCode::out_of_memory,
-              format("cannot allocate %zu bytes for packed weights; free memory or use a smaller model",
-                     bytes));
+  throw Error(
+      ErrorCode::out_of_memory,
+      format("cannot allocate %zu bytes for packed weights; free memory or use a smaller model",
+             bytes));
 }
 
 #if defined(__linux__)
@@ -41,9 +42,11 @@ uint8_t* map_pages(size_t bytes) {
   const uintptr_t aligned = round_up(begin, static_cast<uintptr_t>(kHugePage));
   if (aligned > begin) munmap(raw, aligned - begin);
   const uintptr_t end = begin + reserved;
-  if (end > aligned + length) munmap(reinterpret_cast<void*>(aligned + length), end - aligned - length);
+  if (end > aligned + length)
+    munmap(reinterpret_cast<void*>(aligned + length), end - aligned - length);
   void* data = reinterpret_cast<void*>(aligned);
-  if (length >= kHugePage) madvise(data, length, MADV_HUGEPAGE);  // a hint: refusal costs speed only
+  if (length >= kHugePage)
+    madvise(data, length, MADV_HUGEPAGE);  // a hint: refusal costs speed only
   return static_cast<uint8_t*>(data);
 }
 
@@ -61,7 +64,8 @@ void unmap_pages(uint8_t* data, size_t) { std::free(data); }
 
 }  // namespace
 
-MappedMemory::MappedMemory(size_t bytes) : data_(bytes > 0 ? map_pages(bytes) : nullptr), bytes_(bytes) {}
+MappedMemory::MappedMemory(size_t bytes)
+    : data_(bytes > 0 ? map_pages(bytes) : nullptr), bytes_(bytes) {}
 
 MappedMemory::~MappedMemory() {
   if (data_ != nullptr) unmap_pages(data_, bytes_);
@@ -87,7 +91,8 @@ SourcePages::SourcePages(std::vector<std::pair<const void*, size_t>> ranges) {
     const bool parse = std::exchange(line_start, whole);
     unsigned long begin = 0, end = 0, inode = 0;
     char access[5] = {};
-    if (!parse || std::sscanf(line, "%lx-%lx %4s %*s %*s %lu", &begin, &end, access, &inode) != 4) continue;
+    if (!parse || std::sscanf(line, "%lx-%lx %4s %*s %*s %lu", &begin, &end, access, &inode) != 4)
+      continue;
     if (access[0] != 'r' || access[1] != '-' || inode == 0) continue;
     const bool wanted = std::any_of(ranges.begin(), ranges.end(), [&](const auto& range) {
       const uintptr_t first = reinterpret_cast<uintptr_t>(range.first);
@@ -111,7 +116,8 @@ void SourcePages::will_read(const void* data, size_t bytes) const {
   if (files_.empty() || bytes == 0) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data) & ~(page_bytes() - 1);
   const uintptr_t end = round_up(reinterpret_cast<uintptr_t>(data) + bytes, page_bytes());
-  if (droppable(begin, end)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_READ);
+  if (droppable(begin, end))
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_READ);
 #else
   (void)data, (void)bytes;
 #endif

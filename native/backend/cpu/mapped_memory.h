@@ -27,8 +27,8 @@ class MappedMemory {
 };
 
 // The parts of the source that may be dropped once read: read-only file mappings, found in
-// /proc/self/maps. Anything else (a caller's heap) is never touched, for there dropping a page would
-// clear it.
+// /proc/self/maps. Anything else (a caller's heap) is never touched, for there dropping a page
+// would clear it.
 class SourcePages {
  public:
   explicit SourcePages(std::vector<std::pair<const void*, size_t>> ranges);

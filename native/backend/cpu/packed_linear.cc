@@ -10,14 +10,16 @@ namespace {
 
 void check_parts(const LinearSource& source) {
   if (source.parts.empty() || source.in_features <= 0) {
-    throw Error(ErrorCode::tensor_mismatch, format("%s: a linear layer needs parts and K > 0, got %zu parts, K = %lld",
-                                                   source.name.c_str(), source.parts.size(),
-                                                   static_cast<long long>(source.in_features)));
+    throw Error(ErrorCode::tensor_mismatch,
+                format("%s: a linear layer needs parts and K > 0, got %zu parts, K = %lld",
+                       source.name.c_str(), source.parts.size(),
+                       static_cast<long long>(source.in_features)));
   }
   for (const LinearPart& part : source.parts) {
     if (part.kind == source.kind()) continue;
-    throw Error(ErrorCode::unsupported_quantization,
-                format("%s: dense and awq parts in one layer; load them apart", source.name.c_str()));
+    throw Error(
+        ErrorCode::unsupported_quantization,
+        format("%s: dense and awq parts in one layer; load them apart", source.name.c_str()));
   }
   if (source.order != PartOrder::gate_up) return;
   if (source.parts.size() != 2 || source.parts[0].out_features != source.parts[1].out_features) {

@@ -163,7 +163,8 @@ void ThreadPool::State::wait_for(uint32_t total) {
 }
 
 ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>()) {
-  TM_CHECK(threads >= 1 && threads <= 1024, "thread pool of %d threads; expected 1 to 1024", threads);
+  TM_CHECK(threads >= 1 && threads <= 1024, "thread pool of %d threads; expected 1 to 1024",
+           threads);
   state_->threads = threads;
   State* state = state_.get();
   for (int i = 1; i < threads; ++i) state_->workers.emplace_back([state, i] { state->worker(i); });

@@ -62,7 +62,8 @@ inline void u4_unpack_group(const U4Shape& shape, const uint8_t* block, int64_t 
   const __m128i* zeros =
       reinterpret_cast<const __m128i*>(block + shape.zeros_offset + g * kBlockColumns);
   const __m512i zero0 = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(zeros)), spread);
-  const __m512i zero1 = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(zeros + 1)), spread);
+  const __m512i zero1 =
+      _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(zeros + 1)), spread);
   const uint8_t* line = block + shape.nibbles_offset + g * shape.group * 16;
   const int64_t tile = static_cast<int64_t>(shape.step) * 16;
   for (int step = 0; step < shape.group; step += shape.step) {
@@ -79,8 +80,8 @@ inline void u4_unpack_group(const U4Shape& shape, const uint8_t* block, int64_t 
   }
 }
 
-// Integer sums waiting to be scaled and added: one row block and group. Always 16 rows: what missing
-// rows hold is added to sums that nobody reads.
+// Integer sums waiting to be scaled and added: one row block and group. Always 16 rows: what
+// missing rows hold is added to sums that nobody reads.
 struct U4Pending {
   const int32_t* sums = nullptr;     // [hi, lo][low columns, high columns][16][16]
   const float* row_scale = nullptr;  // [16]
@@ -107,7 +108,8 @@ inline void u4_add(const U4Pending& p) {
 template <int kLines>
 inline void prefetch_lines(const int8_t* p) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kLines; ++i) _mm_prefetch(reinterpret_cast<const char*>(p) + i * 64, _MM_HINT_T0);
+  for (int i = 0; i < kLines; ++i)
+    _mm_prefetch(reinterpret_cast<const char*>(p) + i * 64, _MM_HINT_T0);
 }
 
 // Sum tile kTile of the unit before goes to memory and starts anew.
@@ -117,11 +119,11 @@ inline void u4_turn(int32_t* store_to) {
   tile_zero<kTile>();
 }
 
-// One unit: a row block times one group. Between its products stand the stores of the unit before and
-// the additions of the unit before that: vector, store and matrix work overlap only when the program
-// mixes them, because tiles are not renamed and what waits for one holds back what follows (measured:
-// 187 ns a unit one after the other; 56 ns for the products alone). `soon`: the 4 kB of x that the
-// next unit will load; tile loads that miss the first cache stall everything.
+// One unit: a row block times one group. Between its products stand the stores of the unit before
+// and the additions of the unit before that: vector, store and matrix work overlap only when the
+// program mixes them, because tiles are not renamed and what waits for one holds back what follows
+// (measured: 187 ns a unit one after the other; 56 ns for the products alone). `soon`: the 4 kB of
+// x that the next unit will load; tile loads that miss the first cache stall everything.
 inline void u4_unit(const U4Shape& shape, const int8_t* tiles, const int8_t* planes, int64_t plane,
                     int32_t* store_to, const U4Pending& add, const int8_t* soon) {
   const int64_t tile = static_cast<int64_t>(shape.step) * 16;
@@ -178,8 +180,8 @@ inline void u4_tiles(const U4Shape& shape, const uint8_t* block, const U4Rows* x
   std::memset(acc, 0, static_cast<size_t>(row_blocks) * kTileRows * kBlockColumns * sizeof(float));
   const int rows = row_blocks == 1 ? x[0].rows : kTileRows;
   configure(rows, rows, shape.step);
-  // `stored`: the unit whose sums the next unit stores; `ready`: whose sums lie in memory. The first
-  // two units find sums of nothing there: zeros, added to zeros.
+  // `stored`: the unit whose sums the next unit stores; `ready`: whose sums lie in memory. The
+  // first two units find sums of nothing there: zeros, added to zeros.
   alignas(64) static constexpr float kNoScale[kTileRows] = {};
   const U4Pending nothing = {sums[0], kNoScale, {f_zero(), f_zero()}, acc};
   U4Pending stored = nothing, ready = nothing;
@@ -197,7 +199,9 @@ inline void u4_tiles(const U4Shape& shape, const uint8_t* block, const U4Rows* x
                                 : x[b + 1].planes + g * x[b + 1].rows * shape.group * 2;
       u4_unit(shape, tiles[g & 1], planes, plane, sums[turn ^ 1], ready, soon);
       ready = stored;
-      stored = {sums[turn], x[b].scale + g * x[b].rows, {scale0, scale1},
+      stored = {sums[turn],
+                x[b].scale + g * x[b].rows,
+                {scale0, scale1},
                 acc + b * kTileRows * kBlockColumns};
     }
   }
@@ -212,8 +216,8 @@ inline void u4_tiles(const U4Shape& shape, const uint8_t* block, const U4Rows* x
 
 // `screen` for up to 16 rows at once; few rows are as fast on vectors.
 inline void screen_tiles(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo,
-                         int64_t plane_stride, const int32_t* hi_start, const int32_t* lo_start, int rows,
-                         float* out) {
+                         int64_t plane_stride, const int32_t* hi_start, const int32_t* lo_start,
+                         int rows, float* out) {
   if (rows <= 4 || rows > kTileRows || k % 64 != 0) {
     screen(block, k, hi, lo, plane_stride, hi_start, lo_start, rows, out);
     return;
@@ -272,7 +276,8 @@ inline void bf16_split(const RowNorm* norm, const NormStats& stats, const float*
       F value = load(x);
       if (norm != nullptr) {
         const F bias = norm->bias != nullptr ? load(norm->bias) : f_zero();
-        value = norm_lanes(stats, value, load(norm->weight), bias);  // past k: weight and bias are 0
+        value =
+            norm_lanes(stats, value, load(norm->weight), bias);  // past k: weight and bias are 0
       }
       bf16_store_terms(value, to + half * 16, to + plane + half * 16);
     }
@@ -280,12 +285,15 @@ inline void bf16_split(const RowNorm* norm, const NormStats& stats, const float*
 }
 
 // Two row blocks (or one) times one block of columns over `steps` tiles of k. Sums go on from acc
-// unless `first`. The next step's tiles are asked for a step ahead: loads that miss stall the products.
+// unless `first`. The next step's tiles are asked for a step ahead: loads that miss stall the
+// products.
 template <bool kTwo>
 inline void bf16_multiply(const uint16_t* block, int64_t steps, const uint16_t* x0, int64_t plane0,
-                          const uint16_t* x1, int64_t plane1, float* acc0, float* acc1, bool first) {
+                          const uint16_t* x1, int64_t plane1, float* acc0, float* acc1,
+                          bool first) {
   constexpr int64_t kStride = kBlockColumns * sizeof(float);
-  constexpr int64_t kAhead = kTwo ? 1024 : 2048;  // weights: one row block takes half the time a step
+  constexpr int64_t kAhead =
+      kTwo ? 1024 : 2048;  // weights: one row block takes half the time a step
   publish_stores();
   if (first) {
     tile_zero<0>();
@@ -342,8 +350,8 @@ inline void bf16_multiply(const uint16_t* block, int64_t steps, const uint16_t* 
 
 // A pair of row blocks over 256 of k (32 kB) stays in the first cache while all blocks of columns
 // pass; sums rest in `acc` between such pieces, which changes no bit.
-inline void bf16_tiles(const uint16_t* blocks, int count, int64_t k, const uint16_t* planes, int64_t rows,
-                       float* acc, int64_t acc_stride) {
+inline void bf16_tiles(const uint16_t* blocks, int count, int64_t k, const uint16_t* planes,
+                       int64_t rows, float* acc, int64_t acc_stride) {
   constexpr int64_t kPiece = 8;
   const int64_t steps = (k + 31) / 32;
   int configured0 = 0, configured1 = 0;

@@ -43,15 +43,17 @@ inline void fma_rows(const void* block, int64_t k, const float* x, int64_t x_str
     acc += kRows * kBlockColumns;
   }
   if constexpr (kRows > 1) {
-    if (rows > 0) fma_rows<kType, (kRows > 4 ? 4 : kRows > 2 ? 2 : 1)>(block, k, x, x_stride, rows, acc);
+    if (rows > 0)
+      fma_rows<kType, (kRows > 4 ? 4 : kRows > 2 ? 2 : 1)>(block, k, x, x_stride, rows, acc);
   }
 }
 
-inline void dense_fma(DenseType type, const void* block, int64_t k, const float* x, int64_t x_stride,
-                      int64_t rows, float* acc) {
+inline void dense_fma(DenseType type, const void* block, int64_t k, const float* x,
+                      int64_t x_stride, int64_t rows, float* acc) {
   if (type == DenseType::f32) fma_rows<DenseType::f32, kFmaRows>(block, k, x, x_stride, rows, acc);
   if (type == DenseType::f16) fma_rows<DenseType::f16, kFmaRows>(block, k, x, x_stride, rows, acc);
-  if (type == DenseType::bf16) fma_rows<DenseType::bf16, kFmaRows>(block, k, x, x_stride, rows, acc);
+  if (type == DenseType::bf16)
+    fma_rows<DenseType::bf16, kFmaRows>(block, k, x, x_stride, rows, acc);
 }
 
 template <DenseType kType>
@@ -74,7 +76,8 @@ inline float dot_row(const void* row, const float* x, int64_t n) {
     }
   }
   for (; i + 16 <= n; i += 16) sum[0] = f_fma(load_weights<kType>(row, i), f_load(x + i), sum[0]);
-  if (i < n) sum[0] = f_fma(load_weights_part<kType>(row, i, n - i), f_load_part(x + i, n - i), sum[0]);
+  if (i < n)
+    sum[0] = f_fma(load_weights_part<kType>(row, i, n - i), f_load_part(x + i, n - i), sum[0]);
   return f_sum(f_add(f_add(sum[0], sum[1]), f_add(sum[2], sum[3])));
 }
 
@@ -109,7 +112,8 @@ inline HeadRow pack_head_row_of(const void* row, int64_t n, uint8_t* out) {
     }
   }
   // Sums of n / 16 fmas and a tree, relative error below 1e-4 for n <= 65536 (twice that covers r).
-  return {scale, std::sqrt(f_sum(residual)) * 1.0002F + 1e-37F, std::sqrt(f_sum(norm)) * 1.0002F + 1e-37F};
+  return {scale, std::sqrt(f_sum(residual)) * 1.0002F + 1e-37F,
+          std::sqrt(f_sum(norm)) * 1.0002F + 1e-37F};
 }
 
 inline HeadRow pack_head_row(DenseType type, const void* row, int64_t n, uint8_t* out) {

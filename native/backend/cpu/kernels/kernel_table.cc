@@ -11,10 +11,14 @@ const Kernels& kernels_for(Isa isa) {
            to_string(best_isa()));
 #if defined(__x86_64__)
   switch (isa) {
-    case Isa::scalar: return kScalarKernels;
-    case Isa::avx2: return kAvx2Kernels;
-    case Isa::avx512: return kAvx512Kernels;
-    case Isa::amx: return kAmxKernels;
+    case Isa::scalar:
+      return kScalarKernels;
+    case Isa::avx2:
+      return kAvx2Kernels;
+    case Isa::avx512:
+      return kAvx512Kernels;
+    case Isa::amx:
+      return kAmxKernels;
   }
 #endif
   (void)isa;

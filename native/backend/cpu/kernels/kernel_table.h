@@ -29,8 +29,8 @@ enum class ScaleType : uint8_t { f16, bf16, f32 };
 struct U4Shape {
   int64_t k = 0;
   int64_t groups = 0;
-  int group = 0;      // 32, 64 or 128
-  int step = 0;       // min(group, 64): depth of one tile
+  int group = 0;  // 32, 64 or 128
+  int step = 0;   // min(group, 64): depth of one tile
   ScaleType scale_type = ScaleType::f16;
   size_t zeros_offset = 0;
   size_t nibbles_offset = 0;
@@ -58,8 +58,8 @@ enum class DenseType : uint8_t { f32, f16, bf16 };
 // y = epilogue(acc + bias) for `rows` rows of one block. Columns are the block's: `valid` of them
 // exist (of the 16 results of silu_mul).
 struct Finish {
-  const float* acc = nullptr;  // [rows][32]
-  const float* bias = nullptr;  // [32] or null
+  const float* acc = nullptr;    // [rows][32]
+  const float* bias = nullptr;   // [32] or null
   const float* scale = nullptr;  // [valid] or null; residual
   Epilogue epilogue = Epilogue::none;
   float* y = nullptr;  // first row, first column of the block
@@ -86,7 +86,8 @@ struct Kernels {
 
   NormStats (*norm_stats)(const RowNorm& norm, const float* x, int64_t n);
   // y = norm(x) given the stats; y may be x.
-  void (*norm_apply)(const RowNorm& norm, const NormStats& stats, const float* x, float* y, int64_t n);
+  void (*norm_apply)(const RowNorm& norm, const NormStats& stats, const float* x, float* y,
+                     int64_t n);
 
   // Row `row` of a row block from x [shape.k]; norm may be null.
   void (*u4_quantize)(const U4Shape& shape, const RowNorm* norm, const float* x, const U4Rows& out,
@@ -104,8 +105,8 @@ struct Kernels {
   // Matrix units, or null both. x in two bf16 terms: planes [k / 32][hi, lo][rows][32] bf16.
   void (*bf16_split)(const RowNorm* norm, const NormStats& stats, const float* x, int64_t k,
                      uint16_t* planes, int rows, int row);
-  // `count` neighbouring blocks of [k / 32][2][16][16][2] bf16; rows: of all row blocks; the sums of
-  // block i go to acc + i * acc_stride, [rows rounded up to 16][32].
+  // `count` neighbouring blocks of [k / 32][2][16][16][2] bf16; rows: of all row blocks; the sums
+  // of block i go to acc + i * acc_stride, [rows rounded up to 16][32].
   void (*bf16_tiles)(const uint16_t* blocks, int count, int64_t k, const uint16_t* planes,
                      int64_t rows, float* acc, int64_t acc_stride);
 

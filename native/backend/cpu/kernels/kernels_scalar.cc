@@ -28,12 +28,13 @@ struct GroupSums {
   int32_t v[2][kBlockColumns];
 };
 
-GroupSums group_sums(const U4Shape& shape, const uint8_t* nibbles, const U4Rows& x, int row, int64_t g) {
+GroupSums group_sums(const U4Shape& shape, const uint8_t* nibbles, const U4Rows& x, int row,
+                     int64_t g) {
   GroupSums sums = {};
   for (int i = 0; i < shape.group; ++i) {
     const int64_t k = g * shape.group + i;
-    const int8_t* plane = x.planes + (k / shape.step) * 2 * x.rows * shape.step +
-                          row * shape.step + k % shape.step;
+    const int8_t* plane =
+        x.planes + (k / shape.step) * 2 * x.rows * shape.step + row * shape.step + k % shape.step;
     const int32_t hi = plane[0];
     const int32_t lo = plane[x.rows * shape.step];
     const uint8_t* line = nibbles + (k / 4) * 64 + k % 4;
@@ -74,8 +75,9 @@ void u4_rows(const U4Shape& shape, const uint8_t* block, const U4Rows& x, int fi
   }
 }
 
-void screen(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo, int64_t plane_stride,
-            const int32_t* hi_start, const int32_t* lo_start, int rows, float* out) {
+void screen(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo,
+            int64_t plane_stride, const int32_t* hi_start, const int32_t* lo_start, int rows,
+            float* out) {
   for (int r = 0; r < rows; ++r) {
     for (int n = 0; n < 16; ++n) {
       int32_t sum_hi = hi_start[r], sum_lo = lo_start[r];

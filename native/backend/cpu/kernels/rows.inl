@@ -51,7 +51,8 @@ inline F norm_lanes(const NormStats& stats, F x, F weight, F bias) {
   return f_fma(f_mul(f_sub(x, f_set(stats.mean)), f_set(stats.inv)), weight, bias);
 }
 
-inline void norm_apply(const RowNorm& norm, const NormStats& stats, const float* x, float* y, int64_t n) {
+inline void norm_apply(const RowNorm& norm, const NormStats& stats, const float* x, float* y,
+                       int64_t n) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const F bias = norm.bias != nullptr ? f_load(norm.bias + i) : f_zero();
@@ -59,20 +60,22 @@ inline void norm_apply(const RowNorm& norm, const NormStats& stats, const float*
   }
   if (i == n) return;
   const F bias = norm.bias != nullptr ? f_load_part(norm.bias + i, n - i) : f_zero();
-  f_store_part(y + i,
-               norm_lanes(stats, f_load_part(x + i, n - i), f_load_part(norm.weight + i, n - i), bias),
-               n - i);
+  f_store_part(
+      y + i,
+      norm_lanes(stats, f_load_part(x + i, n - i), f_load_part(norm.weight + i, n - i), bias),
+      n - i);
 }
 
 // One group of x to integers v = 256 hi + lo in [-32639, 32639], x ~ scale * v. A group without a
 // value above 1e-30 becomes zero (its reciprocal would overflow). Comparing bits keeps NaN; it and
 // infinity make the row's results NaN.
 // Sixteen values go to hi + i and lo + i of the tile that holds k = i, `next` bytes a tile.
-inline void quantize_group(const float* x, int group, int step, int64_t next, int8_t* hi, int8_t* lo,
-                           float* scale, int32_t* minus_hi, int32_t* minus_lo) {
+inline void quantize_group(const float* x, int group, int step, int64_t next, int8_t* hi,
+                           int8_t* lo, float* scale, int32_t* minus_hi, int32_t* minus_lo) {
   const I magnitude = i_set(0x7fffffff);
   I largest = i_set(0);
-  for (int i = 0; i < group; i += 16) largest = i_max(largest, i_and(i_bits(f_load(x + i)), magnitude));
+  for (int i = 0; i < group; i += 16)
+    largest = i_max(largest, i_and(i_bits(f_load(x + i)), magnitude));
   const float top = std::bit_cast<float>(i_max_lane(largest));
   const bool finite = top <= 3.4028235e38F;
   const bool usable = finite && top >= 1e-30F;
@@ -100,8 +103,8 @@ inline void quantize_group(const float* x, int group, int step, int64_t next, in
   *minus_lo = -i_sum(sum_lo);
 }
 
-inline void u4_quantize(const U4Shape& shape, const RowNorm* norm, const float* x, const U4Rows& out,
-                        int row) {
+inline void u4_quantize(const U4Shape& shape, const RowNorm* norm, const float* x,
+                        const U4Rows& out, int row) {
   const NormStats stats = norm != nullptr ? norm_stats(*norm, x, shape.k) : NormStats{};
   alignas(64) float normed[128];
   const int64_t plane = static_cast<int64_t>(out.rows) * shape.step;
@@ -127,7 +130,7 @@ inline F f_exp(F x) {
   x = f_min(f_set(88.0F), x);
   const I n = i_round(f_mul(x, f_set(1.44269504F)));
   const F whole = f_from_i(n);
-  F r = f_fma(whole, f_set(-0.693145752F), x);   // ln 2 in two parts, the first with few bits
+  F r = f_fma(whole, f_set(-0.693145752F), x);  // ln 2 in two parts, the first with few bits
   r = f_fma(whole, f_set(-1.42860677e-6F), r);
   F p = f_set(0.00138294115F);
   p = f_fma(p, r, f_set(0.00837477762F));
@@ -139,8 +142,8 @@ inline F f_exp(F x) {
   return f_mul(p, f_bits(i_shl<23>(i_add(n, i_set(127)))));
 }
 
-// erf with absolute error below 1.5e-7: an odd polynomial up to 1, beyond it 1 - exp(-P(|x|)) with P
-// fitted to -log(erfc). Both sets of coefficients are least squares fits on Chebyshev nodes.
+// erf with absolute error below 1.5e-7: an odd polynomial up to 1, beyond it 1 - exp(-P(|x|)) with
+// P fitted to -log(erfc). Both sets of coefficients are least squares fits on Chebyshev nodes.
 inline F f_erf(F x) {
   const F s = f_mul(x, x);
   F small = f_set(7.88249745e-05F);

@@ -67,8 +67,8 @@ inline void u4_some_rows(const U4Shape& shape, const uint8_t* block, const U4Row
   }
 }
 
-inline void u4_rows(const U4Shape& shape, const uint8_t* block, const U4Rows& x, int first, int count,
-                    float* acc) {
+inline void u4_rows(const U4Shape& shape, const uint8_t* block, const U4Rows& x, int first,
+                    int count, float* acc) {
   for (; count >= 4; count -= 4, first += 4, acc += 4 * kBlockColumns) {
     u4_some_rows<4>(shape, block, x, first, acc);
   }

@@ -54,7 +54,8 @@ inline I i_sar(I x) {
 // The low 16 bits of each lane, in order.
 inline __m256i low_halves(I x) {
   const __m256i mask = _mm256_set1_epi32(0xffff);
-  const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask));
+  const __m256i packed =
+      _mm256_packus_epi32(_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask));
   return _mm256_permute4x64_epi64(packed, 0xd8);
 }
 inline void i_store_u16(uint16_t* p, I x) {
@@ -79,13 +80,15 @@ inline float f_sum(F x) {
 }
 inline int32_t i_sum(I x) {
   const __m256i eight = _mm256_add_epi32(x.a, x.b);
-  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i four =
+      _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
   const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
 inline int32_t i_max_lane(I x) {
   const __m256i eight = _mm256_max_epi32(x.a, x.b);
-  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i four =
+      _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
   const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }

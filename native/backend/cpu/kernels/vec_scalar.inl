@@ -21,30 +21,64 @@ inline I i_map(Op op) {
   return out;
 }
 
-inline F f_set(float x) { return f_map([=](int) { return x; }); }
+inline F f_set(float x) {
+  return f_map([=](int) { return x; });
+}
 inline F f_zero() { return f_set(0.0F); }
-inline F f_load(const float* p) { return f_map([=](int i) { return p[i]; }); }
+inline F f_load(const float* p) {
+  return f_map([=](int i) { return p[i]; });
+}
 inline void f_store(float* p, F a) { std::memcpy(p, a.v, sizeof(a.v)); }
-inline F f_load_bf16(const uint16_t* p) { return f_map([=](int i) { return bf16_to_f32(p[i]); }); }
-inline F f_load_f16(const uint16_t* p) { return f_map([=](int i) { return f16_to_f32(p[i]); }); }
-inline F f_add(F a, F b) { return f_map([&](int i) { return a.v[i] + b.v[i]; }); }
-inline F f_sub(F a, F b) { return f_map([&](int i) { return a.v[i] - b.v[i]; }); }
-inline F f_mul(F a, F b) { return f_map([&](int i) { return a.v[i] * b.v[i]; }); }
-inline F f_div(F a, F b) { return f_map([&](int i) { return a.v[i] / b.v[i]; }); }
-inline F f_fma(F a, F b, F c) { return f_map([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); }); }
+inline F f_load_bf16(const uint16_t* p) {
+  return f_map([=](int i) { return bf16_to_f32(p[i]); });
+}
+inline F f_load_f16(const uint16_t* p) {
+  return f_map([=](int i) { return f16_to_f32(p[i]); });
+}
+inline F f_add(F a, F b) {
+  return f_map([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F f_sub(F a, F b) {
+  return f_map([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F f_mul(F a, F b) {
+  return f_map([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline F f_div(F a, F b) {
+  return f_map([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline F f_fma(F a, F b, F c) {
+  return f_map([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
+}
 // Like the instructions: the second operand where either is NaN.
-inline F f_max(F a, F b) { return f_map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-inline F f_min(F a, F b) { return f_map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+inline F f_max(F a, F b) {
+  return f_map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F f_min(F a, F b) {
+  return f_map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
 inline F f_select_gt(F a, F b, F yes, F no) {
   return f_map([&](int i) { return a.v[i] > b.v[i] ? yes.v[i] : no.v[i]; });
 }
 
-inline I i_set(int32_t x) { return i_map([=](int) { return x; }); }
-inline I i_add(I a, I b) { return i_map([&](int i) { return a.v[i] + b.v[i]; }); }
-inline I i_sub(I a, I b) { return i_map([&](int i) { return a.v[i] - b.v[i]; }); }
-inline I i_and(I a, I b) { return i_map([&](int i) { return a.v[i] & b.v[i]; }); }
-inline I i_or(I a, I b) { return i_map([&](int i) { return a.v[i] | b.v[i]; }); }
-inline I i_max(I a, I b) { return i_map([&](int i) { return std::max(a.v[i], b.v[i]); }); }
+inline I i_set(int32_t x) {
+  return i_map([=](int) { return x; });
+}
+inline I i_add(I a, I b) {
+  return i_map([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline I i_sub(I a, I b) {
+  return i_map([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline I i_and(I a, I b) {
+  return i_map([&](int i) { return a.v[i] & b.v[i]; });
+}
+inline I i_or(I a, I b) {
+  return i_map([&](int i) { return a.v[i] | b.v[i]; });
+}
+inline I i_max(I a, I b) {
+  return i_map([&](int i) { return std::max(a.v[i], b.v[i]); });
+}
 template <int kBits>
 inline I i_shl(I a) {
   return i_map([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << kBits); });
@@ -66,7 +100,9 @@ inline I i_round(F a) {
     return fits ? static_cast<int32_t>(std::nearbyint(a.v[i])) : INT32_MIN;
   });
 }
-inline F f_from_i(I a) { return f_map([&](int i) { return static_cast<float>(a.v[i]); }); }
+inline F f_from_i(I a) {
+  return f_map([&](int i) { return static_cast<float>(a.v[i]); });
+}
 inline F f_bits(I a) {
   F out;
   std::memcpy(out.v, a.v, sizeof(out.v));

@@ -14,17 +14,27 @@ export type Device = 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
 export interface CudaProbe {
   /** Path of the CUDA backend library; '' when there is none. */
   readonly library: string;
+  /** Whether an NVIDIA driver is loaded: someone may expect the GPU to be used. */
+  readonly driver: boolean;
   /** One line a GPU. */
   readonly devices: readonly string[];
+  /** For each GPU '' or why this build cannot run on it. */
+  readonly problems: readonly string[];
   /** '' or why no GPU can be used. */
   readonly reason: string;
+}
+
+/** Where a pipeline opens. */
+export interface ResolvedDevice {
+  readonly device: 'cpu' | `cuda:${number}`;
+  /** Path of the CUDA backend library; '' on the CPU. */
+  readonly cudaLibrary: string;
 }
 
 /** Reads the machine; replaced in tests. */
 export type Prober = () => Promise<CudaProbe>;
 
-// True once this build's CUDA library holds kernels and not only the device query.
-const HAS_CUDA_KERNELS = false;
+const CPU: ResolvedDevice = { device: 'cpu', cudaLibrary: '' };
 const PROBE_TIMEOUT_MS = 15_000;
 const PROBE_MARK = '@turbomind-probe@';
 const PROBE_SCRIPT = `
@@ -34,50 +44,85 @@ process.stdout.write('\\n${PROBE_MARK}' + JSON.stringify(answer) + '\\n');
 `;
 
 let warned = false;
+let usable: Promise<CudaProbe> | undefined;
 
 /**
- * The device to open: at present always 'cpu'.
+ * The device to open: for 'auto' the first GPU that works, else the CPU, with one warning a process
+ * if there is a driver but no GPU that works.
  * @throws TurbomindError ERR_TM_UNSUPPORTED_DEVICE when 'cuda' was asked for by name.
  */
-export async function resolveDevice(device: Device, probe: Prober = probeCuda): Promise<'cpu'> {
-  if (device === 'cpu') return 'cpu';
+export async function resolveDevice(
+  device: Device,
+  probe: Prober = probeOnce,
+): Promise<ResolvedDevice> {
+  if (device === 'cpu') return CPU;
   const found = await probe();
-  if (device !== 'auto') throw unsupportedDevice(device, found);
-  if (found.devices.length > 0 && !HAS_CUDA_KERNELS) warnUnused(found.devices);
-  return 'cpu';
+  const first = found.devices.findIndex((_, index) => isUsable(found, index));
+  if (device === 'auto') {
+    if (first >= 0) return { device: `cuda:${first}`, cudaLibrary: found.library };
+    if (found.driver) warnUnused(found);
+    return CPU;
+  }
+  const index = device === 'cuda' ? Math.max(first, 0) : Number(device.slice('cuda:'.length));
+  if (!isUsable(found, index)) throw unsupportedDevice(device, index, found);
+  return { device: `cuda:${index}`, cudaLibrary: found.library };
 }
 
-function unsupportedDevice(device: Device, found: CudaProbe): TurbomindError {
-  const reasons = [
-    found.reason,
-    ...found.devices.map((line) => `GPU found: ${line}`),
-    HAS_CUDA_KERNELS ? '' : 'this version has no CUDA kernels yet',
-  ].filter((reason) => reason !== '');
+function isUsable(found: CudaProbe, index: number): boolean {
+  return found.reason === '' && found.devices[index] !== undefined && !found.problems[index];
+}
+
+function unsupportedDevice(device: Device, index: number, found: CudaProbe): TurbomindError {
+  const missing =
+    found.devices.length > 0 && found.devices[index] === undefined
+      ? [`there is no GPU ${index}`]
+      : [];
+  const reasons = [...missing, ...reasonsOf(found)];
   const remedy = "use device: 'cpu' or 'auto'";
   return new TurbomindError(
     'ERR_TM_UNSUPPORTED_DEVICE',
-    `device: ${device} cannot run this build: ${reasons.join('; ')}; ${remedy}`,
+    `device: ${device} cannot be used: ${reasons.join('; ')}; ${remedy}`,
   );
 }
 
-function warnUnused(devices: readonly string[]): void {
+function reasonsOf({ reason, devices, problems }: CudaProbe): string[] {
+  const lines = devices.map((line, index) => {
+    const problem = problems[index];
+    return problem ? `GPU ${index} (${line}): ${problem}` : `GPU ${index}: ${line}`;
+  });
+  return [reason, ...lines].filter((text) => text !== '');
+}
+
+function warnUnused(found: CudaProbe): void {
   if (warned) return;
   warned = true;
   process.emitWarning(
-    `${devices.length} GPU(s) found (${devices.join('; ')}), but this version has no CUDA kernels ` +
-      "yet: running on the CPU. Pass device: 'cpu' to say so without this warning.",
+    `no GPU can be used, running on the CPU: ${reasonsOf(found).join('; ')}. ` +
+      "Pass device: 'cpu' to say so without this warning.",
     { type: 'TurbomindWarning', code: 'TM_GPU_UNUSED' },
   );
+}
+
+// A GPU that worked is not asked again; one that did not may have been repaired.
+async function probeOnce(): Promise<CudaProbe> {
+  usable ??= probeCuda();
+  const asked = usable;
+  const found = await asked;
+  if (!found.devices.some((_, index) => isUsable(found, index)) && usable === asked) {
+    usable = undefined;
+  }
+  return found;
 }
 
 /** Asks the CUDA backend library for GPUs, in a child process. Never rejects. */
 export async function probeCuda(): Promise<CudaProbe> {
   const { path } = loadNative();
   const library = findCudaLibrary(path);
-  if (library === '')
-    return { library, devices: [], reason: 'no CUDA backend library is installed' };
-  if (!driverMayExist()) return { library, devices: [], reason: 'no NVIDIA driver is loaded' };
-  return { library, ...(await queryInChild(path, library)) };
+  const driver = driverMayExist();
+  const none = { library, driver, devices: [], problems: [] };
+  if (library === '') return { ...none, reason: 'no CUDA backend library is installed' };
+  if (!driver) return { ...none, reason: 'no NVIDIA driver is loaded' };
+  return { library, driver, ...(await queryInChild(path, library)) };
 }
 
 // On Linux a usable GPU always has a device node (native, WSL, Tegra): without one a child process
@@ -87,21 +132,23 @@ function driverMayExist(): boolean {
   return ['/dev/nvidiactl', '/dev/dxg', '/dev/nvhost-gpu'].some((node) => existsSync(node));
 }
 
-function queryInChild(addon: string, library: string): Promise<Omit<CudaProbe, 'library'>> {
+type Answer = Omit<CudaProbe, 'library' | 'driver'>;
+
+function queryInChild(addon: string, library: string): Promise<Answer> {
   const env = { ...process.env, ELECTRON_RUN_AS_NODE: '1', NODE_OPTIONS: '' };
   const settings = { env, timeout: PROBE_TIMEOUT_MS, killSignal: 'SIGKILL' as const };
   return new Promise((resolve) => {
     execFile(process.execPath, ['-e', PROBE_SCRIPT, addon, library], settings, (error, stdout) => {
       const line = stdout.split('\n').find((text) => text.startsWith(PROBE_MARK));
       if (line !== undefined) resolve(readAnswer(line.slice(PROBE_MARK.length)));
-      else resolve({ devices: [], reason: childFailure(error) });
+      else resolve({ devices: [], problems: [], reason: childFailure(error) });
     });
   });
 }
 
-function readAnswer(json: string): Omit<CudaProbe, 'library'> {
+function readAnswer(json: string): Answer {
   const answer: NativeCudaQuery = JSON.parse(json);
-  return { devices: answer.devices, reason: answer.error };
+  return { devices: answer.devices, problems: answer.problems, reason: answer.error };
 }
 
 function childFailure(

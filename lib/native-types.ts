@@ -203,6 +203,8 @@ export interface NativeCudaQuery {
   readonly deviceCount: number;
   /** One line a device. */
   readonly devices: readonly string[];
+  /** For each device '' or why the library cannot run on it. */
+  readonly problems: readonly string[];
   /** '' or why no device can be used. */
   readonly error: string;
 }

@@ -25,7 +25,7 @@ export interface PipelineOptions {
   readonly sessionLen?: number | undefined;
   /** Most sequences in one step. Defaults to 128. */
   readonly maxBatchSize?: number | undefined;
-  /** Most tokens in one step. Defaults to 512. */
+  /** Most prompt tokens in one step. Defaults to 512 on the CPU, 8192 on a GPU. */
   readonly maxPrefillTokenNum?: number | undefined;
   /** Share of the memory left after loading that the KV cache may take. Defaults to 0.8. */
   readonly cacheMaxEntryCount?: number | undefined;
@@ -107,7 +107,8 @@ export interface ResolvedPipelineOptions {
   readonly threads: number;
   readonly sessionLen: number;
   readonly maxBatchSize: number;
-  readonly maxPrefillTokenNum: number;
+  /** undefined: what suits the device. */
+  readonly maxPrefillTokenNum: number | undefined;
   readonly cacheMaxEntryCount: number;
   readonly blockSize: number;
   readonly tiling: TilingOptions;
@@ -234,7 +235,7 @@ export function resolvePipelineOptions(options: PipelineOptions = {}): ResolvedP
     threads: options.threads ?? 0,
     sessionLen: options.sessionLen ?? 0,
     maxBatchSize: options.maxBatchSize ?? 128,
-    maxPrefillTokenNum: options.maxPrefillTokenNum ?? 512,
+    maxPrefillTokenNum: options.maxPrefillTokenNum,
     cacheMaxEntryCount: options.cacheMaxEntryCount ?? 0.8,
     blockSize: options.cacheBlockSeqLen ?? 64,
     tiling: resolveTiling(options),

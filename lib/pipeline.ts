@@ -7,7 +7,7 @@ import { PromptBuilder } from './chat.js';
 import { type Checkpoint, openCheckpoint } from './checkpoint/checkpoint.js';
 import type { Completion, CompletionListener } from './completion.js';
 import { TextStream } from './detokenizer.js';
-import { resolveDevice } from './device.js';
+import { type Prober, type ResolvedDevice, resolveDevice } from './device.js';
 import { TurbomindError } from './errors.js';
 import { normalizePrompts, type Prompt, type PromptInput } from './messages.js';
 import { fromNative, loadNative, packageRoot } from './native.js';
@@ -262,17 +262,21 @@ function readArguments(
   throw new TurbomindError('ERR_TM_INVALID_OPTION', message);
 }
 
-/** `pipeline()` with the addon given; tests hand in a fake. */
+/** `pipeline()` with the addon and the GPU probe given; tests hand in fakes. */
 export async function openPipeline(
   model: string,
   given?: PipelineOptions,
   givenAddon?: NativeAddon,
+  givenProbe?: Prober,
 ): Promise<Pipeline> {
   const options = resolvePipelineOptions(given);
   const { signal } = options;
   signal?.throwIfAborted();
   const addon = givenAddon ?? loadNative().addon;
-  const [device, found] = await Promise.all([resolveDevice(options.device), openCheckpoint(model)]);
+  const [device, found] = await Promise.all([
+    resolveDevice(options.device, givenProbe),
+    openCheckpoint(model),
+  ]);
   signal?.throwIfAborted();
   const checkpoint = withTemplate(found, options.chatTemplate);
   const router = new EventRouter();
@@ -300,11 +304,20 @@ function withTemplate(checkpoint: Checkpoint, template: string | undefined): Che
   return { ...checkpoint, chatTemplate };
 }
 
+// Prompt tokens of one step: enough to keep the device busy, few enough that decoding requests do
+// not wait long.
+const CPU_PREFILL_TOKENS = 512;
+const GPU_PREFILL_TOKENS = 8192;
+
 function nativeOptions(
   checkpoint: Checkpoint,
   options: ResolvedPipelineOptions,
-  device: 'cpu',
+  { device, cudaLibrary }: ResolvedDevice,
 ): NativeOpenOptions {
+  const longest = Math.max(
+    CPU_PREFILL_TOKENS,
+    options.sessionLen || checkpoint.spec.decoder.maxPositionEmbeddings,
+  );
   return {
     spec: checkpoint.spec,
     files: checkpoint.files,
@@ -313,11 +326,13 @@ function nativeOptions(
     threads: options.threads,
     sessionLen: options.sessionLen,
     maxBatchSize: options.maxBatchSize,
-    maxPrefillTokenNum: options.maxPrefillTokenNum,
+    maxPrefillTokenNum:
+      options.maxPrefillTokenNum ??
+      (device === 'cpu' ? CPU_PREFILL_TOKENS : Math.min(GPU_PREFILL_TOKENS, longest)),
     blockSize: options.blockSize,
     cacheMaxEntryCount: options.cacheMaxEntryCount,
     cpuIsa: options.cpuIsa,
-    cudaLibrary: '',
+    cudaLibrary,
   };
 }
 

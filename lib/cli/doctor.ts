@@ -21,6 +21,7 @@ interface Report {
   readonly gpu: {
     readonly library: string;
     readonly devices: readonly string[];
+    readonly problems: readonly string[];
     readonly reason: string;
   };
   readonly sharp: string;
@@ -48,7 +49,7 @@ async function examine(): Promise<Report> {
     addon: { path: native.loaded?.path ?? null, attempts: native.attempts },
     gpu:
       native.loaded === undefined
-        ? { library: '', devices: [], reason: 'not asked: no addon loads' }
+        ? { library: '', devices: [], problems: [], reason: 'not asked: no addon loads' }
         : await probeCuda(),
     sharp: await sharpVersion(),
   };
@@ -73,6 +74,14 @@ async function sharpVersion(): Promise<string> {
   }
 }
 
+function gpuRows({ devices, problems, reason }: Report['gpu']): [string, string][] {
+  if (devices.length === 0) return [['gpu', `none: ${reason}`]];
+  return devices.map((line, index) => {
+    const problem = problems[index];
+    return [`cuda:${index}`, problem ? `${line}: cannot be used: ${problem}` : line];
+  });
+}
+
 function toRows(report: Report): [string, string][] {
   const { cpu, memory, addon, gpu } = report;
   const refused = addon.attempts.map(({ path, reason }): [string, string] => [
@@ -90,7 +99,7 @@ function toRows(report: Report): [string, string][] {
     ['addon', addon.path ?? 'none loads'],
     ...refused,
     ['cuda library', gpu.library === '' ? 'none' : gpu.library],
-    ['gpu', gpu.devices.length > 0 ? gpu.devices.join('; ') : `none: ${gpu.reason}`],
+    ...gpuRows(gpu),
     ['pictures', report.sharp],
   ];
 }

@@ -53,12 +53,13 @@ Memory host_memory() {
 struct CudaQuery {
   int device_count = 0;
   std::vector<std::string> devices;
+  std::vector<std::string> problems;  // of each device: empty, or why it cannot be used
   std::string error;
 };
 
 // The library stays loaded: unloading a CUDA runtime is not safe.
 CudaQuery ask_cuda(const std::string& path) {
-  using QueryFn = int (*)(int idx, char* text, size_t text_bytes);
+  using QueryFn = int (*)(int idx, char* text, size_t text_bytes);  // cuda_api.h's, and ProbeFn
   CudaQuery query;
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
@@ -71,7 +72,12 @@ CudaQuery ask_cuda(const std::string& path) {
     query.error = path + " is not a CUDA backend of this package: turbomind_cuda_query is missing";
     return query;
   }
-  char text[512] = "";
+  const auto probe = reinterpret_cast<QueryFn>(dlsym(library, "turbomind_cuda_probe"));
+  if (probe == nullptr) {
+    query.error = path + " is of another version: turbomind_cuda_probe is missing";
+    return query;
+  }
+  char text[1024] = "";
   int count = ask(0, text, sizeof(text));
   if (count <= 0) {
     query.error = count < 0 ? text : "the driver works but sees no device";
@@ -82,6 +88,8 @@ CudaQuery ask_cuda(const std::string& path) {
     text[0] = '\0';
     ask(i, text, sizeof(text));
     query.devices.emplace_back(text);
+    text[0] = '\0';
+    query.problems.emplace_back(probe(i, text, sizeof(text)) == 0 ? "" : text);
   }
   return query;
 }
@@ -115,6 +123,7 @@ Napi::Value query_cuda(const Napi::CallbackInfo& info) {
     JsObject object(env);
     object.set("deviceCount", query.device_count);
     object.set("devices", to_array(env, query.devices));
+    object.set("problems", to_array(env, query.problems));
     object.set("error", query.error);
     return {env, object.value().get()};
   });

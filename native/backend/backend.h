@@ -60,6 +60,10 @@ struct StepBatch {
   std::span<const int32_t> block_table;   // [S, max_blocks], -1 past a sequence's end
   int max_blocks = 0;
   std::span<const int32_t> sample_rows;   // [R] rows of T whose next token is wanted
+  // The first `num_decode` sequences have one row each, past their prompt; the others are prefilled,
+  // even a chunk of one row. A device may sum the two in different orders, so which one a row takes
+  // may depend on its own sequence alone. -1: not said, every sequence of one row is decoded.
+  int num_decode = -1;
   int num_tokens() const { return static_cast<int>(token_ids.size()); }
   int num_sequences() const { return static_cast<int>(kv_len.size()); }
 };
@@ -185,6 +189,8 @@ class Backend {
   virtual ~Backend() = default;
   virtual DeviceInfo info() const = 0;
   virtual DType activation_dtype() const = 0;
+  // Rows of a vision batch that keep the device busy; more buys no speed, only memory.
+  virtual int vision_rows_per_pass() const { return 1024; }
 
   // Memory. Fresh buffers hold unspecified bytes. Throws Error{out_of_memory}.
   virtual std::unique_ptr<Buffer> allocate(size_t bytes) = 0;

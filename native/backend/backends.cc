@@ -2,6 +2,7 @@
 #include "backend/backends.h"
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cuda_loader.h"
 
 namespace turbomind {
 namespace {
@@ -18,10 +19,9 @@ std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
         cpu::CpuBackendOptions{.threads = options.threads, .isa = options.cpu_isa});
   }
   if (names_cuda(options.device)) {
-    throw Error(ErrorCode::unsupported_device,
-                format("device '%s': the CUDA backend of this build answers device queries only "
-                       "and runs no model yet; use device 'cpu'",
-                       options.device.c_str()));
+    return load_cuda_backend({.library = options.cuda_library,
+                              .device = parse_cuda_device(options.device),
+                              .activations = options.activations});
   }
   throw Error(ErrorCode::unsupported_device,
               format("device '%s' is unknown; expected 'cpu', 'cuda' or 'cuda:N'",

@@ -13,6 +13,7 @@ struct BackendOptions {
   std::string device = "cpu";   // "cpu", "cuda", "cuda:1"; "auto" is resolved in lib/
   int threads = 0;              // CPU threads; 0: as many as the process may use
   std::string cuda_library;     // path of the CUDA backend library; empty: none
+  DType activations = DType::bf16;  // on a GPU: bf16 or f16
   std::string cpu_isa;          // "", "scalar", "avx2", "avx512", "amx": a cap, for tests
 };
 

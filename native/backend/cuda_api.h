@@ -13,7 +13,7 @@ class Backend;
 namespace turbomind::cuda {
 
 // Raise with every change of backend.h, weights.h, sampling.h, tensor_view.h or of this file.
-inline constexpr int kAbiVersion = 1;
+inline constexpr int kAbiVersion = 2;
 
 struct CreateOptions {
   int abi_version = kAbiVersion;
@@ -33,5 +33,7 @@ using CreateFn = Backend* (*)(const CreateOptions*, CallStatus*);
 using GuardFn = void (*)(void (*body)(void*), void* context, CallStatus*);
 using RaiseFn = void (*)();  // throws inside the library, to end a forward that failed outside it
 using QueryFn = int (*)(int index, char* text, size_t text_bytes);
+// 0 if device `index` can run this library's kernels; else 1 and why not.
+using ProbeFn = int (*)(int index, char* text, size_t text_bytes);
 
 }  // namespace turbomind::cuda

@@ -60,6 +60,7 @@ class CudaProxy final : public Backend {
     return call([&] { return backend_->info(); });
   }
   DType activation_dtype() const override { return backend_->activation_dtype(); }
+  int vision_rows_per_pass() const override { return backend_->vision_rows_per_pass(); }
 
   std::unique_ptr<Buffer> allocate(size_t bytes) override {
     return call([&] { return backend_->allocate(bytes); });

@@ -8,8 +8,6 @@
 namespace turbomind {
 namespace {
 
-constexpr int kRowsPerPass = 1024;
-
 int64_t patch_features(const VisionSpec& spec) {
   return int64_t{3} * spec.patch_size * spec.patch_size;
 }
@@ -124,8 +122,8 @@ VisionTower::VisionTower(WeightLoader& loader, const VisionSpec& spec, int out_f
 
 VisionTower::~VisionTower() = default;
 
-int VisionTower::default_tiles_per_pass(const VisionSpec& spec) {
-  return static_cast<int>(std::max<int64_t>(1, kRowsPerPass / rows_per_tile(spec)));
+int VisionTower::tiles_per_pass(const VisionSpec& spec, int rows) {
+  return static_cast<int>(std::max<int64_t>(1, rows / rows_per_tile(spec)));
 }
 
 size_t VisionTower::activation_bytes(const VisionSpec& spec, int out_features, DType dtype,

@@ -15,7 +15,7 @@ namespace turbomind {
 
 class VisionTower {
  public:
-  // `out_features`: the decoder's hidden size, H. `tiles_per_pass` as default_tiles_per_pass.
+  // `out_features`: the decoder's hidden size, H. `tiles_per_pass` as tiles_per_pass().
   VisionTower(WeightLoader& loader, const VisionSpec& spec, int out_features, int tiles_per_pass);
   ~VisionTower();
 
@@ -23,8 +23,8 @@ class VisionTower {
   int tokens_per_tile() const { return spec_.tokens_per_tile(); }
   int out_features() const { return out_features_; }
 
-  // Enough tiles to give every linear layer about 1,024 rows: more buys no speed, only memory.
-  static int default_tiles_per_pass(const VisionSpec& spec);
+  // As many tiles as have at most `rows` rows, one at least: see Backend::vision_rows_per_pass.
+  static int tiles_per_pass(const VisionSpec& spec, int rows);
   // Pure functions of the spec, so that memory can be planned before anything is loaded.
   static size_t activation_bytes(const VisionSpec& spec, int out_features, DType dtype,
                                  int tiles_per_pass);

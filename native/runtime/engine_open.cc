@@ -1,13 +1,28 @@
 // From options to a running engine. Apart from engine.cc so that an engine around a model that is
 // already there needs neither backends nor checkpoints.
+#include <algorithm>
+
 #include "backend/backends.h"
 #include "runtime/engine_core.h"
 #include "runtime/loaded_model.h"
 
 namespace turbomind {
+namespace {
+
+// What a checkpoint without bf16 weights was trained or calibrated with is f16.
+DType activations_of(const CheckpointFiles& files) {
+  const auto has = [&files](DType dtype) {
+    return std::any_of(files.tensors.begin(), files.tensors.end(),
+                       [dtype](const TensorEntry& tensor) { return tensor.dtype == dtype; });
+  };
+  return has(DType::f16) && !has(DType::bf16) ? DType::f16 : DType::bf16;
+}
+
+}  // namespace
 
 std::unique_ptr<Engine> Engine::open(EngineOptions options, EventSink sink, ProgressFn progress) {
   const Stepping stepping = options.manual_stepping ? Stepping::manual : Stepping::own_thread;
+  options.backend.activations = activations_of(options.files);
   return make_engine(load_model(options, make_backend(options.backend), progress), std::move(sink),
                      stepping);
 }

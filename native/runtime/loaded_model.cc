@@ -1,5 +1,6 @@
 #include "runtime/loaded_model.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "io/weights.h"
@@ -10,6 +11,11 @@
 namespace turbomind {
 namespace {
 
+// Tiles through the vision tower at once: what suits the device, and no more than a step encodes.
+int tiles_per_pass(const Backend& backend, const VisionSpec& spec, int max_tiles) {
+  return std::min(max_tiles, VisionTower::tiles_per_pass(spec, backend.vision_rows_per_pass()));
+}
+
 // The real model behind the runner's seam. Members die in reverse order: weights may view the
 // store's mapping, and everything lives on the backend.
 class LoadedModel final : public Model {
@@ -17,7 +23,7 @@ class LoadedModel final : public Model {
   LoadedModel(std::unique_ptr<Backend> backend, const CheckpointFiles& files)
       : backend_(std::move(backend)), store_(files) {}
 
-  void load(const ModelSpec& spec, int max_tokens, const ProgressFn& progress);
+  void load(const ModelSpec& spec, const MemoryPlan& steps, const ProgressFn& progress);
   void make_cache(const KvCacheSpec& spec) { cache_ = backend_->make_kv_cache(spec); }
   Backend& backend() { return *backend_; }
   size_t weight_bytes() const { return weight_bytes_; }
@@ -47,7 +53,8 @@ class LoadedModel final : public Model {
   size_t weight_bytes_ = 0;
 };
 
-void LoadedModel::load(const ModelSpec& spec, int max_tokens, const ProgressFn& progress) {
+void LoadedModel::load(const ModelSpec& spec, const MemoryPlan& steps,
+                       const ProgressFn& progress) {
   LoadProgress report;
   if (progress) {
     report = [&progress](size_t loaded, size_t total) {
@@ -55,10 +62,10 @@ void LoadedModel::load(const ModelSpec& spec, int max_tokens, const ProgressFn& 
     };
   }
   WeightLoader loader(*backend_, store_, spec.quant, report);
-  decoder_ = std::make_unique<Decoder>(loader, spec.decoder, max_tokens);
+  decoder_ = std::make_unique<Decoder>(loader, spec.decoder, steps.max_tokens);
   if (spec.vision) {
     vision_ = std::make_unique<VisionTower>(loader, *spec.vision, spec.decoder.hidden_size,
-                                            VisionTower::default_tiles_per_pass(*spec.vision));
+                                            tiles_per_pass(*backend_, *spec.vision, steps.max_tiles));
   }
   weight_bytes_ = loader.weight_bytes();
 }
@@ -103,7 +110,7 @@ size_t reserve_workspace(Backend& backend, const ModelSpec& spec, const MemoryPl
   size_t bytes = Decoder::activation_bytes(spec.decoder, dtype, steps.max_tokens);
   if (spec.vision) {
     const int hidden = spec.decoder.hidden_size;
-    const int tiles = VisionTower::default_tiles_per_pass(*spec.vision);
+    const int tiles = tiles_per_pass(backend, *spec.vision, steps.max_tiles);
     workspace = merge(workspace, VisionTower::workspace(*spec.vision, hidden, tiles));
     bytes += VisionTower::activation_bytes(*spec.vision, hidden, dtype, tiles);
   }
@@ -119,7 +126,7 @@ EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> ba
   MemoryBudget budget = budget_of(options);
   const MemoryPlan steps = plan_steps(budget);
   auto model = std::make_unique<LoadedModel>(std::move(backend), options.files);
-  model->load(options.spec, steps.max_tokens, progress);
+  model->load(options.spec, steps, progress);
 
   EngineParts parts;
   Backend& device = model->backend();

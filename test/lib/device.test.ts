@@ -1,40 +1,73 @@
 import { expect, test, vi } from 'vitest';
 import { type CudaProbe, resolveDevice } from '../../lib/device.js';
 
+const LIBRARY = '/lib/libturbomind_cuda.so';
+const H100 = 'NVIDIA H100, sm_90, 79.6 GiB';
+const OLD = 'Tesla P100, sm_60, 16.0 GiB';
+const TOO_OLD = 'compute capability 6.0; 8.0 or newer is needed';
+
 function probe(answer: Partial<CudaProbe>) {
-  return vi.fn(async () => ({ library: '', devices: [], reason: '', ...answer }));
+  const devices = answer.devices ?? [];
+  const problems = devices.map(() => '');
+  return vi.fn(async () => ({
+    library: LIBRARY,
+    driver: true,
+    devices,
+    problems,
+    reason: '',
+    ...answer,
+  }));
 }
 
 test("'cpu' asks nobody", async () => {
   const prober = probe({});
-  expect(await resolveDevice('cpu', prober)).toBe('cpu');
+  expect(await resolveDevice('cpu', prober)).toEqual({ device: 'cpu', cudaLibrary: '' });
   expect(prober).not.toHaveBeenCalled();
 });
 
-test("'auto' without a GPU is the CPU, silently", async () => {
+test("'auto' and 'cuda' take the first GPU that works", async () => {
+  const one = probe({ devices: [H100] });
+  const mixed = probe({ devices: [OLD, H100], problems: [TOO_OLD, ''] });
+  for (const name of ['auto', 'cuda'] as const) {
+    expect(await resolveDevice(name, one)).toEqual({ device: 'cuda:0', cudaLibrary: LIBRARY });
+    expect(await resolveDevice(name, mixed)).toEqual({ device: 'cuda:1', cudaLibrary: LIBRARY });
+  }
+});
+
+test("'cuda:N' takes that GPU", async () => {
+  const prober = probe({ devices: [H100, H100] });
+  expect((await resolveDevice('cuda:1', prober)).device).toBe('cuda:1');
+});
+
+test("'auto' without a driver is the CPU, silently", async () => {
   const warn = vi.spyOn(process, 'emitWarning').mockImplementation(() => undefined);
-  expect(await resolveDevice('auto', probe({ reason: 'no driver' }))).toBe('cpu');
+  const prober = probe({ driver: false, reason: 'no NVIDIA driver is loaded' });
+  expect((await resolveDevice('auto', prober)).device).toBe('cpu');
   expect(warn).not.toHaveBeenCalled();
   warn.mockRestore();
 });
 
-test("'auto' with a GPU that this build cannot use warns once", async () => {
+test("'auto' with a driver but no GPU that works warns once, with the reasons", async () => {
   const warn = vi.spyOn(process, 'emitWarning').mockImplementation(() => undefined);
-  const prober = probe({ devices: ['NVIDIA H100'] });
-  expect(await resolveDevice('auto', prober)).toBe('cpu');
-  expect(await resolveDevice('auto', prober)).toBe('cpu');
+  const prober = probe({ devices: [OLD], problems: [TOO_OLD] });
+  const cpu = { device: 'cpu', cudaLibrary: '' };
+  expect(await resolveDevice('auto', prober)).toEqual(cpu);
+  expect(await resolveDevice('auto', probe({ reason: 'the GPU test was ended' }))).toEqual(cpu);
   expect(warn).toHaveBeenCalledTimes(1);
-  expect(warn.mock.calls[0]?.[0]).toContain('NVIDIA H100');
+  expect(warn.mock.calls[0]?.[0]).toContain(OLD);
+  expect(warn.mock.calls[0]?.[0]).toContain(TOO_OLD);
   warn.mockRestore();
 });
 
-test.each(['cuda', 'cuda:1'] as const)(
-  "'%s' by name is an error with the reasons",
-  async (name) => {
-    const asked = resolveDevice(name, probe({ reason: 'no CUDA backend library is installed' }));
-    await expect(asked).rejects.toMatchObject({
-      code: 'ERR_TM_UNSUPPORTED_DEVICE',
-      message: expect.stringMatching(`${name}.*no CUDA backend library.*device: 'cpu'`),
-    });
-  },
-);
+test.each([
+  ['cuda', { reason: 'no CUDA backend library is installed' }, 'no CUDA backend library'],
+  ['cuda:1', { reason: 'the GPU test was ended by SIGSEGV' }, 'SIGSEGV'],
+  ['cuda', { devices: [OLD], problems: [TOO_OLD] }, '8.0 or newer'],
+  ['cuda:0', { devices: [OLD, H100], problems: [TOO_OLD, ''] }, '8.0 or newer'],
+  ['cuda:2', { devices: [H100, H100] }, 'there is no GPU 2'],
+] as const)("'%s' by name is an error with the reasons: %j", async (name, answer, reason) => {
+  await expect(resolveDevice(name, probe(answer))).rejects.toMatchObject({
+    code: 'ERR_TM_UNSUPPORTED_DEVICE',
+    message: expect.stringMatching(`${name} cannot.*${reason}.*device: 'cpu'`),
+  });
+});

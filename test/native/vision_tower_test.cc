@@ -81,13 +81,14 @@ TEST("memory is what activation_bytes announced, and grows with a request by its
   EXPECT_EQ(buffer->bytes(), size_t{8} * 4 * 32 * sizeof(float));
 }
 
-TEST("a pass holds about a thousand rows, and at least one tile") {
+TEST("a pass holds as many tiles as have the rows asked for, and at least one") {
   VisionSpec spec;
   spec.patch_size = 14;
   spec.image_size = 448;
-  EXPECT_EQ(VisionTower::default_tiles_per_pass(spec), 1);
+  EXPECT_EQ(VisionTower::tiles_per_pass(spec, 1024), 1);
+  EXPECT_EQ(VisionTower::tiles_per_pass(spec, 13 * 1025), 13);
   spec.image_size = 224;
-  EXPECT_EQ(VisionTower::default_tiles_per_pass(spec), 3);
+  EXPECT_EQ(VisionTower::tiles_per_pass(spec, 1024), 3);
 }
 
 TEST("tiles of another size, count or dtype are refused") {

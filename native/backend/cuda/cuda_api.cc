@@ -66,3 +66,14 @@ TURBOMIND_EXPORT int turbomind_cuda_query(int index, char* text, size_t text_byt
   }
   return count;
 }
+
+// Opens device `index` and runs one kernel on it: says whether this library has code for it.
+TURBOMIND_EXPORT int turbomind_cuda_probe(int index, char* text, size_t text_bytes) {
+  turbomind::cuda::CreateOptions options;
+  options.device = index;
+  CallStatus status;
+  guarded(&status, [&] { (void)turbomind::cuda::make_cuda_backend(options); });
+  if (status.code < 0) return 0;
+  std::snprintf(text, text_bytes, "%s", status.message);
+  return 1;
+}

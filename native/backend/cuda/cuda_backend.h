@@ -70,6 +70,7 @@ class CudaBackend final : public Backend {
 
   DeviceInfo info() const override;
   DType activation_dtype() const override { return dtype_; }
+  int vision_rows_per_pass() const override { return 13 * 1025; }  // 12 tiles and a thumbnail
   std::unique_ptr<Buffer> allocate(size_t bytes) override;
   void upload(TensorView device, const void* host) override;
   void download(void* host, ConstTensorView device) override;

@@ -50,6 +50,12 @@ class BlobWriter {
   UnpackArgs args_;
 };
 
+// Whether sequence `s` goes through the decode kernel.
+bool is_decode(const StepBatch& batch, int s) {
+  if (batch.num_decode >= 0) return s < batch.num_decode;
+  return batch.query_start[s + 1] - batch.query_start[s] == 1;
+}
+
 void fill(std::span<int32_t> out, std::span<const int32_t> values, int32_t padding) {
   std::copy(values.begin(), values.end(), out.begin());
   std::fill(out.begin() + static_cast<int64_t>(values.size()), out.end(), padding);
@@ -148,10 +154,11 @@ void CudaBackend::begin_step(const StepBatch& batch) {
   step_.sequences = sequences;
   step_.rows = static_cast<int>(batch.sample_rows.size());
 
-  // Sequences with one new token are decoded, the others are cut into tiles of query rows.
+  // Prefilled sequences are cut into tiles of query rows.
   for (int s = 0; s < sequences; ++s) {
     const int queries = batch.query_start[s + 1] - batch.query_start[s];
-    if (queries == 1) {
+    if (is_decode(batch, s)) {
+      TM_CHECK(queries == 1, "%d rows of a sequence that is decoded", queries);
       step_.items += ceil_div(batch.kv_len[s], kSplitTokens);
     } else {
       step_.tiles += ceil_div(queries, kQueryTile);
@@ -189,11 +196,12 @@ void CudaBackend::begin_step(const StepBatch& batch) {
   for (int s = 0; s < sequences; ++s) {
     const int queries = batch.query_start[s + 1] - batch.query_start[s];
     split_start[static_cast<size_t>(s)] = static_cast<int32_t>(item / 2);
-    for (int i = 0; queries == 1 && i < ceil_div(batch.kv_len[s], kSplitTokens); ++i) {
+    const bool decode = is_decode(batch, s);
+    for (int i = 0; decode && i < ceil_div(batch.kv_len[s], kSplitTokens); ++i) {
       items[item++] = s;
       items[item++] = i;
     }
-    for (int i = 0; queries > 1 && i < queries; i += kQueryTile) {
+    for (int i = 0; !decode && i < queries; i += kQueryTile) {
       tiles[tile++] = s;
       tiles[tile++] = i;
     }

@@ -158,7 +158,7 @@ export function makeFakeAddon(settings: FakeSettings): FakeAddon {
       totalMemoryBytes: 1,
       freeMemoryBytes: 1,
     }),
-    queryCuda: () => ({ deviceCount: 0, devices: [], error: 'fake' }),
+    queryCuda: () => ({ deviceCount: 0, devices: [], problems: [], error: 'fake' }),
     open: async (options, onEvents, onProgress) => {
       opened.push(options);
       onProgress(1);

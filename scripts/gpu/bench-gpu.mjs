@@ -1,0 +1,177 @@
+// `npm run bench:gpu`: whole requests through the public API on a GPU: time to the first token, decode
+// steps and loading, as JSON. Prompts are random letters, one token each with the byte tokenizer of
+// make_checkpoint.py's folders. Without a usable GPU it prints SKIP and exits 0.
+//   node scripts/gpu/bench-gpu.mjs MODEL [--batch 1,16,64] [--context 1024] [--new 64] [--picture]
+//     [--device cuda] [--out FILE] [--trace FILE]
+// --picture adds a picture of 12 tiles and a thumbnail at batch 1. --trace writes what
+// reference_logits.py compares: a few requests alone and together, 33 tokens each.
+import { writeFileSync } from 'node:fs';
+import { dirname, join, resolve } from 'node:path';
+import { fileURLToPath, pathToFileURL } from 'node:url';
+import { parseArgs } from 'node:util';
+
+const root = resolve(dirname(fileURLToPath(import.meta.url)), '../..');
+const { values: flags, positionals } = parseArgs({
+  allowPositionals: true,
+  options: {
+    batch: { type: 'string', default: '1,16,64' },
+    context: { type: 'string', default: '1024' },
+    new: { type: 'string', default: '64' },
+    session: { type: 'string', default: '2048' },
+    device: { type: 'string', default: 'cuda' },
+    picture: { type: 'boolean', default: false },
+    out: { type: 'string' },
+    trace: { type: 'string' },
+  },
+});
+const model = positionals[0];
+if (!model) throw new Error('usage: bench-gpu.mjs MODEL [options]; see the head of this file');
+const { pipeline } = await import(pathToFileURL(join(root, 'dist', 'index.js')));
+const { probeCuda } = await import(pathToFileURL(join(root, 'dist', 'device.js')));
+const found = await probeCuda();
+if (
+  flags.device.startsWith('cuda') &&
+  !found.devices.some((_, i) => found.reason === '' && !found.problems[i])
+) {
+  console.log(`SKIP: ${[found.reason, ...found.problems].filter(Boolean).join('; ') || 'no GPU'}`);
+  process.exit(0);
+}
+const numbers = (text) => text.split(',').map(Number);
+const median = (list) => [...list].sort((a, b) => a - b)[Math.floor(list.length / 2)];
+const round = (value, digits = 3) => Number(value.toFixed(digits));
+
+let state = 1;
+function letters(count) {
+  let text = '';
+  while (text.length < count) {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    text += String.fromCharCode(97 + ((state >>> 24) % 26));
+  }
+  return text;
+}
+
+// A picture of random pixels.
+function picture(width, height) {
+  const data = new Uint8Array(width * height * 3);
+  for (let i = 0; i < data.length; i += 1) {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    data[i] = state >>> 24;
+  }
+  return { data, width, height, channels: 3 };
+}
+
+const batches = numbers(flags.batch);
+const openedAt = performance.now();
+const pipe = await pipeline(model, {
+  device: flags.device,
+  sessionLen: Number(flags.session),
+  maxBatchSize: Math.max(64, ...batches),
+});
+const openMs = performance.now() - openedAt;
+const stats = pipe.stats();
+const report = {
+  model,
+  device: `${stats.deviceName}; ${stats.deviceDescription}`,
+  openMs: round(openMs),
+  loadMs: round(stats.loadMs),
+  weightGB: round(stats.weightBytes / 1e9),
+  loadGBperSecond: round(stats.weightBytes / 1e6 / stats.loadMs),
+  kvCacheGB: round(stats.kvCacheBytes / 1e9),
+  workspaceGB: round(stats.workspaceBytes / 1e9),
+  runs: [],
+};
+console.log(JSON.stringify(report));
+
+const newTokens = Number(flags.new);
+if (!flags.trace) {
+  for (const context of numbers(flags.context)) {
+    for (const batch of batches) {
+      const settings = { maxNewTokens: newTokens, ignoreEos: true };
+      const prompts = () => Array.from({ length: batch }, () => letters(context - 12));
+      const first = [];
+      const decode = [];
+      const walls = [];
+      for (let repeat = 0; repeat < 3; repeat += 1) {
+        const begin = performance.now();
+        const responses = await pipe(prompts(), settings);
+        walls.push(performance.now() - begin);
+        first.push(Math.max(...responses.map(({ timings }) => timings.firstTokenMs)));
+        // Once the last prompt is in, all requests decode together: the last one's own decode time.
+        decode.push(
+          Math.min(
+            ...responses.map(
+              ({ timings, generateTokenLen }) => timings.decodeMs / (generateTokenLen - 1),
+            ),
+          ),
+        );
+      }
+      const run = {
+        context,
+        batch,
+        stepMs: round(median(decode), 4),
+        tokensPerSecond: round((batch * 1000) / median(decode), 1),
+        firstTokenMs: first.map((ms) => round(ms)),
+        wallMs: walls.map((ms) => round(ms)),
+      };
+      report.runs.push(run);
+      console.log(JSON.stringify(run));
+    }
+  }
+}
+if (flags.picture && !flags.trace) {
+  const message = [
+    {
+      role: 'user',
+      content: [
+        { type: 'image', image: picture(1792, 1344) },
+        { type: 'text', text: letters(64) },
+      ],
+    },
+  ];
+  report.picture = [];
+  for (let repeat = 0; repeat < 4; repeat += 1) {
+    const { timings, inputTokenLen } = await pipe(message, {
+      maxNewTokens: newTokens,
+      ignoreEos: true,
+    });
+    report.picture.push({ inputTokenLen, ...timings });
+    console.log(JSON.stringify(report.picture.at(-1)));
+  }
+}
+if (flags.trace) {
+  const settings = { maxNewTokens: 33, ignoreEos: true, logprobs: 64 };
+  const image = picture(448, 448);
+  const cases = [1, 7, 63, 200, 517].map((length) => ({
+    name: `text ${length}`,
+    prompt: letters(length),
+  }));
+  if (flags.picture) {
+    const pixels = `${flags.trace}.pixels`;
+    writeFileSync(pixels, image.data);
+    const content = [
+      { type: 'image', image },
+      { type: 'text', text: 'What is it?' },
+    ];
+    cases.push({ name: 'one tile', prompt: [{ role: 'user', content }], pixels });
+  }
+  const together = await pipe(
+    cases.map(({ prompt }) => prompt),
+    settings,
+  );
+  const requests = [];
+  let sameAlone = 0;
+  for (const [i, { name, prompt, pixels }] of cases.entries()) {
+    const alone = await pipe(prompt, settings);
+    sameAlone += JSON.stringify(alone.logprobs) === JSON.stringify(together[i].logprobs) ? 1 : 0;
+    const { tokenIds, logprobs } = together[i];
+    const promptIds = [...(await pipe.promptIds(prompt))];
+    const topLogprobs = logprobs.map((step) => step.topLogprobs);
+    requests.push({ name, promptIds, tokenIds, topLogprobs, ...(pixels ? { pixels } : {}) });
+  }
+  writeFileSync(flags.trace, JSON.stringify({ requests }));
+  console.log(
+    `trace: ${requests.length} requests, ${sameAlone} bitwise the same alone and together`,
+  );
+}
+await pipe.close();
+if (flags.out) writeFileSync(flags.out, `${JSON.stringify(report, null, 1)}\n`);

@@ -1,7 +1,7 @@
 // `npm run bench:gpu`: whole requests through the public API on a GPU: time to the first token, decode
 // steps and loading, as JSON. Prompts are random letters, one token each with the byte tokenizer of
 // make_checkpoint.py's folders. Without a usable GPU it prints SKIP and exits 0.
-//   node scripts/gpu/bench-gpu.mjs MODEL [--batch 1,16,64] [--context 1024] [--new 64] [--picture]
+//   node scripts/gpu/bench-gpu.mjs MODEL [--batch 1,16,64] [--context 1024] [--new 64] [--repeats 3] [--picture]
 //     [--device cuda] [--out FILE] [--trace FILE]
 // --picture adds a picture of 12 tiles and a thumbnail at batch 1. --trace writes what
 // reference_logits.py compares: a few requests alone and together, 33 tokens each.
@@ -17,6 +17,7 @@ const { values: flags, positionals } = parseArgs({
     batch: { type: 'string', default: '1,16,64' },
     context: { type: 'string', default: '1024' },
     new: { type: 'string', default: '64' },
+    repeats: { type: 'string', default: '3' },
     session: { type: 'string', default: '2048' },
     device: { type: 'string', default: 'cuda' },
     picture: { type: 'boolean', default: false },
@@ -91,7 +92,7 @@ if (!flags.trace) {
       const first = [];
       const decode = [];
       const walls = [];
-      for (let repeat = 0; repeat < 3; repeat += 1) {
+      for (let repeat = 0; repeat < Number(flags.repeats); repeat += 1) {
         const begin = performance.now();
         const responses = await pipe(prompts(), settings);
         walls.push(performance.now() - begin);

@@ -13,6 +13,9 @@ constexpr size_t kSlabBytes = size_t{32} << 20;
 constexpr size_t kBlockGranularity = size_t{2} << 20;
 constexpr size_t kMaxCachedBytes = size_t{512} << 20;
 
+constexpr size_t kMaxCopyThreads = 8;
+constexpr size_t kLeastParallelBytes = size_t{1} << 20;
+
 double gib(size_t bytes) { return static_cast<double>(bytes) / (1 << 30); }
 
 class LargeBuffer final : public Buffer {
@@ -168,6 +171,59 @@ void Event::wait() {
   if (event_ != nullptr) cuda_check(cudaEventSynchronize(event_), "waiting for the GPU");
 }
 
+ParallelCopy::ParallelCopy() {
+  parts_ = std::clamp<size_t>(std::thread::hardware_concurrency(), 1, kMaxCopyThreads);
+  for (size_t part = 1; part < parts_; ++part) helpers_.emplace_back([this, part] { work(part); });
+}
+
+ParallelCopy::~ParallelCopy() {
+  {
+    const std::lock_guard lock(mutex_);
+    ending_ = true;
+  }
+  changed_.notify_all();
+  for (std::thread& helper : helpers_) helper.join();
+}
+
+void ParallelCopy::copy(char* to, const char* from, size_t bytes) {
+  if (bytes < kLeastParallelBytes || helpers_.empty()) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    to_ = to;
+    from_ = from;
+    bytes_ = bytes;
+    running_ = helpers_.size();
+    ++generation_;
+  }
+  changed_.notify_all();
+  copy_part(0);
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return running_ == 0; });
+}
+
+void ParallelCopy::work(size_t part) {
+  uint64_t seen = 0;
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    changed_.wait(lock, [&] { return ending_ || generation_ != seen; });
+    if (ending_) return;
+    seen = generation_;
+    lock.unlock();
+    copy_part(part);
+    lock.lock();
+    if (--running_ == 0) changed_.notify_all();
+  }
+}
+
+void ParallelCopy::copy_part(size_t part) const {
+  const size_t begin = bytes_ * part / parts_;
+  const size_t end = bytes_ * (part + 1) / parts_;
+  std::memcpy(to_ + begin, from_ + begin, end - begin);
+}
+
 StagedUpload::StagedUpload(size_t half_bytes)
     : halves_{PinnedBuffer(half_bytes), PinnedBuffer(half_bytes)} {}
 
@@ -177,7 +233,7 @@ void StagedUpload::copy(void* device, const void* host, size_t bytes, CudaStream
     PinnedBuffer& half = halves_[next_];
     const size_t piece = std::min(half.bytes(), bytes - done);
     done_[next_].wait();
-    std::memcpy(half.data(), static_cast<const char*>(host) + done, piece);
+    copier_.copy(half.data(), static_cast<const char*>(host) + done, piece);
     cuda_check(cudaMemcpyAsync(static_cast<char*>(device) + done, half.data(), piece,
                                cudaMemcpyHostToDevice, stream),
                "uploading");

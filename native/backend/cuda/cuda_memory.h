@@ -3,10 +3,15 @@
 // neither cudaMalloc nor cudaFree; `driver_allocations` counts the calls that do.
 #pragma once
 
+#include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "backend/backend.h"
 #include "backend/cuda/cuda_check.h"
@@ -75,6 +80,31 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
+// Copies memory with several threads: page faults of a mapped file hold one thread to a few GB/s.
+class ParallelCopy {
+ public:
+  ParallelCopy();
+  ~ParallelCopy();
+  ParallelCopy(const ParallelCopy&) = delete;
+  ParallelCopy& operator=(const ParallelCopy&) = delete;
+  void copy(char* to, const char* from, size_t bytes);  // one caller at a time
+
+ private:
+  void work(size_t part);
+  void copy_part(size_t part) const;
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  uint64_t generation_ = 0;  // of the copy at hand; helpers wait for the next
+  size_t running_ = 0;       // helpers that have not finished their part
+  bool ending_ = false;
+  char* to_ = nullptr;
+  const char* from_ = nullptr;
+  size_t bytes_ = 0;
+  size_t parts_ = 1;  // helpers and the caller
+  std::vector<std::thread> helpers_;
+};
+
 // Copies pageable host memory (a mapped file) to the device through two pinned halves: the CPU fills
 // one while the copy engine empties the other. Returns once the source has been read.
 class StagedUpload {
@@ -83,6 +113,7 @@ class StagedUpload {
   void copy(void* device, const void* host, size_t bytes, CudaStream stream);
 
  private:
+  ParallelCopy copier_;
   PinnedBuffer halves_[2];
   Event done_[2];
   int next_ = 0;

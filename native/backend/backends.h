@@ -10,11 +10,11 @@
 namespace turbomind {
 
 struct BackendOptions {
-  std::string device = "cpu";   // "cpu", "cuda", "cuda:1"; "auto" is resolved in lib/
-  int threads = 0;              // CPU threads; 0: as many as the process may use
-  std::string cuda_library;     // path of the CUDA backend library; empty: none
+  std::string device = "cpu";       // "cpu", "cuda", "cuda:1"; "auto" is resolved in lib/
+  int threads = 0;                  // CPU threads; 0: as many as the process may use
+  std::string cuda_library;         // path of the CUDA backend library; empty: none
   DType activations = DType::bf16;  // on a GPU: bf16 or f16
-  std::string cpu_isa;          // "", "scalar", "avx2", "avx512", "amx": a cap, for tests
+  std::string cpu_isa;              // "", "scalar", "avx2", "avx512", "amx": a cap, for tests
 };
 
 // Throws Error{unsupported_device} with every reason.

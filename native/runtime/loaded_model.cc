@@ -53,8 +53,7 @@ class LoadedModel final : public Model {
   size_t weight_bytes_ = 0;
 };
 
-void LoadedModel::load(const ModelSpec& spec, const MemoryPlan& steps,
-                       const ProgressFn& progress) {
+void LoadedModel::load(const ModelSpec& spec, const MemoryPlan& steps, const ProgressFn& progress) {
   LoadProgress report;
   if (progress) {
     report = [&progress](size_t loaded, size_t total) {
@@ -64,8 +63,9 @@ void LoadedModel::load(const ModelSpec& spec, const MemoryPlan& steps,
   WeightLoader loader(*backend_, store_, spec.quant, report);
   decoder_ = std::make_unique<Decoder>(loader, spec.decoder, steps.max_tokens);
   if (spec.vision) {
-    vision_ = std::make_unique<VisionTower>(loader, *spec.vision, spec.decoder.hidden_size,
-                                            tiles_per_pass(*backend_, *spec.vision, steps.max_tiles));
+    vision_ =
+        std::make_unique<VisionTower>(loader, *spec.vision, spec.decoder.hidden_size,
+                                      tiles_per_pass(*backend_, *spec.vision, steps.max_tiles));
   }
   weight_bytes_ = loader.weight_bytes();
 }
@@ -104,9 +104,8 @@ RequestRules rules_of(const ModelSpec& spec) {
 size_t reserve_workspace(Backend& backend, const ModelSpec& spec, const MemoryPlan& steps,
                          int session_len) {
   const DType dtype = backend.activation_dtype();
-  Backend::WorkspaceSpec workspace =
-      Decoder::workspace(spec.decoder, steps.max_tokens, steps.max_sequences, steps.max_sequences,
-                         session_len);
+  Backend::WorkspaceSpec workspace = Decoder::workspace(
+      spec.decoder, steps.max_tokens, steps.max_sequences, steps.max_sequences, session_len);
   size_t bytes = Decoder::activation_bytes(spec.decoder, dtype, steps.max_tokens);
   if (spec.vision) {
     const int hidden = spec.decoder.hidden_size;
@@ -130,8 +129,7 @@ EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> ba
 
   EngineParts parts;
   Backend& device = model->backend();
-  parts.stats.workspace_bytes =
-      reserve_workspace(device, options.spec, steps, budget.session_len);
+  parts.stats.workspace_bytes = reserve_workspace(device, options.spec, steps, budget.session_len);
   KvCacheSpec cache = Decoder::kv_cache_spec(options.spec.decoder, options.block_size, 1);
   budget.block_bytes = device.kv_block_bytes(cache);
   const DeviceInfo info = device.info();

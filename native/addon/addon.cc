@@ -77,10 +77,9 @@ Napi::Value make_tiles(const Napi::CallbackInfo& info) {
 Napi::Value choose_grid(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return guard(env, [&]() -> Napi::Value {
-    const image::TileGrid grid =
-        image::choose_grid(Field(info[0], "chooseGrid: width").int32(),
-                           Field(info[1], "chooseGrid: height").int32(),
-                           to_tile_options(Field(info[2], "chooseGrid: options")));
+    const image::TileGrid grid = image::choose_grid(
+        Field(info[0], "chooseGrid: width").int32(), Field(info[1], "chooseGrid: height").int32(),
+        to_tile_options(Field(info[2], "chooseGrid: options")));
     JsObject object(env);
     object.set("columns", grid.columns);
     object.set("rows", grid.rows);

@@ -14,18 +14,26 @@ constexpr int64_t kMaxSafeInteger = (1LL << 53) - 1;
 // What a person passed, short enough for a message.
 std::string describe(const Napi::Value& value) {
   switch (value.Type()) {
-    case napi_undefined: return "undefined";
-    case napi_null: return "null";
-    case napi_boolean: return value.As<Napi::Boolean>() ? "true" : "false";
-    case napi_number: return format("%.17g", value.As<Napi::Number>().DoubleValue());
+    case napi_undefined:
+      return "undefined";
+    case napi_null:
+      return "null";
+    case napi_boolean:
+      return value.As<Napi::Boolean>() ? "true" : "false";
+    case napi_number:
+      return format("%.17g", value.As<Napi::Number>().DoubleValue());
     case napi_string: {
       const std::string text = value.As<Napi::String>();
       return text.size() <= 40 ? "'" + text + "'" : "'" + text.substr(0, 40) + "…'";
     }
-    case napi_bigint: return "a bigint";
-    case napi_symbol: return "a symbol";
-    case napi_function: return "a function";
-    default: break;
+    case napi_bigint:
+      return "a bigint";
+    case napi_symbol:
+      return "a symbol";
+    case napi_function:
+      return "a function";
+    default:
+      break;
   }
   if (value.IsArray()) return "an array";
   if (value.IsTypedArray()) return "another typed array";
@@ -181,11 +189,16 @@ JsValue to_js(napi_env env, const RequestTimings& timings) {
 
 const char* to_string(FinishReason reason) {
   switch (reason) {
-    case FinishReason::none: return "";
-    case FinishReason::stop: return "stop";
-    case FinishReason::length: return "length";
-    case FinishReason::abort: return "abort";
-    case FinishReason::error: return "error";
+    case FinishReason::none:
+      return "";
+    case FinishReason::stop:
+      return "stop";
+    case FinishReason::length:
+      return "length";
+    case FinishReason::abort:
+      return "abort";
+    case FinishReason::error:
+      return "error";
   }
   return "";
 }
@@ -245,7 +258,8 @@ int64_t Field::integer(int64_t min, int64_t max) const {
   }
   if (min == INT32_MIN && max == INT32_MAX) fail("an integer of 32 bits");
   fail(format("an integer from %lld to %lld", static_cast<long long>(min),
-              static_cast<long long>(max)).c_str());
+              static_cast<long long>(max))
+           .c_str());
 }
 
 double Field::number() const {

@@ -21,9 +21,9 @@ class Field {
   const std::string& path() const { return path_; }
   [[noreturn]] void fail(const char* expected) const;
 
-  Field operator[](const char* key) const;             // of an object
-  Field at(uint32_t idx) const;                        // of an array
-  uint32_t length() const;                             // of an array
+  Field operator[](const char* key) const;               // of an object
+  Field at(uint32_t idx) const;                          // of an array
+  uint32_t length() const;                               // of an array
   std::optional<Field> optional(const char* key) const;  // empty when undefined
 
   int64_t integer(int64_t min, int64_t max) const;

@@ -33,10 +33,9 @@ EngineSession::EngineSession(Napi::Env env, Napi::Function on_events, Napi::Func
       calls_(Environment::of(env).calls()),
       on_events_(Napi::Persistent(on_events)),
       on_progress_(Napi::Persistent(on_progress)),
-      events_(std::make_shared<EventQueue>(
-          env, [this](Napi::Env woken, std::vector<Event> events) {
-            deliver(woken, std::move(events));
-          })) {
+      events_(std::make_shared<EventQueue>(env, [this](Napi::Env woken, std::vector<Event> events) {
+        deliver(woken, std::move(events));
+      })) {
   // Hooks run last in, first out: this one before that of the event queue's thread-safe function,
   // so the engine thread is joined while signalling is still allowed.
   napi_add_env_cleanup_hook(env, &EngineSession::on_cleanup, this);

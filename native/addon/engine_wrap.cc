@@ -7,12 +7,11 @@
 namespace turbomind::addon {
 
 Napi::Function EngineWrap::define(Napi::Env env) {
-  return DefineClass(env, "NativeEngine",
-                     {InstanceMethod<&EngineWrap::submit>("submit"),
-                      InstanceMethod<&EngineWrap::abort>("abort"),
-                      InstanceMethod<&EngineWrap::stats>("stats"),
-                      InstanceMethod<&EngineWrap::close>("close"),
-                      InstanceMethod<&EngineWrap::prompt_logits>("promptLogits")});
+  return DefineClass(
+      env, "NativeEngine",
+      {InstanceMethod<&EngineWrap::submit>("submit"), InstanceMethod<&EngineWrap::abort>("abort"),
+       InstanceMethod<&EngineWrap::stats>("stats"), InstanceMethod<&EngineWrap::close>("close"),
+       InstanceMethod<&EngineWrap::prompt_logits>("promptLogits")});
 }
 
 Napi::Object EngineWrap::create(Napi::Env env, std::shared_ptr<EngineSession> session) {

@@ -21,7 +21,7 @@ class EventQueue {
   void drain(Napi::Env env);             // JS thread: delivers what is there now
   void hold() { wakeup_.hold(); }        // JS thread: the event loop waits for more events
   void release() { wakeup_.release(); }
-  void stop() { wakeup_.stop(); }        // JS thread: nothing is delivered by itself any more
+  void stop() { wakeup_.stop(); }  // JS thread: nothing is delivered by itself any more
 
  private:
   std::mutex mutex_;

@@ -52,14 +52,14 @@ class KvCache {
 
 // One step, flattened on the host. Valid from `begin_step` until the step's results were read.
 struct StepBatch {
-  std::span<const TokenId> token_ids;     // [T]
-  std::span<const int32_t> positions;     // [T]
-  std::span<const int32_t> slots;         // [T] block * block_size + offset, where K and V go
-  std::span<const int32_t> query_start;   // [S + 1] rows of sequence s: [query_start[s], [s + 1])
-  std::span<const int32_t> kv_len;        // [S] tokens of the sequence once this step is written
-  std::span<const int32_t> block_table;   // [S, max_blocks], -1 past a sequence's end
+  std::span<const TokenId> token_ids;    // [T]
+  std::span<const int32_t> positions;    // [T]
+  std::span<const int32_t> slots;        // [T] block * block_size + offset, where K and V go
+  std::span<const int32_t> query_start;  // [S + 1] rows of sequence s: [query_start[s], [s + 1])
+  std::span<const int32_t> kv_len;       // [S] tokens of the sequence once this step is written
+  std::span<const int32_t> block_table;  // [S, max_blocks], -1 past a sequence's end
   int max_blocks = 0;
-  std::span<const int32_t> sample_rows;   // [R] rows of T whose next token is wanted
+  std::span<const int32_t> sample_rows;  // [R] rows of T whose next token is wanted
   int num_tokens() const { return static_cast<int>(token_ids.size()); }
   int num_sequences() const { return static_cast<int>(kv_len.size()); }
 };
@@ -87,7 +87,7 @@ struct LinearArgs {
   ConstTensorView x;           // [T, K]
   TensorView y;                // [T, N], or [T, N / 2] for silu_mul
   Epilogue epilogue = Epilogue::none;
-  ConstTensorView scale{};     // residual only (InternViT's layer scale)
+  ConstTensorView scale{};  // residual only (InternViT's layer scale)
 };
 
 // Image rows of the step: rows [row, row + count) of x take embeddings[offset, offset + count).
@@ -103,7 +103,7 @@ struct EmbedArgs {
 };
 
 struct Rope {
-  ConstTensorView inv_freq;       // [D / 2] f32 device vector; half-split rotation (Llama, Qwen)
+  ConstTensorView inv_freq;        // [D / 2] f32 device vector; half-split rotation (Llama, Qwen)
   float attention_scaling = 1.0F;  // multiplies cos and sin (yarn, longrope)
 };
 
@@ -120,7 +120,7 @@ struct AttentionArgs {
   Rope rope;
   const Norm* q_norm = nullptr;  // per head over D (Qwen3), before RoPE; or null
   const Norm* k_norm = nullptr;
-  float softmax_scale = 0.0F;    // 0: 1 / sqrt(D)
+  float softmax_scale = 0.0F;  // 0: 1 / sqrt(D)
 };
 
 // Non-causal attention inside each tile.
@@ -188,8 +188,8 @@ class Backend {
 
   // Memory. Fresh buffers hold unspecified bytes. Throws Error{out_of_memory}.
   virtual std::unique_ptr<Buffer> allocate(size_t bytes) = 0;
-  virtual void upload(TensorView device, const void* host) = 0;     // device.bytes() bytes
-  virtual void download(void* host, ConstTensorView device) = 0;    // waits for the ops before it
+  virtual void upload(TensorView device, const void* host) = 0;   // device.bytes() bytes
+  virtual void download(void* host, ConstTensorView device) = 0;  // waits for the ops before it
   virtual void synchronize() = 0;
 
   // Weights. Sources are views of mapped files: a backend drops their pages when it has repacked
@@ -205,9 +205,9 @@ class Backend {
 
   // Scratch the ops need beyond their outputs, sized once at load; later ops allocate nothing.
   struct WorkspaceSpec {
-    int max_tokens = 0;       // T of a decoder step or rows of a vision batch
-    int max_sequences = 0;    // S
-    int max_rows = 0;         // R
+    int max_tokens = 0;     // T of a decoder step or rows of a vision batch
+    int max_sequences = 0;  // S
+    int max_rows = 0;       // R
     int64_t max_in_features = 0;
     int64_t max_out_features = 0;
     int64_t vocab_size = 0;

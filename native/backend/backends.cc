@@ -23,9 +23,9 @@ std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
                        "and runs no model yet; use device 'cpu'",
                        options.device.c_str()));
   }
-  throw Error(ErrorCode::unsupported_device,
-              format("device '%s' is unknown; expected 'cpu', 'cuda' or 'cuda:N'",
-                     options.device.c_str()));
+  throw Error(
+      ErrorCode::unsupported_device,
+      format("device '%s' is unknown; expected 'cpu', 'cuda' or 'cuda:N'", options.device.c_str()));
 }
 
 }  // namespace turbomind

@@ -10,10 +10,10 @@
 namespace turbomind {
 
 struct BackendOptions {
-  std::string device = "cpu";   // "cpu", "cuda", "cuda:1"; "auto" is resolved in lib/
-  int threads = 0;              // CPU threads; 0: as many as the process may use
-  std::string cuda_library;     // path of the CUDA backend library; empty: none
-  std::string cpu_isa;          // "", "scalar", "avx2", "avx512", "amx": a cap, for tests
+  std::string device = "cpu";  // "cpu", "cuda", "cuda:1"; "auto" is resolved in lib/
+  int threads = 0;             // CPU threads; 0: as many as the process may use
+  std::string cuda_library;    // path of the CUDA backend library; empty: none
+  std::string cpu_isa;         // "", "scalar", "avx2", "avx512", "amx": a cap, for tests
 };
 
 // Throws Error{unsupported_device} with every reason.

@@ -157,8 +157,9 @@ class CudaProxy final : public Backend {
     using Result = decltype(body());
     cuda::CallStatus status;
     if constexpr (std::is_void_v<Result>) {
-      library_.guard([](void* context) { (*static_cast<std::remove_reference_t<Body>*>(context))(); },
-                     &body, &status);
+      library_.guard(
+          [](void* context) { (*static_cast<std::remove_reference_t<Body>*>(context))(); }, &body,
+          &status);
       throw_if_failed(status);
     } else {
       struct Frame {
@@ -194,8 +195,9 @@ std::unique_ptr<Backend> load_cuda_backend(const CudaLoadOptions& options) {
   cuda::CallStatus status;
   Backend* backend = library.create(&create, &status);
   if (backend == nullptr) {
-    throw Error(status.code >= 0 ? static_cast<ErrorCode>(status.code) : ErrorCode::unsupported_device,
-                status.message);
+    throw Error(
+        status.code >= 0 ? static_cast<ErrorCode>(status.code) : ErrorCode::unsupported_device,
+        status.message);
   }
   return std::make_unique<CudaProxy>(library, backend);
 }

@@ -10,7 +10,7 @@
 namespace turbomind {
 
 struct CudaLoadOptions {
-  std::string library;              // path of libturbomind_cuda.so
+  std::string library;  // path of libturbomind_cuda.so
   int device = 0;
   DType activations = DType::bf16;  // bf16, or f16 for checkpoints stored as f16
   bool use_graphs = true;

@@ -12,7 +12,7 @@
 namespace turbomind {
 namespace {
 
-constexpr size_t kBlock = 64;  // logits behind one entry of block_max_
+constexpr size_t kBlock = 64;     // logits behind one entry of block_max_
 constexpr int kHeapLimit = 4096;  // above, selecting by partition beats a heap
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -115,8 +115,10 @@ double clear_below(std::span<float> values, float cut, std::vector<float>& sums)
 
 const char* describe(SampleStatus status) {
   switch (status) {
-    case SampleStatus::ok: return "ok";
-    case SampleStatus::not_finite: return "the model's logits hold NaN or infinity";
+    case SampleStatus::ok:
+      return "ok";
+    case SampleStatus::not_finite:
+      return "the model's logits hold NaN or infinity";
     case SampleStatus::all_banned:
       return "every token of the vocabulary is banned; remove some badWords";
   }

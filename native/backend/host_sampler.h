@@ -25,10 +25,10 @@
 
 namespace turbomind {
 
-enum class [[nodiscard]] SampleStatus {
-  ok,
-  not_finite,  // a logit is NaN or +infinity
-  all_banned   // no token is left
+enum class [[nodiscard]] SampleStatus{
+    ok,
+    not_finite,  // a logit is NaN or +infinity
+    all_banned   // no token is left
 };
 const char* describe(SampleStatus status);
 

@@ -11,7 +11,7 @@ namespace turbomind {
 
 enum class WeightKind : uint8_t {
   dense,  // weight [N, K], f32 | f16 | bf16
-  awq     // AutoAWQ "gemm": qweight i32 [K, N/8], qzeros i32 [K/g, N/8], scales f16|bf16|f32 [K/g, N]
+  awq  // AutoAWQ "gemm": qweight i32 [K, N/8], qzeros i32 [K/g, N/8], scales f16|bf16|f32 [K/g, N]
 };
 
 // Column held by nibble p (bits 4p..4p+3) of an AWQ int32 (AutoAWQ's packing order).
@@ -19,12 +19,12 @@ inline constexpr int kAwqColumnOfNibble[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 
 struct LinearPart {
   WeightKind kind = WeightKind::dense;
-  int64_t out_features = 0;   // N of this part
-  ConstTensorView weight;     // dense
-  ConstTensorView qweight;    // awq
-  ConstTensorView qzeros;     // awq
-  ConstTensorView scales;     // awq
-  ConstTensorView bias;       // [N] or empty
+  int64_t out_features = 0;  // N of this part
+  ConstTensorView weight;    // dense
+  ConstTensorView qweight;   // awq
+  ConstTensorView qzeros;    // awq
+  ConstTensorView scales;    // awq
+  ConstTensorView bias;      // [N] or empty
 };
 
 enum class PartOrder : uint8_t {

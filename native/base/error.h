@@ -47,7 +47,7 @@ std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)
 }  // namespace turbomind
 
 // Guards an invariant in all builds; throws Error{internal}.
-#define TM_CHECK(condition, ...)                                                     \
-  do {                                                                               \
+#define TM_CHECK(condition, ...)                                                             \
+  do {                                                                                       \
     if (!(condition)) ::turbomind::fail_check(#condition, ::turbomind::format(__VA_ARGS__)); \
   } while (false)

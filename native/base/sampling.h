@@ -26,14 +26,14 @@ struct SamplingParams {
 // One row of logits to turn into a token.
 struct SampleRow {
   const SamplingParams* params = nullptr;
-  std::span<const TokenId> tokens;       // prompt and completion so far
-  std::span<const TokenId> banned;       // extra bans of this step (stop ids below min_new_tokens)
-  uint32_t completion_idx = 0;           // index of the token to draw within the completion
+  std::span<const TokenId> tokens;  // prompt and completion so far
+  std::span<const TokenId> banned;  // extra bans of this step (stop ids below min_new_tokens)
+  uint32_t completion_idx = 0;      // index of the token to draw within the completion
 };
 
 struct SampleResult {
   TokenId token = -1;
-  float logprob = 0.0F;                               // of `token`; only if num_logprobs > 0
+  float logprob = 0.0F;                                 // of `token`; only if num_logprobs > 0
   std::vector<std::pair<TokenId, float>> top_logprobs;  // best first, ties by lower id
 };
 

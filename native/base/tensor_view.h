@@ -48,7 +48,8 @@ struct BasicTensorView {
              "rows [%lld, %lld) of a tensor with %lld rows", static_cast<long long>(begin),
              static_cast<long long>(begin + count), static_cast<long long>(dim(0)));
     BasicTensorView part = *this;
-    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+    using Byte =
+        std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
     part.data = static_cast<Byte*>(data) + begin * row_elements() * dtype_bytes(dtype);
     part.shape[0] = count;
     return part;

@@ -13,12 +13,12 @@ constexpr int kOutputsPerGroup = 4;         // outputs are padded with zero weig
 
 // Output i is the sum over t < counts[i] of weights[i * taps + t] * in[starts[i] + t].
 struct Coefficients {
-  int outputs = 0;              // as asked for; the arrays hold round_up(outputs, 4) entries
-  int steps = 0;                // taps / 4
-  int taps = 0;                 // padded, the same for all outputs
-  std::vector<int> starts;      // first input of each output
-  std::vector<int> counts;      // taps with a weight; starts + counts <= in
-  std::vector<int32_t> weights; // [outputs, taps], fixed point
+  int outputs = 0;               // as asked for; the arrays hold round_up(outputs, 4) entries
+  int steps = 0;                 // taps / 4
+  int taps = 0;                  // padded, the same for all outputs
+  std::vector<int> starts;       // first input of each output
+  std::vector<int> counts;       // taps with a weight; starts + counts <= in
+  std::vector<int32_t> weights;  // [outputs, taps], fixed point
   int max_count = 0;
 };
 

@@ -8,9 +8,8 @@ namespace turbomind::image {
 
 void check_size(int width, int height) {
   if (width < 1 || height < 1 || width > kMaxSide || height > kMaxSide) {
-    throw Error(ErrorCode::invalid_image,
-                format("image: %d x %d pixels; each side must be 1 to %d", width, height,
-                       kMaxSide));
+    throw Error(ErrorCode::invalid_image, format("image: %d x %d pixels; each side must be 1 to %d",
+                                                 width, height, kMaxSide));
   }
   if (static_cast<int64_t>(width) * height > kMaxPixels) {
     throw Error(ErrorCode::invalid_image,
@@ -22,17 +21,17 @@ void check_size(int width, int height) {
 void check_image(const ImageView& image) {
   check_size(image.width, image.height);
   if (image.channels != 1 && image.channels != 3 && image.channels != 4) {
-    throw Error(ErrorCode::invalid_image,
-                format("image: %d channels; expected 1 (grey), 3 (RGB) or 4 (RGBA)",
-                       image.channels));
+    throw Error(
+        ErrorCode::invalid_image,
+        format("image: %d channels; expected 1 (grey), 3 (RGB) or 4 (RGBA)", image.channels));
   }
   if (image.pixels == nullptr) throw Error(ErrorCode::invalid_image, "image: no pixels");
 }
 
 void check_options(const TileOptions& options) {
   if (options.tile_size < 1 || options.tile_size > kMaxTileSize) {
-    throw Error(ErrorCode::invalid_argument, format("tileSize %d; expected 1 to %d pixels",
-                                                    options.tile_size, kMaxTileSize));
+    throw Error(ErrorCode::invalid_argument,
+                format("tileSize %d; expected 1 to %d pixels", options.tile_size, kMaxTileSize));
   }
   if (options.max_tiles < 1 || options.max_tiles > kMaxTiles) {
     throw Error(ErrorCode::invalid_argument,

@@ -33,18 +33,18 @@ struct TileOptions {
 struct ImageTiles {
   TileGrid grid;
   int tile_size = 0;
-  int num_tiles = 0;            // thumbnail counted
-  std::vector<uint8_t> pixels;  // [num_tiles, S, S, 3]
+  int num_tiles = 0;                  // thumbnail counted
+  std::vector<uint8_t> pixels;        // [num_tiles, S, S, 3]
   uint64_t content_hash[2] = {0, 0};  // of grid, size and pixels: the image's identity
 };
 
 // Bounds of what is accepted. They keep every size below in 32 bits and one image's memory sane;
 // lib/ applies tighter ones of its own before it decodes.
-constexpr int kMaxSide = 65535;              // pixels
-constexpr int64_t kMaxPixels = 1LL << 28;    // of the input
-constexpr int kMaxTileSize = 4096;           // pixels
+constexpr int kMaxSide = 65535;            // pixels
+constexpr int64_t kMaxPixels = 1LL << 28;  // of the input
+constexpr int kMaxTileSize = 4096;         // pixels
 constexpr int kMaxTiles = 1024;
-constexpr int64_t kMaxTileBytes = 1LL << 30; // of all tiles together
+constexpr int64_t kMaxTileBytes = 1LL << 30;  // of all tiles together
 
 // Throw Error{invalid_image} and Error{invalid_argument}.
 void check_size(int width, int height);

@@ -27,18 +27,18 @@ PackedWeights pack_weights(const Coefficients& coefficients, Axis axis,
 struct HorizontalArgs {
   const Coefficients* coefficients = nullptr;
   const PackedWeights* weights = nullptr;
-  int channels = 3;                        // of the input; grey is spread, alpha dropped
-  const uint8_t* in[4] = {};               // rows; kReadSlack bytes past the last tap are readable
-  uint8_t* out[4] = {};                    // [outputs, 3]; kWriteSlack bytes past it are writable
-  int num_rows = 0;                        // 1 to 4
+  int channels = 3;           // of the input; grey is spread, alpha dropped
+  const uint8_t* in[4] = {};  // rows; kReadSlack bytes past the last tap are readable
+  uint8_t* out[4] = {};       // [outputs, 3]; kWriteSlack bytes past it are writable
+  int num_rows = 0;           // 1 to 4
 };
 
 struct VerticalArgs {
-  const uint8_t* const* in = nullptr;      // [steps * 4] rows of `bytes` bytes
-  const uint8_t* weights = nullptr;        // [steps, 16], one output of PackedWeights
+  const uint8_t* const* in = nullptr;  // [steps * 4] rows of `bytes` bytes
+  const uint8_t* weights = nullptr;    // [steps, 16], one output of PackedWeights
   int steps = 0;
   int bytes = 0;
-  uint8_t* out = nullptr;                  // exactly `bytes` are written
+  uint8_t* out = nullptr;  // exactly `bytes` are written
 };
 
 constexpr int kReadSlack = 64;

@@ -61,8 +61,8 @@ void vertical_scalar(const VerticalArgs& args) {
 
 }  // namespace
 
-const ResizeKernels kScalarKernels = {"scalar", [] { return true; }, pack_scalar,
-                                      horizontal_scalar, vertical_scalar};
+const ResizeKernels kScalarKernels = {"scalar", [] { return true; }, pack_scalar, horizontal_scalar,
+                                      vertical_scalar};
 
 PackedWeights pack_weights(const Coefficients& coefficients, Axis axis,
                            void (*encode)(const int32_t* weights, uint8_t* out)) {
@@ -72,8 +72,8 @@ PackedWeights pack_weights(const Coefficients& coefficients, Axis axis,
   packed.bytes.resize(outputs * steps * 16);
   for (size_t i = 0; i < outputs; ++i) {
     for (size_t step = 0; step < steps; ++step) {
-      const size_t slot = axis == Axis::vertical ? i * steps + step
-                                                 : (i / 4 * steps + step) * 4 + i % 4;
+      const size_t slot =
+          axis == Axis::vertical ? i * steps + step : (i / 4 * steps + step) * 4 + i % 4;
       encode(&coefficients.weights[(i * steps + step) * kTapsPerStep], &packed.bytes[slot * 16]);
     }
   }
@@ -83,16 +83,19 @@ PackedWeights pack_weights(const Coefficients& coefficients, Axis axis,
 const std::vector<const ResizeKernels*>& resize_kernel_table() {
   static const std::vector<const ResizeKernels*> table = {
 #if defined(__x86_64__)
-      &kAvx512VbmiKernels, &kAvx512Kernels, &kAvx2Kernels,
+    &kAvx512VbmiKernels,
+    &kAvx512Kernels,
+    &kAvx2Kernels,
 #endif
-      &kScalarKernels};
+    &kScalarKernels
+  };
   return table;
 }
 
 const ResizeKernels& best_resize_kernels() {
-  static const ResizeKernels& best = **std::find_if(
-      resize_kernel_table().begin(), resize_kernel_table().end(),
-      [](const ResizeKernels* kernels) { return kernels->supported(); });
+  static const ResizeKernels& best =
+      **std::find_if(resize_kernel_table().begin(), resize_kernel_table().end(),
+                     [](const ResizeKernels* kernels) { return kernels->supported(); });
   return best;
 }
 

@@ -48,12 +48,10 @@ Resizer::Resizer(const ImageView& in, int out_width, int out_height, const Resiz
 int Resizer::first_input_row(int y) const { return resizes_height_ ? vertical_.starts[y] : y; }
 
 int64_t Resizer::cost() const {
-  const int64_t horizontal = resizes_width_
-      ? static_cast<int64_t>(in_.height) * out_width_ * horizontal_.steps
-      : 0;
-  const int64_t vertical = resizes_height_
-      ? static_cast<int64_t>(out_height_) * out_width_ * vertical_.steps
-      : 0;
+  const int64_t horizontal =
+      resizes_width_ ? static_cast<int64_t>(in_.height) * out_width_ * horizontal_.steps : 0;
+  const int64_t vertical =
+      resizes_height_ ? static_cast<int64_t>(out_height_) * out_width_ * vertical_.steps : 0;
   return horizontal + vertical + static_cast<int64_t>(out_height_) * out_width_;
 }
 

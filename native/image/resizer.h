@@ -14,7 +14,7 @@ namespace turbomind::image {
 // A plain image is one segment; a tile grid is `columns` segments a row.
 struct SegmentedOutput {
   uint8_t* pixels = nullptr;
-  int width = 0;    // of a segment, pixels
+  int width = 0;  // of a segment, pixels
   int height = 0;
   int columns = 1;  // segments side by side
 
@@ -50,7 +50,7 @@ class Resizer {
   Coefficients vertical_;    // empty when the height stays
   PackedWeights horizontal_weights_;
   PackedWeights vertical_weights_;
-  size_t read_end_ = 0;      // bytes from an input row's start that the horizontal kernel may read
+  size_t read_end_ = 0;  // bytes from an input row's start that the horizontal kernel may read
 };
 
 }  // namespace turbomind::image

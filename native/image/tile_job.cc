@@ -80,10 +80,9 @@ void TileJob::run_hash(int tile_idx) {
 }
 
 std::shared_ptr<const ImageTiles> TileJob::take() {
-  std::vector<uint64_t> words = {static_cast<uint64_t>(tiles_->grid.columns),
-                                 static_cast<uint64_t>(tiles_->grid.rows),
-                                 static_cast<uint64_t>(tiles_->tile_size),
-                                 static_cast<uint64_t>(tiles_->num_tiles)};
+  std::vector<uint64_t> words = {
+      static_cast<uint64_t>(tiles_->grid.columns), static_cast<uint64_t>(tiles_->grid.rows),
+      static_cast<uint64_t>(tiles_->tile_size), static_cast<uint64_t>(tiles_->num_tiles)};
   for (const ContentHash& hash : hashes_) words.insert(words.end(), hash.words, hash.words + 2);
   const ContentHash hash = content_hash(words.data(), words.size() * sizeof(uint64_t));
   tiles_->content_hash[0] = hash.words[0];

@@ -61,8 +61,10 @@ void TilePool::State::run_item(Work& work, Work::Phase phase, int item_idx) cons
     case Work::Phase::plan:
       work.job.emplace(work.image, work.options, num_threads, best_resize_kernels());
       return;
-    case Work::Phase::bands: return work.job->run_band(item_idx);
-    case Work::Phase::hashes: return work.job->run_hash(item_idx);
+    case Work::Phase::bands:
+      return work.job->run_band(item_idx);
+    case Work::Phase::hashes:
+      return work.job->run_hash(item_idx);
   }
 }
 

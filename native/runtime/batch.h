@@ -12,9 +12,9 @@ namespace turbomind {
 
 // Rows of the step that take the embeddings of some tiles of one image.
 struct ImageRows {
-  int row = 0;                          // first of T
+  int row = 0;  // first of T
   const EncodedTiles* tiles = nullptr;
-  int first = 0;                        // row of the tiles' embeddings
+  int first = 0;  // row of the tiles' embeddings
   int count = 0;
 };
 

@@ -85,8 +85,7 @@ int32_t BlockTable::slot(int token_idx) const {
   const int block_size = manager_->block_size();
   TM_CHECK(token_idx >= 0 && token_idx / block_size < num_blocks(),
            "slot of token %d in a table of %d blocks", token_idx, num_blocks());
-  return blocks_[static_cast<size_t>(token_idx / block_size)] * block_size +
-         token_idx % block_size;
+  return blocks_[static_cast<size_t>(token_idx / block_size)] * block_size + token_idx % block_size;
 }
 
 }  // namespace turbomind

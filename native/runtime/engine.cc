@@ -201,8 +201,8 @@ bool EngineImpl::recover(const std::exception_ptr& exception) {
     emit(scheduler_.fail_planned(error));
     return true;
   }
-  dead_ = Error(error.code(), format("the engine has stopped and must be opened again: %s",
-                                     error.what()));
+  dead_ = Error(error.code(),
+                format("the engine has stopped and must be opened again: %s", error.what()));
   emit(scheduler_.fail_all(*dead_));
   return true;
 }
@@ -243,9 +243,9 @@ std::vector<float> EngineImpl::compute_prompt_logits(const Request& request) {
   if (!sequence.blocks().grow_to(num_tokens)) {
     throw Error(ErrorCode::out_of_memory,
                 format("logits of a prompt of %d tokens need %d KV blocks; %d of %d are free while "
-                       "%d sequences run; ask again when they have ended", num_tokens,
-                       blocks_.blocks_for(num_tokens), blocks_.num_free(), blocks_.num_blocks(),
-                       scheduler_.num_running()));
+                       "%d sequences run; ask again when they have ended",
+                       num_tokens, blocks_.blocks_for(num_tokens), blocks_.num_free(),
+                       blocks_.num_blocks(), scheduler_.num_running()));
   }
   std::vector<float> logits(static_cast<size_t>(rules_.vocab_size));
   StepPlan plan;

@@ -17,23 +17,23 @@ struct EngineOptions {
   ModelSpec spec;
   CheckpointFiles files;
   BackendOptions backend;
-  int session_len = 0;               // tokens of prompt and completion; 0: the model's positions
-  int max_batch_size = 128;          // sequences in one step
-  int max_prefill_token_num = 512;   // token budget of one step
-  int block_size = 64;               // tokens a KV block
+  int session_len = 0;                 // tokens of prompt and completion; 0: the model's positions
+  int max_batch_size = 128;            // sequences in one step
+  int max_prefill_token_num = 512;     // token budget of one step
+  int block_size = 64;                 // tokens a KV block
   double cache_max_entry_count = 0.8;  // share of free memory after weights for KV blocks; the
                                        // pool never exceeds max_batch_size full sessions
-  bool manual_stepping = false;      // tests: no thread; the owner calls step()
+  bool manual_stepping = false;        // tests: no thread; the owner calls step()
 };
 
 struct EngineStats {
-  int running = 0;   // sequences holding blocks
-  int waiting = 0;   // sequences queued
+  int running = 0;  // sequences holding blocks
+  int waiting = 0;  // sequences queued
   int total_blocks = 0;
   int free_blocks = 0;
   uint64_t steps = 0;
   uint64_t preemptions = 0;
-  uint64_t prompt_tokens = 0;      // computed, preempted work counted again
+  uint64_t prompt_tokens = 0;  // computed, preempted work counted again
   uint64_t completion_tokens = 0;
   size_t weight_bytes = 0;
   size_t kv_cache_bytes = 0;

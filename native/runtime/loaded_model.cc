@@ -97,9 +97,8 @@ RequestRules rules_of(const ModelSpec& spec) {
 size_t reserve_workspace(Backend& backend, const ModelSpec& spec, const MemoryPlan& steps,
                          int session_len) {
   const DType dtype = backend.activation_dtype();
-  Backend::WorkspaceSpec workspace =
-      Decoder::workspace(spec.decoder, steps.max_tokens, steps.max_sequences, steps.max_sequences,
-                         session_len);
+  Backend::WorkspaceSpec workspace = Decoder::workspace(
+      spec.decoder, steps.max_tokens, steps.max_sequences, steps.max_sequences, session_len);
   size_t bytes = Decoder::activation_bytes(spec.decoder, dtype, steps.max_tokens);
   if (spec.vision) {
     const int hidden = spec.decoder.hidden_size;
@@ -123,8 +122,7 @@ EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> ba
 
   EngineParts parts;
   Backend& device = model->backend();
-  parts.stats.workspace_bytes =
-      reserve_workspace(device, options.spec, steps, budget.session_len);
+  parts.stats.workspace_bytes = reserve_workspace(device, options.spec, steps, budget.session_len);
   KvCacheSpec cache = Decoder::kv_cache_spec(options.spec.decoder, options.block_size, 1);
   budget.block_bytes = device.kv_block_bytes(cache);
   const DeviceInfo info = device.info();

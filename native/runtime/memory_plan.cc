@@ -32,9 +32,9 @@ MemoryPlan plan_steps(const MemoryBudget& budget) {
   check_range("maxPrefillTokenNum", budget.max_prefill_token_num, 1, kMaxPrefillTokens);
   check_range("blockSize", budget.block_size, 1, kMaxBlockSize);
   if (!std::has_single_bit(static_cast<unsigned>(budget.block_size))) {
-    throw Error(ErrorCode::invalid_argument,
-                format("blockSize is %d; expected a power of two (the default is 64)",
-                       budget.block_size));
+    throw Error(
+        ErrorCode::invalid_argument,
+        format("blockSize is %d; expected a power of two (the default is 64)", budget.block_size));
   }
   MemoryPlan plan;
   plan.blocks_per_session = ceil_div(budget.session_len, budget.block_size);
@@ -52,7 +52,8 @@ MemoryPlan plan_memory(const MemoryBudget& budget) {
   if (!(share > 0.0 && share <= 1.0)) {
     throw Error(ErrorCode::invalid_argument,
                 format("cacheMaxEntryCount is %g; expected a share of free memory above 0 and at "
-                       "most 1", share));
+                       "most 1",
+                       share));
   }
   TM_CHECK(budget.block_bytes > 0, "KV blocks of 0 bytes");
   const double affordable =

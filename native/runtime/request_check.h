@@ -12,7 +12,7 @@ namespace turbomind {
 struct RequestRules {
   int vocab_size = 0;
   TokenId image_token_id = -1;
-  int tile_size = 0;        // pixels; 0: the model takes no images
+  int tile_size = 0;  // pixels; 0: the model takes no images
   int tokens_per_tile = 0;
 };
 

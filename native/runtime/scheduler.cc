@@ -26,8 +26,8 @@ int StepPlan::add_prefill(Sequence& sequence, StepBudget& budget) {
     if (end <= image.token_offset) break;
     if (begin >= image.token_offset + image.num_tokens()) continue;
     const int encoded = image.num_encoded();
-    const int wanted = std::min(image.num_tiles(),
-                                ceil_div(end - image.token_offset, image.tokens_per_tile));
+    const int wanted =
+        std::min(image.num_tiles(), ceil_div(end - image.token_offset, image.tokens_per_tile));
     const int granted = std::clamp(wanted - encoded, 0, budget.tiles);
     if (granted > 0) tiles.push_back({&sequence, static_cast<int>(i), encoded, granted});
     budget.tiles -= granted;
@@ -52,8 +52,9 @@ Scheduler::Scheduler(const SchedulerLimits& limits, BlockManager& blocks)
   TM_CHECK(limits.session_len >= 2 && limits.max_batch_size >= 1 &&
                limits.max_prefill_token_num >= 1 && limits.max_tiles >= 1,
            "scheduler limits: session_len %d, max_batch_size %d, max_prefill_token_num %d, "
-           "max_tiles %d", limits.session_len, limits.max_batch_size,
-           limits.max_prefill_token_num, limits.max_tiles);
+           "max_tiles %d",
+           limits.session_len, limits.max_batch_size, limits.max_prefill_token_num,
+           limits.max_tiles);
   running_.reserve(static_cast<size_t>(limits.max_batch_size));
   plan_.rows.reserve(static_cast<size_t>(limits.max_batch_size));
 }
@@ -66,14 +67,15 @@ Admission Scheduler::fits(int num_prompt_tokens) const {
   if (num_prompt_tokens >= limits_.session_len) {
     return {Admit::never, ErrorCode::prompt_too_long,
             format("the prompt has %d tokens and leaves no room for a completion in a session of "
-                   "%d; shorten it or raise sessionLen", num_prompt_tokens, limits_.session_len)};
+                   "%d; shorten it or raise sessionLen",
+                   num_prompt_tokens, limits_.session_len)};
   }
   if (num_prompt_tokens >= blocks_.num_tokens()) {
     return {Admit::never, ErrorCode::out_of_memory,
             format("the prompt has %d tokens and needs %d KV blocks, but the pool has %d of %d "
-                   "tokens; shorten it or raise cacheMaxEntryCount", num_prompt_tokens,
-                   blocks_.blocks_for(num_prompt_tokens + 1), blocks_.num_blocks(),
-                   blocks_.block_size())};
+                   "tokens; shorten it or raise cacheMaxEntryCount",
+                   num_prompt_tokens, blocks_.blocks_for(num_prompt_tokens + 1),
+                   blocks_.num_blocks(), blocks_.block_size())};
   }
   return {};
 }
@@ -81,8 +83,8 @@ Admission Scheduler::fits(int num_prompt_tokens) const {
 Admission Scheduler::add(Request request, Clock::time_point submitted) {
   Admission admission = fits(static_cast<int>(request.prompt_tokens.size()));
   if (admission.admit == Admit::never) return admission;
-  waiting_.push_back(std::make_unique<Sequence>(std::move(request), submitted,
-                                                max_sequence_tokens(), blocks_));
+  waiting_.push_back(
+      std::make_unique<Sequence>(std::move(request), submitted, max_sequence_tokens(), blocks_));
   return admission;
 }
 
@@ -173,7 +175,8 @@ Event Scheduler::commit_row(Sequence& sequence, const SampleResult& result,
                             const std::optional<Error>& failure, Clock::time_point now) {
   if (result.token < 0) {
     sequence.fail();
-    return error_event(sequence, failure.value_or(Error(ErrorCode::internal, "no token was drawn")));
+    return error_event(sequence,
+                       failure.value_or(Error(ErrorCode::internal, "no token was drawn")));
   }
   const FinishReason reason = sequence.append(result.token, now);
   Event event = final_event(sequence, reason);

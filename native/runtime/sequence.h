@@ -48,7 +48,7 @@ class Sequence {
   Sequence(Request request, Clock::time_point submitted, int max_tokens, BlockManager& blocks);
 
   RequestId id() const { return request_.id; }
-  const Request& request() const { return request_; }  // without its prompt tokens
+  const Request& request() const { return request_; }          // without its prompt tokens
   std::span<const TokenId> tokens() const { return tokens_; }  // prompt, then completion
   int num_tokens() const { return static_cast<int>(tokens_.size()); }
   int num_prompt_tokens() const { return num_prompt_tokens_; }

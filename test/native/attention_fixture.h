@@ -62,8 +62,11 @@ class AttentionFixture {
     }
     q_weight_ = random_values(shape.dim, 5);
     k_weight_ = random_values(shape.dim, 6);
-    attention_.reserve({.max_tokens = 256, .max_sequences = 8, .max_kv_len = 2048,
-                        .max_heads = shape.heads, .max_head_dim = shape.dim});
+    attention_.reserve({.max_tokens = 256,
+                        .max_sequences = 8,
+                        .max_kv_len = 2048,
+                        .max_heads = shape.heads,
+                        .max_head_dim = shape.dim});
   }
 
   // Rows of y, [tokens of the pieces, heads * dim], for layer 1.
@@ -87,9 +90,14 @@ class AttentionFixture {
     std::vector<float> y(static_cast<size_t>(tokens) * shape_.heads * shape_.dim);
     const Norm q_norm = norm(q_weight_);
     const Norm k_norm = norm(k_weight_);
-    attention_.begin_step({.token_ids = ids, .positions = positions, .slots = slots,
-                           .query_start = starts, .kv_len = kv_len, .block_table = table,
-                           .max_blocks = max_blocks_, .sample_rows = {}});
+    attention_.begin_step({.token_ids = ids,
+                           .positions = positions,
+                           .slots = slots,
+                           .query_start = starts,
+                           .kv_len = kv_len,
+                           .block_table = table,
+                           .max_blocks = max_blocks_,
+                           .sample_rows = {}});
     AttentionArgs args;
     args.qkv = TensorView(qkv.data(), DType::f32, {tokens, shape_.row()});
     args.y = TensorView(y.data(), DType::f32, {tokens, shape_.heads * shape_.dim});

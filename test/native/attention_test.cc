@@ -80,8 +80,8 @@ TEST("every head size, group size and length about a border agrees with float64"
   for (int dim : {64, 80, 96, 128}) {
     for (int group : {1, 2, 3, 5, 7, 8}) {
       const int length = dim == 64 ? 129 : 65;
-      AttentionFixture fixture({.heads = 2 * group, .kv_heads = 2, .dim = dim,
-                                .qk_norm = group == 2}, {length});
+      AttentionFixture fixture(
+          {.heads = 2 * group, .kv_heads = 2, .dim = dim, .qk_norm = group == 2}, {length});
       const auto y = fixture.run({{0, 0, length}});
       EXPECT(error_of(fixture, y, 0, 0, length, 8) < kTolerance);
     }

@@ -35,8 +35,10 @@ int main(int argc, char** argv) {
     const auto start = std::chrono::steady_clock::now();
     for (int t = 0; t < threads; ++t) {
       team.emplace_back([&, t] {
-        if (pass == 0) parts[t].assign(words, static_cast<uint64_t>(t) + 1);  // first touch
-        else sums[t] += sum(parts[t].data(), words);
+        if (pass == 0)
+          parts[t].assign(words, static_cast<uint64_t>(t) + 1);  // first touch
+        else
+          sums[t] += sum(parts[t].data(), words);
       });
     }
     for (std::thread& thread : team) thread.join();

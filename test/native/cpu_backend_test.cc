@@ -79,8 +79,14 @@ struct Step {
     starts.push_back(static_cast<int32_t>(ids.size()));
   }
   StepBatch batch() const {
-    return {.token_ids = ids, .positions = positions, .slots = slots, .query_start = starts,
-            .kv_len = kv_len, .block_table = blocks, .max_blocks = 1, .sample_rows = sampled};
+    return {.token_ids = ids,
+            .positions = positions,
+            .slots = slots,
+            .query_start = starts,
+            .kv_len = kv_len,
+            .block_table = blocks,
+            .max_blocks = 1,
+            .sample_rows = sampled};
   }
   std::vector<TokenId> ids;
   std::vector<int32_t> positions, slots, starts, kv_len, blocks, sampled;
@@ -98,12 +104,17 @@ std::vector<SampleResult> sample_all(CpuBackend& backend, const LinearWeight& he
   const Step step{std::vector<TokenId>(params.size(), 0)};
   std::vector<SampleRow> sample_rows;
   for (size_t i = 0; i < params.size(); ++i) {
-    sample_rows.push_back({.params = &params[i], .tokens = said, .banned = {},
+    sample_rows.push_back({.params = &params[i],
+                           .tokens = said,
+                           .banned = {},
                            .completion_idx = static_cast<uint32_t>(i)});
   }
   std::vector<SampleResult> results(params.size());
   backend.begin_step(step.batch());
-  backend.sample({.head = &head, .norm = nullptr, .x = view(x, rows), .rows = sample_rows,
+  backend.sample({.head = &head,
+                  .norm = nullptr,
+                  .x = view(x, rows),
+                  .rows = sample_rows,
                   .results = results});
   return results;
 }
@@ -126,19 +137,22 @@ TEST("buffers are aligned, hold what was uploaded, and absurd ones give a typed 
   EXPECT_EQ(back[2], 3.0F);
   EXPECT_ERROR(backend.allocate(size_t{1} << 60), ErrorCode::out_of_memory);
   EXPECT_ERROR(backend.allocate(SIZE_MAX - 100), ErrorCode::out_of_memory);
-  EXPECT_ERROR(backend.make_kv_cache({.num_layers = 1 << 20, .num_kv_heads = 1 << 10,
-                                      .head_dim = 1 << 10, .block_size = 64,
+  EXPECT_ERROR(backend.make_kv_cache({.num_layers = 1 << 20,
+                                      .num_kv_heads = 1 << 10,
+                                      .head_dim = 1 << 10,
+                                      .block_size = 64,
                                       .num_blocks = 1 << 30}),
                ErrorCode::out_of_memory);
-  EXPECT_ERROR(backend.make_kv_cache({.num_layers = 1, .num_kv_heads = 0, .head_dim = 64,
-                                      .block_size = 64, .num_blocks = 1}),
-               ErrorCode::invalid_config);
+  EXPECT_ERROR(
+      backend.make_kv_cache(
+          {.num_layers = 1, .num_kv_heads = 0, .head_dim = 64, .block_size = 64, .num_blocks = 1}),
+      ErrorCode::invalid_config);
 }
 
 TEST("a KV cache costs what kv_block_bytes says") {
   CpuBackend backend({.threads = 1, .isa = ""});
-  const KvCacheSpec spec{.num_layers = 3, .num_kv_heads = 2, .head_dim = 64, .block_size = 64,
-                         .num_blocks = 5};
+  const KvCacheSpec spec{
+      .num_layers = 3, .num_kv_heads = 2, .head_dim = 64, .block_size = 64, .num_blocks = 5};
   EXPECT_EQ(backend.kv_block_bytes(spec), size_t{3 * 2 * 64 * 64 * 2 * 4});
   const auto cache = backend.make_kv_cache(spec);
   EXPECT_EQ(cache->spec().num_blocks, 5);
@@ -189,7 +203,9 @@ TEST("norms by hand") {
   EXPECT_NEAR(y[1], 2 * 4 / 2.5, 1e-6);
   EXPECT_NEAR(y[7], 4.0, 1e-6);
   std::vector<float> z = {1, 2, 3, 4, 5, 5, 5, 5};
-  backend.norm({.kind = NormKind::layer, .weight = vector_view(weight), .bias = vector_view(bias),
+  backend.norm({.kind = NormKind::layer,
+                .weight = vector_view(weight),
+                .bias = vector_view(bias),
                 .eps = 1e-5F},
                view(z, 2), view(z, 2));  // in place; mean 2.5, variance 1.25
   EXPECT_NEAR(z[0], -1.5 / std::sqrt(1.25001), 1e-6);
@@ -206,8 +222,11 @@ TEST("tokens scored by best_logits equal those of the full logits, alone and in 
   const auto full_head = full.load_head(dense(weight, kVocab, kHidden));
   std::vector<SamplingParams> params;
   for (int i = 0; i < 70; ++i) {  // more than one group of logits rows
-    SamplingParams p{.do_sample = i % 2 == 1, .temperature = 0.7F, .top_k = i % 3 == 0 ? 0 : 1 + i,
-                     .top_p = i % 5 == 0 ? 0.8F : 1.0F, .seed = static_cast<uint64_t>(i),
+    SamplingParams p{.do_sample = i % 2 == 1,
+                     .temperature = 0.7F,
+                     .top_k = i % 3 == 0 ? 0 : 1 + i,
+                     .top_p = i % 5 == 0 ? 0.8F : 1.0F,
+                     .seed = static_cast<uint64_t>(i),
                      .bad_words = {}};
     if (i % 7 == 0) p.repetition_penalty = 1.3F;
     if (i % 11 == 0) p.num_logprobs = 2;
@@ -274,8 +293,8 @@ TEST("a row of NaN is an error that names it; the other rows keep their tokens")
   std::vector<SampleResult> results(3);
   backend.begin_step(step.batch());
   try {
-    backend.sample({.head = head.get(), .norm = nullptr, .x = view(x, 3), .rows = rows,
-                    .results = results});
+    backend.sample(
+        {.head = head.get(), .norm = nullptr, .x = view(x, 3), .rows = rows, .results = results});
     EXPECT(!"an error was expected");
   } catch (const Error& error) {
     EXPECT(error.code() == ErrorCode::device_error);
@@ -293,11 +312,16 @@ TEST("a decode step allocates nothing once it has run") {
   const auto qkv_weight = random_values(4 * kHidden * kHidden, 2, 0.1F);
   const auto qkv_linear = backend.load_linear(dense(qkv_weight, 4 * kHidden, kHidden));
   const auto table = backend.load_embedding(view(weight, kVocab));
-  const auto cache = backend.make_kv_cache({.num_layers = 1, .num_kv_heads = 1, .head_dim = 64,
-                                            .block_size = 64, .num_blocks = 3});
-  backend.reserve_workspace({.max_tokens = 3, .max_sequences = 3, .max_rows = 3,
-                             .max_in_features = kHidden, .max_out_features = 4 * kHidden,
-                             .vocab_size = kVocab, .max_kv_len = 64, .max_heads = 2,
+  const auto cache = backend.make_kv_cache(
+      {.num_layers = 1, .num_kv_heads = 1, .head_dim = 64, .block_size = 64, .num_blocks = 3});
+  backend.reserve_workspace({.max_tokens = 3,
+                             .max_sequences = 3,
+                             .max_rows = 3,
+                             .max_in_features = kHidden,
+                             .max_out_features = 4 * kHidden,
+                             .vocab_size = kVocab,
+                             .max_kv_len = 64,
+                             .max_heads = 2,
                              .max_head_dim = 64});
   const std::vector<float> inv_freq(32, 0.5F);
   std::vector<float> x(3 * kHidden), qkv(3 * 4 * kHidden), y(3 * 2 * kHidden);
@@ -331,8 +355,8 @@ TEST("a decode step allocates nothing once it has run") {
       attention.rope.inv_freq = vector_view(inv_freq);
       backend.attention(attention);
     });
-    backend.sample({.head = head.get(), .norm = nullptr, .x = view(x, 3), .rows = rows,
-                    .results = results});
+    backend.sample(
+        {.head = head.get(), .norm = nullptr, .x = view(x, 3), .rows = rows, .results = results});
     last = allocations.load() - before;
   }
   EXPECT_EQ(last, 1L);  // the std::function that carries the lambda above
@@ -360,9 +384,9 @@ TEST("weights of another kind, wrong shapes and unknown devices are refused") {
                ErrorCode::unsupported_device);
   EXPECT_ERROR(make_backend({.device = "cpu", .threads = -1, .cuda_library = "", .cpu_isa = ""}),
                ErrorCode::invalid_argument);
-  EXPECT_EQ(make_backend({.device = "cpu", .threads = 1, .cuda_library = "", .cpu_isa = ""})
-                ->info().name,
-            std::string("cpu"));
+  EXPECT_EQ(
+      make_backend({.device = "cpu", .threads = 1, .cuda_library = "", .cpu_isa = ""})->info().name,
+      std::string("cpu"));
 }
 
 TEST_MAIN()

@@ -76,8 +76,8 @@ Request make_request(RequestId id, int prompt_len, int num_tiles, const ModelSpe
 }
 
 std::vector<Request> make_requests(const ModelSpec& spec) {
-  return {make_request(1, 1, 0, spec),  make_request(2, 64, 0, spec), make_request(3, 65, 1, spec),
-          make_request(4, 7, 3, spec),  make_request(5, 130, 0, spec), make_request(6, 20, 2, spec),
+  return {make_request(1, 1, 0, spec), make_request(2, 64, 0, spec),  make_request(3, 65, 1, spec),
+          make_request(4, 7, 3, spec), make_request(5, 130, 0, spec), make_request(6, 20, 2, spec),
           make_request(7, 63, 0, spec)};
 }
 
@@ -92,7 +92,8 @@ struct Outcome {
   EngineStats stats;
 };
 
-Outcome run(const TinyCheckpoint& checkpoint, const std::vector<Request>& requests, const Run& how) {
+Outcome run(const TinyCheckpoint& checkpoint, const std::vector<Request>& requests,
+            const Run& how) {
   EngineParts parts =
       load_model(options_of(checkpoint, how), make_cpu_backend(how.isa, how.threads), nullptr);
   if (how.num_blocks > 0) parts.memory.num_blocks = how.num_blocks;
@@ -100,7 +101,8 @@ Outcome run(const TinyCheckpoint& checkpoint, const std::vector<Request>& reques
   const EventSink sink = [&outcome](const std::vector<Event>& events) {
     for (const Event& event : events) {
       EXPECT(event.finish_reason != FinishReason::error);
-      if (event.finish_reason == FinishReason::error) std::printf("    %s\n", event.error_message.c_str());
+      if (event.finish_reason == FinishReason::error)
+        std::printf("    %s\n", event.error_message.c_str());
       Line& line = outcome.lines[event.id];
       for (const TokenEvent& token : event.tokens) {
         line.tokens.push_back(token.token);
@@ -156,14 +158,16 @@ void expect_same_bits(QuantMethod method, const std::string& isa) {
   }
   for (int chunk : {1, 7, 64}) {
     expect_equal(
-        run(checkpoint, requests, {.isa = isa, .threads = 2, .max_prefill_token_num = chunk}), alone,
-        "chunk");
+        run(checkpoint, requests, {.isa = isa, .threads = 2, .max_prefill_token_num = chunk}),
+        alone, "chunk");
   }
   for (int chunk : {7, 512}) {
-    const Outcome preempted =
-        run(checkpoint, requests,
-            {.isa = isa, .threads = 2, .max_prefill_token_num = chunk, .block_size = 16,
-             .num_blocks = 12});
+    const Outcome preempted = run(checkpoint, requests,
+                                  {.isa = isa,
+                                   .threads = 2,
+                                   .max_prefill_token_num = chunk,
+                                   .block_size = 16,
+                                   .num_blocks = 12});
     EXPECT(preempted.stats.preemptions >= 1);
     expect_equal(preempted, alone, "preemption");
   }
@@ -192,19 +196,20 @@ TEST("the scalar kernels, too, give the same bits in a batch of chunks as alone"
   std::vector<Request> requests = {make_request(1, 3, 0, checkpoint.spec),
                                    make_request(2, 9, 1, checkpoint.spec)};
   for (Request& request : requests) request.max_new_tokens = 3;
-  const Outcome batch = run(checkpoint, requests,
-                            {.isa = "scalar", .threads = 2, .max_prefill_token_num = 4});
+  const Outcome batch =
+      run(checkpoint, requests, {.isa = "scalar", .threads = 2, .max_prefill_token_num = 4});
   expect_equal(batch, run_alone(checkpoint, requests, "scalar"), "scalar");
 }
 
-TEST("images and prompts matter: other pixels, other logits; prompt logits choose the first token") {
+TEST(
+    "images and prompts matter: other pixels, other logits; prompt logits choose the first token") {
   const TinyCheckpoint checkpoint(QuantMethod::none);
   const Run how{.max_prefill_token_num = 16};
   Request request = make_request(1, 20, 2, checkpoint.spec);
   const Outcome alone = run(checkpoint, {request}, how);
   EngineParts parts = load_model(options_of(checkpoint, how), make_cpu_backend("", 2), nullptr);
-  const std::unique_ptr<Engine> engine =
-      make_engine(std::move(parts), [](const std::vector<Event>&) {}, Stepping::own_thread);
+  const std::unique_ptr<Engine> engine = make_engine(
+      std::move(parts), [](const std::vector<Event>&) {}, Stepping::own_thread);
   const std::vector<float> logits = engine->prompt_logits(request);
   EXPECT_EQ(logits.size(), static_cast<size_t>(checkpoint.spec.decoder.vocab_size));
   const auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();

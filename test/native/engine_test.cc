@@ -171,7 +171,8 @@ TEST("requests run together and each gets what it gets alone") {
 TEST("a bad prompt is answered with an error that names it") {
   const auto bad = ErrorCode::invalid_argument;
   expect_refused(changed([](Request& r) { r.prompt_tokens.clear(); }), bad, "no tokens");
-  expect_refused(changed([](Request& r) { r.prompt_tokens[2] = 50; }), bad, "prompt token[2] is 50");
+  expect_refused(changed([](Request& r) { r.prompt_tokens[2] = 50; }), bad,
+                 "prompt token[2] is 50");
   expect_refused(changed([](Request& r) { r.prompt_tokens[0] = -1; }), bad, "ids 0 to 49");
   expect_refused(changed([](Request& r) { r.prompt_tokens[3] = 49; }), bad, "no image covers it");
   expect_refused(text_request(1, 128, 1), ErrorCode::prompt_too_long, "128 tokens");

@@ -67,7 +67,7 @@ class FakeModel final : public Model {
       : spec_(spec), cache_(static_cast<size_t>(spec.num_blocks * spec.block_size), -1) {}
 
   std::function<void()> on_forward;  // may throw or wait
-  uint64_t unsampled = 0;  // rows with this seed cannot be sampled; 0: all can
+  uint64_t unsampled = 0;            // rows with this seed cannot be sampled; 0: all can
   int max_step_tokens = 0;
   int64_t tiles_encoded = 0;
   int64_t forwards = 0;
@@ -151,8 +151,9 @@ class FakeModel final : public Model {
     return -1;
   }
   int slot_of(int s, int position) const {
-    const int block = batch_.block_table[static_cast<size_t>(
-        s * batch_.max_blocks + position / spec_.block_size)];
+    const int block =
+        batch_
+            .block_table[static_cast<size_t>(s * batch_.max_blocks + position / spec_.block_size)];
     return block * spec_.block_size + position % spec_.block_size;
   }
   uint64_t hash_of(int s) const {
@@ -179,7 +180,8 @@ inline Completion expected_completion(const Request& request, const FakeSpec& sp
   const auto prompt_len = request.prompt_tokens.size();
   std::vector<int32_t> values(request.prompt_tokens.begin(), request.prompt_tokens.end());
   for (const ImageInput& image : request.images) {
-    const size_t tile_bytes = image.tiles->pixels.size() / static_cast<size_t>(image.tiles->num_tiles);
+    const size_t tile_bytes =
+        image.tiles->pixels.size() / static_cast<size_t>(image.tiles->num_tiles);
     for (int i = 0; i < image.num_tokens; ++i) {
       const uint8_t* tile =
           image.tiles->pixels.data() + static_cast<size_t>(i / spec.tokens_per_tile) * tile_bytes;
@@ -189,14 +191,13 @@ inline Completion expected_completion(const Request& request, const FakeSpec& sp
   }
   uint64_t hash = 1;
   for (int32_t value : values) hash = mix(hash, static_cast<uint64_t>(value));
-  const int max_new =
-      std::min(request.max_new_tokens, max_tokens - static_cast<int>(prompt_len));
+  const int max_new = std::min(request.max_new_tokens, max_tokens - static_cast<int>(prompt_len));
   Completion completion;
   const std::vector<TokenId>& stops = request.stop_token_ids;
   while (completion.reason == FinishReason::none) {
     const bool may_stop = static_cast<int>(completion.tokens.size()) >= request.min_new_tokens;
-    const TokenId token =
-        fake_draw(hash, may_stop ? std::span<const TokenId>() : std::span<const TokenId>(stops), spec);
+    const TokenId token = fake_draw(
+        hash, may_stop ? std::span<const TokenId>() : std::span<const TokenId>(stops), spec);
     completion.tokens.push_back(token);
     hash = mix(hash, static_cast<uint64_t>(token));
     if (may_stop && std::find(stops.begin(), stops.end(), token) != stops.end()) {
@@ -233,7 +234,8 @@ inline Request text_request(RequestId id, int prompt_len, int max_new_tokens) {
   Request request;
   request.id = id;
   for (int i = 0; i < prompt_len; ++i) {
-    request.prompt_tokens.push_back(static_cast<TokenId>((id * 13 + static_cast<uint64_t>(i) * 5) % 49));
+    request.prompt_tokens.push_back(
+        static_cast<TokenId>((id * 13 + static_cast<uint64_t>(i) * 5) % 49));
   }
   request.max_new_tokens = max_new_tokens;
   return request;

@@ -83,11 +83,11 @@ TEST("greedy takes the largest logit, and the lowest id among equals") {
 TEST("the repetition penalty divides positive and multiplies negative logits, once a token") {
   SamplingParams params;
   params.repetition_penalty = 2.0F;
-  EXPECT_EQ(token({3.0F, 2.0F, 0.0F}, params, {0, 0, 0}), 1);   // 3 -> 1.5 < 2
-  EXPECT_EQ(token({5.0F, 2.0F, 0.0F}, params, {0, 0, 0}), 0);   // 5 -> 2.5, not 0.6
-  EXPECT_EQ(token({-1.0F, -1.5F}, params, {0}), 1);             // -1 -> -2
-  EXPECT_EQ(token({3.0F, 2.0F}, params, {0, -4, 99}), 1);       // ids outside are passed over
-  EXPECT_EQ(token({3.0F, 2.0F}, params, {}), 0);                // nothing is left over
+  EXPECT_EQ(token({3.0F, 2.0F, 0.0F}, params, {0, 0, 0}), 1);  // 3 -> 1.5 < 2
+  EXPECT_EQ(token({5.0F, 2.0F, 0.0F}, params, {0, 0, 0}), 0);  // 5 -> 2.5, not 0.6
+  EXPECT_EQ(token({-1.0F, -1.5F}, params, {0}), 1);            // -1 -> -2
+  EXPECT_EQ(token({3.0F, 2.0F}, params, {0, -4, 99}), 1);      // ids outside are passed over
+  EXPECT_EQ(token({3.0F, 2.0F}, params, {}), 0);               // nothing is left over
 }
 
 TEST("bans: single tokens, this step's extra ones, and the last token of a begun bad word") {
@@ -95,9 +95,9 @@ TEST("bans: single tokens, this step's extra ones, and the last token of a begun
   params.bad_words = {{3}, {5, 6, 2}, {}};
   const std::vector<float> logits = {0.0F, 1.0F, 2.0F, 3.0F};
   EXPECT_EQ(token(logits, params), 2);
-  EXPECT_EQ(token(logits, params, {9, 5, 6}), 1);      // 2 would complete 5 6 2
+  EXPECT_EQ(token(logits, params, {9, 5, 6}), 1);  // 2 would complete 5 6 2
   EXPECT_EQ(token(logits, params, {5, 6, 9}), 2);
-  EXPECT_EQ(token(logits, params, {6}), 2);            // shorter than the word's beginning
+  EXPECT_EQ(token(logits, params, {6}), 2);  // shorter than the word's beginning
   EXPECT_EQ(token(logits, params, {5, 6}, 0, {1}), 0);
   params.bad_words = {{0}, {1}, {2}, {3}};
   const Outcome none = draw(logits, params);
@@ -138,8 +138,13 @@ TEST("draws come only from the tokens the filters leave, and reach all likely on
     for (const int top_k : {0, 1, 7, 40, 4500, 100000}) {
       for (const float top_p : {0.05F, 0.5F, 0.9F, 1.0F}) {
         for (const float min_p : {0.0F, 0.1F}) {
-          SamplingParams params{.do_sample = true, .temperature = 1.3F, .top_k = top_k,
-                                .top_p = top_p, .min_p = min_p, .seed = 17, .bad_words = {}};
+          SamplingParams params{.do_sample = true,
+                                .temperature = 1.3F,
+                                .top_k = top_k,
+                                .top_p = top_p,
+                                .min_p = min_p,
+                                .seed = 17,
+                                .bad_words = {}};
           const auto kept = allowed(logits, params);
           std::set<TokenId> drawn;
           for (uint32_t i = 0; i < 60; ++i) {
@@ -171,8 +176,8 @@ TEST("equal logits: the nucleus takes the lowest ids") {
 TEST("many draws follow the distribution (chi-square), with and without top-k") {
   const auto logits = random_logits(24, 5, 1.5F);
   for (const int top_k : {0, 12}) {
-    SamplingParams params{.do_sample = true, .temperature = 0.8F, .top_k = top_k, .seed = 99,
-                          .bad_words = {}};
+    SamplingParams params{
+        .do_sample = true, .temperature = 0.8F, .top_k = top_k, .seed = 99, .bad_words = {}};
     const auto kept = allowed(logits, params);
     double total = 0;
     for (TokenId id : kept) total += std::exp(logits[id] / 0.8);

@@ -141,16 +141,12 @@ TEST("candidate grids come in the order of a CPython set") {
 
 TEST("ties between equally many tiles follow the reference") {
   // Aspect 1.25 lies 0.75 from 1:2 and from 2:1: the set's order decides. Values from CPython 3.11.
-  const struct { int width, height, min_tiles, max_tiles; const char* grid; } cases[] = {
-      {500, 400, 2, 2, "1x2"},
-      {125, 100, 2, 2, "1x2"},
-      {2000, 1600, 2, 2, "2x1"},
-      {500, 400, 2, 3, "1x2"},
-      {125, 100, 2, 3, "1x2"},
-      {2000, 1600, 2, 3, "2x1"},
-      {250, 100, 4, 4, "4x1"},
-      {2500, 1000, 4, 4, "2x2"}
-  };
+  const struct {
+    int width, height, min_tiles, max_tiles;
+    const char* grid;
+  } cases[] = {{500, 400, 2, 2, "1x2"}, {125, 100, 2, 2, "1x2"},  {2000, 1600, 2, 2, "2x1"},
+               {500, 400, 2, 3, "1x2"}, {125, 100, 2, 3, "1x2"},  {2000, 1600, 2, 3, "2x1"},
+               {250, 100, 4, 4, "4x1"}, {2500, 1000, 4, 4, "2x2"}};
   for (const auto& c : cases) {
     const TileGrid grid = choose_grid(
         c.width, c.height, {.tile_size = 448, .min_tiles = c.min_tiles, .max_tiles = c.max_tiles});
@@ -306,8 +302,8 @@ TEST("a pool of any size gives the tiles of one thread, for many images at once"
     TilePool pool(threads);
     std::vector<std::future<std::shared_ptr<const ImageTiles>>> futures;
     for (int i = 0; i < 12; ++i) {
-      futures.push_back(pool.submit({images[i]->data(), 300 + 10 * i, 200, 3}, images[i],
-                                    {.tile_size = 112}));
+      futures.push_back(
+          pool.submit({images[i]->data(), 300 + 10 * i, 200, 3}, images[i], {.tile_size = 112}));
     }
     futures.push_back(pool.submit({nullptr, 5, 5, 3}, nullptr, {}));
     for (int i = 0; i < 12; ++i) {

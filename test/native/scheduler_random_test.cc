@@ -55,8 +55,10 @@ class Scenario {
     return spec;
   }
   SchedulerLimits random_limits() {
-    return {.session_len = between(8, 50), .max_batch_size = between(1, 6),
-            .max_prefill_token_num = between(1, 20), .max_tiles = between(1, 3)};
+    return {.session_len = between(8, 50),
+            .max_batch_size = between(1, 6),
+            .max_prefill_token_num = between(1, 20),
+            .max_tiles = between(1, 3)};
   }
   MemoryPlan memory() const {
     MemoryPlan plan;
@@ -197,9 +199,10 @@ TEST("random steps keep the books, end every request in time and never mix seque
     stopped += scenario.num_stopped();
     images += scenario.num_images();
   }
-  std::printf("    seeds %u..%u: %llu steps, %zu requests, %llu preemptions, %zu stopped, %zu images\n",
-              kFirstSeed, kFirstSeed + kScenarios - 1, static_cast<unsigned long long>(steps),
-              requests, static_cast<unsigned long long>(preemptions), stopped, images);
+  std::printf(
+      "    seeds %u..%u: %llu steps, %zu requests, %llu preemptions, %zu stopped, %zu images\n",
+      kFirstSeed, kFirstSeed + kScenarios - 1, static_cast<unsigned long long>(steps), requests,
+      static_cast<unsigned long long>(preemptions), stopped, images);
   // The scenarios must reach what they are meant to test.
   EXPECT(steps >= 10000);
   EXPECT(preemptions >= 500);

@@ -14,8 +14,11 @@ namespace {
 // A scheduler, a runner and a fake model, stepped by hand.
 struct Harness {
   Harness(const FakeSpec& fake, const SchedulerLimits& limits)
-      : spec(fake), blocks(fake.num_blocks, fake.block_size), scheduler(limits, blocks),
-        model(fake), runner(model, memory(limits)) {}
+      : spec(fake),
+        blocks(fake.num_blocks, fake.block_size),
+        scheduler(limits, blocks),
+        model(fake),
+        runner(model, memory(limits)) {}
 
   static MemoryPlan memory(const SchedulerLimits& limits) {
     MemoryPlan plan;
@@ -27,9 +30,7 @@ struct Harness {
   int max_tokens() const {
     return std::min(scheduler.limits().session_len, spec.num_blocks * spec.block_size);
   }
-  void add(Request request) {
-    EXPECT(scheduler.add(std::move(request)).admit == Admit::ok);
-  }
+  void add(Request request) { EXPECT(scheduler.add(std::move(request)).admit == Admit::ok); }
   bool step() {
     const StepPlan& plan = scheduler.plan();
     if (plan.empty()) return false;
@@ -56,8 +57,8 @@ struct Harness {
   Answers answers;
 };
 
-constexpr SchedulerLimits kLimits{.session_len = 32, .max_batch_size = 4,
-                                  .max_prefill_token_num = 8, .max_tiles = 2};
+constexpr SchedulerLimits kLimits{
+    .session_len = 32, .max_batch_size = 4, .max_prefill_token_num = 8, .max_tiles = 2};
 
 }  // namespace
 

@@ -28,7 +28,9 @@ inline int& failures() {
   return count;
 }
 struct Register {
-  Register(const char* name, std::function<void()> body) { cases().push_back({name, std::move(body)}); }
+  Register(const char* name, std::function<void()> body) {
+    cases().push_back({name, std::move(body)});
+  }
 };
 
 template <class T>
@@ -42,7 +44,8 @@ std::string show(const T& value) {
   return out.str();
 }
 
-inline void report(bool ok, const char* expression, const char* file, int line, const std::string& detail) {
+inline void report(bool ok, const char* expression, const char* file, int line,
+                   const std::string& detail) {
   if (ok) return;
   ++failures();
   std::printf("    FAIL %s:%d  %s  %s\n", file, line, expression, detail.c_str());
@@ -75,13 +78,14 @@ inline int run_all() {
 
 #define TM_CONCAT2(a, b) a##b
 #define TM_CONCAT(a, b) TM_CONCAT2(a, b)
-#define TEST(name)                                                                         \
-  static void TM_CONCAT(test_body_, __LINE__)();                                           \
-  static const ::turbomind::test::Register TM_CONCAT(test_register_, __LINE__)(            \
-      name, &TM_CONCAT(test_body_, __LINE__));                                             \
+#define TEST(name)                                                              \
+  static void TM_CONCAT(test_body_, __LINE__)();                                \
+  static const ::turbomind::test::Register TM_CONCAT(test_register_, __LINE__)( \
+      name, &TM_CONCAT(test_body_, __LINE__));                                  \
   static void TM_CONCAT(test_body_, __LINE__)()
 
-#define EXPECT(condition) ::turbomind::test::report(static_cast<bool>(condition), #condition, __FILE__, __LINE__, "")
+#define EXPECT(condition) \
+  ::turbomind::test::report(static_cast<bool>(condition), #condition, __FILE__, __LINE__, "")
 #define EXPECT_EQ(a, b)                                                                            \
   do {                                                                                             \
     const auto& va = (a);                                                                          \
@@ -96,16 +100,16 @@ inline int run_all() {
     ::turbomind::test::report(std::abs(va - vb) <= (tolerance), #a " ~ " #b, __FILE__, __LINE__,   \
                               ::turbomind::test::show(va) + " vs " + ::turbomind::test::show(vb)); \
   } while (false)
-#define EXPECT_ERROR(expression, wanted)                                                         \
-  do {                                                                                           \
-    bool thrown = false;                                                                         \
-    try {                                                                                        \
-      (void)(expression);                                                                        \
-    } catch (const ::turbomind::Error& error) {                                                  \
-      thrown = true;                                                                             \
-      ::turbomind::test::report(error.code() == (wanted), #expression " fails with " #wanted,    \
-                                __FILE__, __LINE__, error.what());                               \
-    }                                                                                            \
+#define EXPECT_ERROR(expression, wanted)                                                           \
+  do {                                                                                             \
+    bool thrown = false;                                                                           \
+    try {                                                                                          \
+      (void)(expression);                                                                          \
+    } catch (const ::turbomind::Error& error) {                                                    \
+      thrown = true;                                                                               \
+      ::turbomind::test::report(error.code() == (wanted), #expression " fails with " #wanted,      \
+                                __FILE__, __LINE__, error.what());                                 \
+    }                                                                                              \
     ::turbomind::test::report(thrown, #expression " throws", __FILE__, __LINE__, "did not throw"); \
   } while (false)
 #define TEST_MAIN() \

@@ -17,10 +17,19 @@ namespace turbomind::test {
 class TinyCheckpoint {
  public:
   explicit TinyCheckpoint(QuantMethod method, uint32_t seed = 1) : random_(seed) {
-    spec.decoder = {.hidden_size = 128, .num_layers = 2, .num_heads = 2, .num_kv_heads = 1,
-                    .head_dim = 64, .intermediate_size = 256, .vocab_size = 192,
-                    .max_position_embeddings = 512, .norm_eps = 1e-6F, .rope_theta = 10000.0F,
-                    .qkv_bias = true, .qk_norm = false, .tied_embeddings = true};
+    spec.decoder = {.hidden_size = 128,
+                    .num_layers = 2,
+                    .num_heads = 2,
+                    .num_kv_heads = 1,
+                    .head_dim = 64,
+                    .intermediate_size = 256,
+                    .vocab_size = 192,
+                    .max_position_embeddings = 512,
+                    .norm_eps = 1e-6F,
+                    .rope_theta = 10000.0F,
+                    .qkv_bias = true,
+                    .qk_norm = false,
+                    .tied_embeddings = true};
     VisionSpec vision;
     vision.image_size = 56;
     vision.patch_size = 14;
@@ -48,7 +57,9 @@ class TinyCheckpoint {
     std::memcpy(&bits, &value, sizeof bits);
     return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
   }
-  float normal(float deviation) { return std::normal_distribution<float>(0.0F, deviation)(random_); }
+  float normal(float deviation) {
+    return std::normal_distribution<float>(0.0F, deviation)(random_);
+  }
 
   void add(const std::string& name, DType dtype, std::vector<int64_t> shape, const void* data,
            size_t bytes) {
@@ -57,7 +68,8 @@ class TinyCheckpoint {
     const auto* begin = static_cast<const char*>(data);
     data_.insert(data_.end(), begin, begin + bytes);
   }
-  void add_floats(const std::string& name, std::vector<int64_t> shape, float mean, float deviation) {
+  void add_floats(const std::string& name, std::vector<int64_t> shape, float mean,
+                  float deviation) {
     int64_t count = 1;
     for (int64_t dim : shape) count *= dim;
     std::vector<uint16_t> values(static_cast<size_t>(count));
@@ -129,7 +141,8 @@ class TinyCheckpoint {
     char path[] = "/tmp/turbomind-test-XXXXXX";
     const int file = mkstemp(path);
     TM_CHECK(file >= 0, "no temporary file");
-    const bool written = ::write(file, data_.data(), data_.size()) == static_cast<ssize_t>(data_.size());
+    const bool written =
+        ::write(file, data_.data(), data_.size()) == static_cast<ssize_t>(data_.size());
     ::close(file);
     TM_CHECK(written, "short write to %s", path);
     files.paths = {path};

@@ -202,13 +202,11 @@ TEST("a tile's attention has the same bits alone, among others, on any threads a
   const std::vector<float> second(qkv.begin() + static_cast<int64_t>(tile),
                                   qkv.begin() + static_cast<int64_t>(2 * tile));
   const size_t rows = static_cast<size_t>(many.tokens) * many.width();
-  EXPECT(same_bits(attend(one, second, cpu::best_isa(), 4),
-                   {want.begin() + static_cast<int64_t>(rows),
-                    want.begin() + static_cast<int64_t>(2 * rows)}));
+  EXPECT(same_bits(
+      attend(one, second, cpu::best_isa(), 4),
+      {want.begin() + static_cast<int64_t>(rows), want.begin() + static_cast<int64_t>(2 * rows)}));
 }
 
-TEST("no tiles is no work") {
-  EXPECT(attend({.tiles = 0}, {}).empty());
-}
+TEST("no tiles is no work") { EXPECT(attend({.tiles = 0}, {}).empty()); }
 
 TEST_MAIN()

@@ -12,7 +12,7 @@
 namespace turbomind::cpu {
 namespace {
 
-constexpr int kTokenGrain = 16;      // tokens a thread rotates at a time: a cache line of K^T
+constexpr int kTokenGrain = 16;  // tokens a thread rotates at a time: a cache line of K^T
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 float softmax_scale(const AttentionArgs& args) {
@@ -33,11 +33,11 @@ void rotate(float* head, const float* cosine, const float* sine, int half) {
 }  // namespace
 
 struct PagedAttention::Scratch {
-  float* q;        // [kMaxTileRows, kRowStride]
-  float* scores;   // [kMaxTileRows, kRowStride]
-  float* out;      // [kMaxTileRows, D] of one split
-  float* total;    // [kMaxTileRows, D] of the splits so far
-  float* max;      // [kMaxTileRows]
+  float* q;       // [kMaxTileRows, kRowStride]
+  float* scores;  // [kMaxTileRows, kRowStride]
+  float* out;     // [kMaxTileRows, D] of one split
+  float* total;   // [kMaxTileRows, D] of the splits so far
+  float* max;     // [kMaxTileRows]
   float* sum;
   float* total_max;
   float* total_sum;
@@ -180,8 +180,7 @@ void PagedAttention::plan(int num_heads, int num_kv_heads) {
   planned_kv_heads_ = num_kv_heads;
 }
 
-PagedAttention::Scratch PagedAttention::scratch_of(int thread, int head_dim,
-                                                   int block_size) const {
+PagedAttention::Scratch PagedAttention::scratch_of(int thread, int head_dim, int block_size) const {
   Scratch s{};
   float* next = scratch_.floats() + thread * scratch_floats(head_dim, block_size);
   const auto take = [&next](int floats) {
@@ -204,8 +203,7 @@ PagedAttention::Scratch PagedAttention::scratch_of(int thread, int head_dim,
 // Slot layout: max [rows], sum [rows], out [rows, D] of one (tile, KV head, split).
 float* PagedAttention::partial(const AttentionArgs& args, const AttentionTile& tile, int kv_head,
                                int split) const {
-  const size_t slot =
-      static_cast<size_t>(tile.partial + split) * args.num_kv_heads + kv_head;
+  const size_t slot = static_cast<size_t>(tile.partial + split) * args.num_kv_heads + kv_head;
   return partials_.floats() + slot * partial_floats(args.head_dim);
 }
 
@@ -287,8 +285,8 @@ void PagedAttention::run_item(const AttentionArgs& args, const AttentionItem& it
   const Scratch s = scratch_of(thread, dim, args.cache->spec().block_size);
   for (int r = 0; r < tile.rows; ++r) {
     const int row = tile.row_begin + r;
-    const float* q = args.qkv.as<float>() +
-                     (int64_t{row / group} * heads + kv_head * group + row % group) * dim;
+    const float* q =
+        args.qkv.as<float>() + (int64_t{row / group} * heads + kv_head * group + row % group) * dim;
     std::copy(q, q + dim, s.q + r * kRowStride);
   }
   if (tile.partial >= 0) {
@@ -350,9 +348,9 @@ void PagedAttention::run(const AttentionArgs& args) {
     for (int64_t t = begin; t < end; ++t) rotate_and_store(args, static_cast<int>(t));
   });
   plan(args.num_heads, kv_heads);
-  scratch_.reserve(pool_.size() * scratch_floats(args.head_dim, args.cache->spec().block_size) *
-                       sizeof(float),
-                   "attention scratch");
+  scratch_.reserve(
+      pool_.size() * scratch_floats(args.head_dim, args.cache->spec().block_size) * sizeof(float),
+      "attention scratch");
   partials_.reserve(static_cast<size_t>(plan_.num_partials()) * kv_heads *
                         partial_floats(args.head_dim) * sizeof(float),
                     "attention partial results");

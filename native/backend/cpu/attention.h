@@ -66,9 +66,9 @@ class PagedAttention {
   int planned_kv_heads_ = 0;
   const void* rope_source_ = nullptr;  // inv_freq the table was made from; null: not yet
   float rope_scaling_ = 1.0F;
-  HostMemory rope_table_;              // [T, 2, D / 2] cos, sin
-  HostMemory scratch_;                 // [threads, scratch_floats]
-  HostMemory partials_;                // [partial slot, Hkv, partial_floats]
+  HostMemory rope_table_;  // [T, 2, D / 2] cos, sin
+  HostMemory scratch_;     // [threads, scratch_floats]
+  HostMemory partials_;    // [partial slot, Hkv, partial_floats]
 };
 
 }  // namespace turbomind::cpu

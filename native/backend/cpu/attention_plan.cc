@@ -14,16 +14,15 @@ constexpr int kItemsPerThread = 4;  // so that a thread that loses its core is m
 // At most kItemsPerThread * threads (tile, KV head) pairs are so large a share of a step that their
 // splits go to several threads; in a step of few splits every one may be an item of its own.
 size_t AttentionPlan::max_partials(int max_kv_len, int threads) {
-  return threads == 1 ? 0
-                      : static_cast<size_t>(kItemsPerThread) * threads *
-                            std::max(2, num_splits(max_kv_len));
+  return threads == 1
+             ? 0
+             : static_cast<size_t>(kItemsPerThread) * threads * std::max(2, num_splits(max_kv_len));
 }
 
 void AttentionPlan::reserve(int max_tokens, int max_sequences, int max_heads, int max_kv_len,
                             int threads) {
   // A tile ends at its sequence's last row.
-  const size_t tiles =
-      static_cast<size_t>(max_tokens) * max_heads / kMaxTileRows + max_sequences;
+  const size_t tiles = static_cast<size_t>(max_tokens) * max_heads / kMaxTileRows + max_sequences;
   tiles_.reserve(tiles);
   items_.reserve(tiles + max_partials(max_kv_len, threads));
   split_tiles_.reserve(static_cast<size_t>(2 * kItemsPerThread) * threads);
@@ -41,8 +40,7 @@ void AttentionPlan::build(const StepBatch& batch, int group, int num_kv_heads, i
       const int rows = std::min(kMaxTileRows, end - row);
       const int keys = batch.positions[(row + rows - 1) / group] + 1;
       TM_CHECK(keys > 0 && keys <= batch.kv_len[s],
-               "sequence %d: position %d lies outside its %d tokens", s, keys - 1,
-               batch.kv_len[s]);
+               "sequence %d: position %d lies outside its %d tokens", s, keys - 1, batch.kv_len[s]);
       tiles_.push_back({s, row, rows, keys, -1});
       total += num_splits(keys);
     }
@@ -57,11 +55,10 @@ void AttentionPlan::build(const StepBatch& batch, int group, int num_kv_heads, i
   const auto cost = [this](const AttentionItem& item) {
     return int64_t{item.split_end - item.split_begin} * tiles_[item.tile].rows;
   };
-  std::sort(items_.begin(), items_.end(),
-            [&cost](const AttentionItem& a, const AttentionItem& b) {
-              if (cost(a) != cost(b)) return cost(a) > cost(b);
-              return a.tile != b.tile ? a.tile < b.tile : a.split_begin < b.split_begin;
-            });
+  std::sort(items_.begin(), items_.end(), [&cost](const AttentionItem& a, const AttentionItem& b) {
+    if (cost(a) != cost(b)) return cost(a) > cost(b);
+    return a.tile != b.tile ? a.tile < b.tile : a.split_begin < b.split_begin;
+  });
 }
 
 void AttentionPlan::add_items(int tile, int splits, int64_t splits_an_item) {

@@ -37,9 +37,9 @@ class AttentionPlan {
   void build(const StepBatch& batch, int group, int num_kv_heads, int threads);
 
   const std::vector<AttentionTile>& tiles() const { return tiles_; }
-  const std::vector<AttentionItem>& items() const { return items_; }  // longest first
+  const std::vector<AttentionItem>& items() const { return items_; }    // longest first
   const std::vector<int>& split_tiles() const { return split_tiles_; }  // tiles in several items
-  int num_partials() const { return num_partials_; }  // slots of one KV head
+  int num_partials() const { return num_partials_; }                    // slots of one KV head
 
  private:
   void add_items(int tile, int splits, int64_t splits_an_item);

@@ -124,8 +124,8 @@ std::unique_ptr<LinearWeight> CpuBackend::load_head(const LinearSource& source) 
 
 std::unique_ptr<Buffer> CpuBackend::load_vector(ConstTensorView source) {
   const int64_t count = source.elements();
-  auto buffer = std::make_unique<HostBuffer>(static_cast<size_t>(count) * sizeof(float),
-                                             "a weight vector");
+  auto buffer =
+      std::make_unique<HostBuffer>(static_cast<size_t>(count) * sizeof(float), "a weight vector");
   to_float(source.data, source.dtype, count, static_cast<float*>(buffer->data()));
   return buffer;
 }
@@ -155,9 +155,9 @@ size_t CpuBackend::reserve_workspace(const WorkspaceSpec& spec) {
     const size_t rows = static_cast<size_t>(std::min(spec.max_rows, kLogitRows));
     scores_.reserve(rows * spec.vocab_size * sizeof(float), "logits");
   }
-  sample_x_.reserve((static_cast<size_t>(spec.max_rows) + kLogitRows) * spec.max_in_features *
-                        sizeof(float),
-                    "sampled rows");
+  sample_x_.reserve(
+      (static_cast<size_t>(spec.max_rows) + kLogitRows) * spec.max_in_features * sizeof(float),
+      "sampled rows");
   statuses_.reserve(static_cast<size_t>(spec.max_rows));
   best_rows_.reserve(static_cast<size_t>(spec.max_rows));
   full_rows_.reserve(static_cast<size_t>(spec.max_rows));
@@ -177,8 +177,7 @@ void CpuBackend::begin_step(const StepBatch& batch) {
                batch.block_table.size() >= sequences * static_cast<size_t>(batch.max_blocks) &&
                static_cast<size_t>(batch.query_start[sequences]) == tokens,
            "a step of %zu tokens and %zu sequences has %zu positions, %zu slots and %zu starts",
-           tokens, sequences, batch.positions.size(), batch.slots.size(),
-           batch.query_start.size());
+           tokens, sequences, batch.positions.size(), batch.slots.size(), batch.query_start.size());
   batch_ = batch;
   attention_.begin_step(batch);
 }
@@ -203,12 +202,11 @@ void CpuBackend::linear(const LinearArgs& args) {
   const int64_t rows = args.x.dim(0);
   const int64_t columns =
       args.epilogue == Epilogue::silu_mul ? linear->out_features() / 2 : linear->out_features();
-  TM_CHECK(args.x.elements() == rows * linear->in_features() &&
-               args.y.elements() == rows * columns,
+  TM_CHECK(args.x.elements() == rows * linear->in_features() && args.y.elements() == rows * columns,
            "linear of %lld rows: x has %lld values (K = %lld), y has %lld (N = %lld)",
            static_cast<long long>(rows), static_cast<long long>(args.x.elements()),
-           static_cast<long long>(linear->in_features()),
-           static_cast<long long>(args.y.elements()), static_cast<long long>(columns));
+           static_cast<long long>(linear->in_features()), static_cast<long long>(args.y.elements()),
+           static_cast<long long>(columns));
   linear_scratch_.reserve(linear->packed()->scratch_bytes(rows), "linear layer scratch");
   linear->packed()->run({.x = args.x.as<float>(),
                          .y = args.y.as<float>(),
@@ -268,8 +266,7 @@ void CpuBackend::sample_rows(const SampleArgs& args, const PackedHead& head,
     scores_.reserve(static_cast<size_t>(count * vocab) * sizeof(float), "logits");
     linear_scratch_.reserve(head.scratch_bytes(count), "linear layer scratch");
     if (best > 0) {
-      head.best_logits(group_x, count, best, 0.0F, scores_.floats(), linear_scratch_.data(),
-                       pool_);
+      head.best_logits(group_x, count, best, 0.0F, scores_.floats(), linear_scratch_.data(), pool_);
     } else {
       head.logits(group_x, count, scores_.floats(), linear_scratch_.data(), pool_);
     }
@@ -278,12 +275,11 @@ void CpuBackend::sample_rows(const SampleArgs& args, const PackedHead& head,
       for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
         const int row = group[i];
         // Scoring by shares may lose a NaN, so the hidden state is looked at as well.
-        statuses_[row] =
-            all_finite(group_x + i * hidden, hidden)
-                ? samplers_[thread].sample({scores_.floats() + i * vocab,
-                                            static_cast<size_t>(vocab)},
-                                           args.rows[row], args.results[row])
-                : SampleStatus::not_finite;
+        statuses_[row] = all_finite(group_x + i * hidden, hidden)
+                             ? samplers_[thread].sample(
+                                   {scores_.floats() + i * vocab, static_cast<size_t>(vocab)},
+                                   args.rows[row], args.results[row])
+                             : SampleStatus::not_finite;
       }
     };
     if (count == 1) {

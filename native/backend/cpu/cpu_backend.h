@@ -86,8 +86,8 @@ class CpuBackend : public Backend {
   std::weak_ptr<const PackedHead> last_head_;
   HostMemory linear_scratch_;
   HostMemory vision_scratch_;
-  HostMemory sample_x_;  // [R, H] normed rows, then [kLogitRows, H] of one group
-  HostMemory scores_;    // [kLogitRows, V]
+  HostMemory sample_x_;                // [R, H] normed rows, then [kLogitRows, H] of one group
+  HostMemory scores_;                  // [kLogitRows, V]
   std::vector<HostSampler> samplers_;  // one a thread
   std::vector<SampleStatus> statuses_;
   std::vector<int> best_rows_;

@@ -34,7 +34,8 @@ Place open_mapped_file(uintptr_t begin, uintptr_t end) {
     unsigned long first = 0, last = 0, offset = 0, inode = 0;
     char access[5] = {};
     int name = 0;
-    if (std::sscanf(line, "%lx-%lx %4s %lx %*s %lu %n", &first, &last, access, &offset, &inode, &name) < 5) {
+    if (std::sscanf(line, "%lx-%lx %4s %lx %*s %lu %n", &first, &last, access, &offset, &inode,
+                    &name) < 5) {
       continue;
     }
     if (begin < first || end > last || access[1] == 'w' || inode == 0 || name == 0) continue;
@@ -103,10 +104,11 @@ bool FileRows::read(size_t offset, size_t bytes, void* to) const {
 }
 
 Error file_changed_error(const char* what) {
-  return Error(ErrorCode::invalid_checkpoint,
-               format("%s cannot be read from the weight file any more: it was changed or cut while "
-                      "in use; keep model files unchanged while a pipeline is open",
-                      what));
+  return Error(
+      ErrorCode::invalid_checkpoint,
+      format("%s cannot be read from the weight file any more: it was changed or cut while "
+             "in use; keep model files unchanged while a pipeline is open",
+             what));
 }
 
 }  // namespace turbomind::cpu

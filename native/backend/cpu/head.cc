@@ -14,10 +14,10 @@
 namespace turbomind::cpu {
 namespace {
 
-constexpr int64_t kRows = 16;                   // vocabulary rows a block
-constexpr int64_t kScreenedRows = 16;           // rows of x screened at once
+constexpr int64_t kRows = 16;                     // vocabulary rows a block
+constexpr int64_t kScreenedRows = 16;             // rows of x screened at once
 constexpr int64_t kSmallHead = int64_t{4} << 20;  // weights below which all rows are scored exactly
-constexpr int64_t kMostFeatures = 65536;        // the bound and int32 sums hold up to here
+constexpr int64_t kMostFeatures = 65536;          // the bound and int32 sums hold up to here
 
 // k-th largest of values; reorders them.
 float kth_largest(float* values, int64_t count, int64_t k) {
@@ -29,16 +29,16 @@ float kth_largest(float* values, int64_t count, int64_t k) {
 }  // namespace
 
 struct Head::Scratch {
-  int8_t* hi;         // [rows][depth]
+  int8_t* hi;  // [rows][depth]
   int8_t* lo;
   int32_t* start_hi;  // [rows] -32 * sum of hi: takes the weights' offset back
   int32_t* start_lo;
-  float* a;           // [rows] scale of x
-  float* p;           // [rows] P and Q of the bound
+  float* a;  // [rows] scale of x
+  float* p;  // [rows] P and Q of the bound
   float* q;
-  float* best;        // [rows][blocks] greatest lower bound of each block
-  int32_t* best_at;   // [rows][blocks] the vocabulary row that has it
-  float* sorted;      // [blocks]
+  float* best;       // [rows][blocks] greatest lower bound of each block
+  int32_t* best_at;  // [rows][blocks] the vocabulary row that has it
+  float* sorted;     // [blocks]
   int64_t rows;
 };
 
@@ -72,10 +72,12 @@ Head::Head(const LinearSource& source, Isa isa, ThreadPool& pool) : kernels_(ker
   const uint8_t* table = part.weight.as<uint8_t>();
   const SourcePages pages({{table, part.weight.bytes()}});
   pool.parallel_for(blocks_, 16, [&](int64_t begin, int64_t end) {
-    const size_t bytes = static_cast<size_t>(std::min(v_, end * kRows) - begin * kRows) * row_bytes_;
+    const size_t bytes =
+        static_cast<size_t>(std::min(v_, end * kRows) - begin * kRows) * row_bytes_;
     const uint8_t* data = table + static_cast<size_t>(begin * kRows) * row_bytes_;
     pages.will_read(data, bytes);
-    for (int64_t b = begin; b < end; ++b) pack_block(b, table + static_cast<size_t>(b * kRows) * row_bytes_);
+    for (int64_t b = begin; b < end; ++b)
+      pack_block(b, table + static_cast<size_t>(b * kRows) * row_bytes_);
     pages.done_with(data, bytes);
   });
 }
@@ -94,7 +96,8 @@ void Head::pack_block(int64_t block, const uint8_t* rows) {
   }
   // Four lines of bytes become three of six bits and a pair of the fourth's.
   uint8_t* out = memory_.data() + static_cast<size_t>(block * block_bytes_);
-  for (const uint8_t* in = bytes.data(); in != bytes.data() + bytes.size(); in += 256, out += kHeadLineBytes) {
+  for (const uint8_t* in = bytes.data(); in != bytes.data() + bytes.size();
+       in += 256, out += kHeadLineBytes) {
     for (int j = 0; j < 64; ++j) {
       const int last = in[192 + j];
       out[j] = static_cast<uint8_t>(in[j] | (last & 3) << 6);
@@ -109,8 +112,9 @@ size_t Head::bytes() const {
 }
 
 size_t Head::scratch_bytes(int64_t rows) const {
-  return static_cast<size_t>(rows) * (static_cast<size_t>(depth_) * 2 + 64 +
-                                      static_cast<size_t>(blocks_) * 8) + static_cast<size_t>(blocks_) * sizeof(float) + 64;
+  return static_cast<size_t>(rows) *
+             (static_cast<size_t>(depth_) * 2 + 64 + static_cast<size_t>(blocks_) * 8) +
+         static_cast<size_t>(blocks_) * sizeof(float) + 64;
 }
 
 Head::Scratch Head::lay_out(void* scratch, int64_t rows) const {
@@ -173,8 +177,8 @@ void Head::screen(const Scratch& s, float* upper, ThreadPool& pool) const {
       const int64_t count = std::min(kRows, v_ - first);
       for (int64_t row = 0; row < s.rows; row += kScreenedRows) {
         const int rows = static_cast<int>(std::min(kScreenedRows, s.rows - row));
-        kernels_.screen(block, depth_, s.hi + row * depth_, s.lo + row * depth_, depth_, s.start_hi + row,
-                        s.start_lo + row, rows, out);
+        kernels_.screen(block, depth_, s.hi + row * depth_, s.lo + row * depth_, depth_,
+                        s.start_hi + row, s.start_lo + row, rows, out);
         for (int r = 0; r < rows; ++r) {
           const float a = s.a[row + r], p = s.p[row + r], q = s.q[row + r];
           float* to = upper + (row + r) * v_ + first;
@@ -236,7 +240,8 @@ float Head::least_of_best(const Scratch& s, int64_t row, int k, const float* x) 
 }
 
 // Entries of [begin, end) that can matter get exact scores.
-void Head::rescore(const float* x, float threshold, float* scores, int64_t begin, int64_t end) const {
+void Head::rescore(const float* x, float threshold, float* scores, int64_t begin,
+                   int64_t end) const {
   std::vector<uint8_t> buffer;
   for (int64_t n = begin; n < end; ++n) {
     if (scores[n] < threshold) {
@@ -260,8 +265,8 @@ void Head::logits(const float* x, int64_t rows, float* y, void*, ThreadPool& poo
   check_readable();
 }
 
-void Head::best_logits(const float* x, int64_t rows, int k, float margin, float* scores, void* scratch,
-                       ThreadPool& pool) const {
+void Head::best_logits(const float* x, int64_t rows, int k, float margin, float* scores,
+                       void* scratch, ThreadPool& pool) const {
   if (rows <= 0) return;
   // Few blocks: their maxima cannot name k entries sharply.
   if (blocks_ == 0 || k > blocks_ / 4) return logits(x, rows, scores, scratch, pool);

@@ -32,7 +32,8 @@ class Head final : public PackedHead {
   int64_t out_features() const override { return v_; }
   size_t bytes() const override;
   size_t scratch_bytes(int64_t rows) const override;
-  void logits(const float* x, int64_t rows, float* y, void* scratch, ThreadPool& pool) const override;
+  void logits(const float* x, int64_t rows, float* y, void* scratch,
+              ThreadPool& pool) const override;
   void best_logits(const float* x, int64_t rows, int k, float margin, float* scores, void* scratch,
                    ThreadPool& pool) const override;
 
@@ -50,15 +51,15 @@ class Head final : public PackedHead {
 
   const Kernels& kernels_;
   int64_t v_ = 0, h_ = 0;
-  int64_t depth_ = 0;   // H rounded up to kHeadDepth
+  int64_t depth_ = 0;  // H rounded up to kHeadDepth
   int64_t block_bytes_ = 0;
   int64_t blocks_ = 0;  // of 16 rows; 0: no screening
   DenseType type_ = DenseType::f32;
   size_t row_bytes_ = 0;
-  std::vector<uint8_t> small_;     // [V, H] of a head that is not screened
-  FileRows file_;                  // [V, H] of one that is: it stays in the checkpoint
-  std::vector<float> bias_;        // [V] or empty
-  MappedMemory memory_;            // [blocks][depth / 16][3][64] u8, see kernel_table.h
+  std::vector<uint8_t> small_;  // [V, H] of a head that is not screened
+  FileRows file_;               // [V, H] of one that is: it stays in the checkpoint
+  std::vector<float> bias_;     // [V] or empty
+  MappedMemory memory_;         // [blocks][depth / 16][3][64] u8, see kernel_table.h
   mutable std::atomic<bool> unreadable_{false};
   std::vector<float> scale_, residual_, norm_;  // [V rounded up to 16]: s, ||r||, ||w||
 };

@@ -58,8 +58,7 @@ void* map_block(size_t bytes, size_t* mapped_bytes) {
 void unmap_block(void* data, size_t mapped_bytes) { munmap(data, mapped_bytes); }
 
 size_t machine_bytes() {
-  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) *
-         static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
 }
 
 #else

@@ -18,7 +18,8 @@ struct CpuFeatures {
 
 const CpuFeatures& cpu_features();  // read once (CPUID, XCR0, and AMX permission on Linux)
 Isa best_isa();
-Isa parse_isa(const std::string& cap);  // "" → best_isa(); a cap above the machine's best is refused
+Isa parse_isa(
+    const std::string& cap);  // "" → best_isa(); a cap above the machine's best is refused
 const char* to_string(Isa isa);
 std::vector<std::string> feature_names();
 int usable_threads();  // CPUs in the affinity mask, bounded by a cgroup quota where there is one

@@ -13,11 +13,11 @@ void validate(const KvCacheSpec& spec) {
       spec.num_blocks > 0) {
     return;
   }
-  throw Error(ErrorCode::invalid_config,
-              format("KV cache of %d layers, %d KV heads, head_dim %d, block_size %d and %d "
-                     "blocks: each must be at least 1",
-                     spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size,
-                     spec.num_blocks));
+  throw Error(
+      ErrorCode::invalid_config,
+      format("KV cache of %d layers, %d KV heads, head_dim %d, block_size %d and %d "
+             "blocks: each must be at least 1",
+             spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.num_blocks));
 }
 
 }  // namespace

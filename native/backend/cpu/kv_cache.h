@@ -29,7 +29,8 @@ class CpuKvCache : public KvCache {
  private:
   size_t offset(int layer, BlockId block, int kv_head) const {
     return ((static_cast<size_t>(block) * spec_.num_layers + layer) * spec_.num_kv_heads +
-            kv_head) * entry_;
+            kv_head) *
+           entry_;
   }
 
   KvCacheSpec spec_;

@@ -19,10 +19,10 @@
 namespace turbomind::cpu {
 
 struct LinearCall {
-  const float* x = nullptr;  // [M, K]
-  float* y = nullptr;        // [M, N], or [M, N / 2] for silu_mul
-  int64_t rows = 0;          // M
-  const Norm* norm = nullptr;   // applied to each row of x first, or null (f32 host vectors)
+  const float* x = nullptr;    // [M, K]
+  float* y = nullptr;          // [M, N], or [M, N / 2] for silu_mul
+  int64_t rows = 0;            // M
+  const Norm* norm = nullptr;  // applied to each row of x first, or null (f32 host vectors)
   Epilogue epilogue = Epilogue::none;
   const float* scale = nullptr;  // [N], residual only, or null
 };
@@ -44,7 +44,8 @@ std::unique_ptr<PackedLinear> pack_linear(const LinearSource& source, Isa isa, T
 class PackedHead : public LinearWeight {
  public:
   // All logits: y[M, V], full precision.
-  virtual void logits(const float* x, int64_t rows, float* y, void* scratch, ThreadPool& pool) const = 0;
+  virtual void logits(const float* x, int64_t rows, float* y, void* scratch,
+                      ThreadPool& pool) const = 0;
   // Row m of `scores` [V] gets exact logits at least for the `k` best entries (ties included) and
   // for every entry whose exact logit is >= (k-th best exact logit) - margin; the others get
   // values below all of those.

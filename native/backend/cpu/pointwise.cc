@@ -36,7 +36,8 @@ void to_float(const void* from, DType dtype, int64_t count, float* to) {
     case DType::f16:
       for (int64_t i = 0; i < count; ++i) to[i] = f16_to_f32(halves[i]);
       return;
-    default: break;
+    default:
+      break;
   }
   throw Error(ErrorCode::tensor_mismatch,
               format("a tensor of dtype %s cannot be read as numbers; expected f32, f16 or bf16",

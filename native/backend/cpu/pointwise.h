@@ -23,7 +23,7 @@ class CpuEmbedding : public LinearWeight {
   explicit CpuEmbedding(ConstTensorView table);
   int64_t in_features() const override { return table_.shape[1]; }   // H
   int64_t out_features() const override { return table_.shape[0]; }  // V
-  size_t bytes() const override { return 0; }  // stays in the file
+  size_t bytes() const override { return 0; }                        // stays in the file
   // False when the weight file was cut meanwhile.
   [[nodiscard]] bool read_row(TokenId id, float* to) const;
 

@@ -32,11 +32,12 @@ class ThreadPool {
   // runs what.
   template <class Body>
   void parallel_for(int64_t count, int64_t grain, Body&& body) {
-    for_raw(count, grain,
-            [](void* p, int64_t begin, int64_t end) {
-              (*static_cast<std::remove_reference_t<Body>*>(p))(begin, end);
-            },
-            const_cast<void*>(static_cast<const void*>(&body)));
+    for_raw(
+        count, grain,
+        [](void* p, int64_t begin, int64_t end) {
+          (*static_cast<std::remove_reference_t<Body>*>(p))(begin, end);
+        },
+        const_cast<void*>(static_cast<const void*>(&body)));
   }
 
  private:

@@ -77,8 +77,8 @@ class TileAttention {
 
   // Rows [begin, end) of one head of one tile.
   void run(int tile, int head, int begin, int end, const Scratch& s) const {
-    const float* qkv = args_.qkv.as<float>() +
-                       int64_t{tile} * args_.tokens_per_tile * 3 * width_ + head * args_.head_dim;
+    const float* qkv = args_.qkv.as<float>() + int64_t{tile} * args_.tokens_per_tile * 3 * width_ +
+                       head * args_.head_dim;
     float* y = args_.y.as<float>() + int64_t{tile} * args_.tokens_per_tile * width_ +
                head * args_.head_dim;
     pack(qkv, s);
@@ -164,13 +164,13 @@ class TileAttention {
 };
 
 void check(const VisionAttentionArgs& args) {
-  TM_CHECK(args.head_dim > 0 && args.head_dim % kLanes == 0 &&
-               args.head_dim <= kSplitKeys && args.num_heads > 0 && args.tokens_per_tile > 0,
+  TM_CHECK(args.head_dim > 0 && args.head_dim % kLanes == 0 && args.head_dim <= kSplitKeys &&
+               args.num_heads > 0 && args.tokens_per_tile > 0,
            "vision attention with %d heads of %d over %d tokens: the CPU backend needs a head_dim "
            "that is a multiple of %d up to %d",
            args.num_heads, args.head_dim, args.tokens_per_tile, kLanes, kSplitKeys);
-  const int64_t values = int64_t{args.num_tiles} * args.tokens_per_tile * args.num_heads *
-                         args.head_dim;
+  const int64_t values =
+      int64_t{args.num_tiles} * args.tokens_per_tile * args.num_heads * args.head_dim;
   TM_CHECK(args.qkv.dtype == DType::f32 && args.y.dtype == DType::f32 &&
                args.qkv.elements() == 3 * values && args.y.elements() == values,
            "vision attention over %lld and %lld values; expected %lld and %lld",
@@ -217,9 +217,8 @@ void vision_attention(const VisionAttentionArgs& args, Isa isa, HostMemory& scra
   const int runs = ceil_div(tokens, run_rows);
   std::atomic<int> next{0};
   pool.run([&](int thread) {
-    const Scratch s =
-        scratch_at(scratch.floats() + thread * scratch_floats(tokens, args.head_dim), tokens,
-                   args.head_dim);
+    const Scratch s = scratch_at(scratch.floats() + thread * scratch_floats(tokens, args.head_dim),
+                                 tokens, args.head_dim);
     for (int i = next.fetch_add(1); i < pairs * runs; i = next.fetch_add(1)) {
       const int pair = i / runs;
       const int begin = i % runs * run_rows;

@@ -35,8 +35,8 @@ void guarded(CallStatus* status, Body&& body) {
 
 TURBOMIND_EXPORT int turbomind_cuda_abi_version() { return turbomind::cuda::kAbiVersion; }
 
-TURBOMIND_EXPORT turbomind::Backend* turbomind_cuda_create(const turbomind::cuda::CreateOptions* options,
-                                                           CallStatus* status) {
+TURBOMIND_EXPORT turbomind::Backend* turbomind_cuda_create(
+    const turbomind::cuda::CreateOptions* options, CallStatus* status) {
   turbomind::Backend* backend = nullptr;
   guarded(status, [&] { backend = turbomind::cuda::make_cuda_backend(*options).release(); });
   return backend;

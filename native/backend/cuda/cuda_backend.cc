@@ -60,14 +60,16 @@ CudaBackend::CudaBackend(const CreateOptions& options)
       live_buffers_(std::make_shared<std::unordered_map<const void*, size_t>>()) {
   if (options.activation_dtype == 0) dtype_ = DType::bf16;
   if (dtype_ != DType::bf16 && dtype_ != DType::f16) {
-    throw Error(ErrorCode::invalid_argument,
-                format("activations of %s on the GPU; expected bf16 or f16", to_string(dtype_).data()));
+    throw Error(
+        ErrorCode::invalid_argument,
+        format("activations of %s on the GPU; expected bf16 or f16", to_string(dtype_).data()));
   }
   int count = 0;
   cuda_check(cudaGetDeviceCount(&count), "counting CUDA devices");
   if (device_ < 0 || device_ >= count) {
-    throw Error(ErrorCode::unsupported_device,
-                format("cuda:%d does not exist; this machine has %d CUDA device(s)", device_, count));
+    throw Error(
+        ErrorCode::unsupported_device,
+        format("cuda:%d does not exist; this machine has %d CUDA device(s)", device_, count));
   }
   use_device();
   cuda_check(cudaGetDeviceProperties(&properties_, device_), "reading the device's properties");
@@ -102,8 +104,9 @@ DeviceInfo CudaBackend::info() const {
   info.name = properties_.name;
   int driver = 0;
   cuda_check(cudaDriverGetVersion(&driver), "reading the driver's version");
-  info.description = format("sm_%d%d, %d SMs, CUDA driver %d.%d", properties_.major, properties_.minor,
-                            properties_.multiProcessorCount, driver / 1000, driver % 1000 / 10);
+  info.description =
+      format("sm_%d%d, %d SMs, CUDA driver %d.%d", properties_.major, properties_.minor,
+             properties_.multiProcessorCount, driver / 1000, driver % 1000 / 10);
   cuda_check(cudaMemGetInfo(&info.free_bytes, &info.total_bytes), "reading free GPU memory");
   return info;
 }
@@ -126,8 +129,9 @@ void CudaBackend::upload(TensorView device, const void* host) {
 
 void CudaBackend::download(void* host, ConstTensorView device) {
   use_device();
-  cuda_check(cudaMemcpyAsync(host, device.data, device.bytes(), cudaMemcpyDeviceToHost, context_.stream),
-             "downloading");
+  cuda_check(
+      cudaMemcpyAsync(host, device.data, device.bytes(), cudaMemcpyDeviceToHost, context_.stream),
+      "downloading");
   synchronize();
 }
 
@@ -157,8 +161,9 @@ std::unique_ptr<KvCache> CudaBackend::make_kv_cache(const KvCacheSpec& spec) {
 }
 
 void* CudaKvCache::keys(int layer) const {
-  const size_t half = static_cast<size_t>(spec_.num_blocks) * static_cast<size_t>(spec_.num_kv_heads) *
-                      static_cast<size_t>(spec_.block_size) * static_cast<size_t>(spec_.head_dim) * 2;
+  const size_t half =
+      static_cast<size_t>(spec_.num_blocks) * static_cast<size_t>(spec_.num_kv_heads) *
+      static_cast<size_t>(spec_.block_size) * static_cast<size_t>(spec_.head_dim) * 2;
   return static_cast<char*>(buffer_->data()) + 2 * static_cast<size_t>(layer) * half;
 }
 
@@ -197,12 +202,20 @@ void CudaBackend::norm(const Norm& norm, ConstTensorView x, TensorView y) {
   }
   const int64_t columns = x.row_elements();
   cuda::norm(context_, dtype_,
-             {.kind = norm.kind, .weight = floats(norm.weight), .bias = floats(norm.bias),
-              .eps = norm.eps, .x = x.data, .y = y.data, .ldx = columns, .ldy = columns,
-              .rows = launch_rows(x.dim(0)), .columns = static_cast<int>(columns)});
+             {.kind = norm.kind,
+              .weight = floats(norm.weight),
+              .bias = floats(norm.bias),
+              .eps = norm.eps,
+              .x = x.data,
+              .y = y.data,
+              .ldx = columns,
+              .ldy = columns,
+              .rows = launch_rows(x.dim(0)),
+              .columns = static_cast<int>(columns)});
 }
 
-const void* CudaBackend::padded_input(const CudaLinear& weight, const void* x, int rows, int64_t* ldx) {
+const void* CudaBackend::padded_input(const CudaLinear& weight, const void* x, int rows,
+                                      int64_t* ldx) {
   *ldx = weight.matrix.k;
   if (weight.matrix.k % 8 == 0) return x;
   // Rows that 16-byte copies cannot reach (a patch of 3 * 14 * 14 values): copied to aligned ones.
@@ -230,10 +243,11 @@ void CudaBackend::run_gemm(const CudaLinear& weight, const void* x, int64_t ldx,
                       .partial_floats = workspace_.gemm_partials->bytes() / sizeof(float),
                       .tickets = static_cast<uint32_t*>(workspace_.gemm_tickets->data()),
                       .num_tickets = workspace_.gemm_tickets->bytes() / sizeof(uint32_t)};
-  const bool forced = std::any_of(gemm_table().begin(), gemm_table().end(), [&](const GemmKernel& row) {
-    return row.name == forced_gemm_ && context_.sm >= row.min_sm && context_.sm <= row.max_sm &&
-           row.supports(args, context_);
-  });
+  const bool forced =
+      std::any_of(gemm_table().begin(), gemm_table().end(), [&](const GemmKernel& row) {
+        return row.name == forced_gemm_ && context_.sm >= row.min_sm && context_.sm <= row.max_sm &&
+               row.supports(args, context_);
+      });
   select_gemm(args, context_, forced ? forced_gemm_ : std::string_view{}).run(args, context_);
 }
 
@@ -265,9 +279,15 @@ void CudaBackend::linear(const LinearArgs& args) {
                                workspace_.scratch->bytes(),
              "a norm over %lld columns and %d rows", static_cast<long long>(k), rows);
     cuda::norm(context_, dtype_,
-               {.kind = args.norm->kind, .weight = floats(args.norm->weight),
-                .bias = floats(args.norm->bias), .eps = args.norm->eps, .x = x,
-                .y = workspace_.scratch->data(), .ldx = k, .ldy = k, .rows = rows,
+               {.kind = args.norm->kind,
+                .weight = floats(args.norm->weight),
+                .bias = floats(args.norm->bias),
+                .eps = args.norm->eps,
+                .x = x,
+                .y = workspace_.scratch->data(),
+                .ldx = k,
+                .ldy = k,
+                .rows = rows,
                 .columns = static_cast<int>(k)});
     x = workspace_.scratch->data();
   } else {
@@ -297,27 +317,45 @@ void CudaBackend::attention(const AttentionArgs& args) {
   void* values = cache.values(args.layer);
   const float scale = softmax_scale(args.softmax_scale, args.head_dim);
   rope_kv(context_, dtype_,
-          {.qkv = args.qkv.data, .k_cache = keys, .v_cache = values,
-           .inv_freq = floats(args.rope.inv_freq), .attention_scaling = args.rope.attention_scaling,
+          {.qkv = args.qkv.data,
+           .k_cache = keys,
+           .v_cache = values,
+           .inv_freq = floats(args.rope.inv_freq),
+           .attention_scaling = args.rope.attention_scaling,
            .q_norm = args.q_norm != nullptr ? floats(args.q_norm->weight) : nullptr,
            .k_norm = args.k_norm != nullptr ? floats(args.k_norm->weight) : nullptr,
            .q_norm_eps = args.q_norm != nullptr ? args.q_norm->eps : 0.0F,
            .k_norm_eps = args.k_norm != nullptr ? args.k_norm->eps : 0.0F,
-           .positions = w.step.positions, .slots = w.step.slots,
-           .tokens = launch_rows(args.qkv.dim(0)), .num_heads = args.num_heads,
-           .num_kv_heads = args.num_kv_heads, .head_dim = args.head_dim});
+           .positions = w.step.positions,
+           .slots = w.step.slots,
+           .tokens = launch_rows(args.qkv.dim(0)),
+           .num_heads = args.num_heads,
+           .num_kv_heads = args.num_kv_heads,
+           .head_dim = args.head_dim});
   decode_attention(context_, dtype_,
-                   {.qkv = args.qkv.data, .y = args.y.data, .k_cache = keys, .v_cache = values,
-                    .step = w.step, .num_items = graph_rows_ > 0 ? step_.padded_items : step_.items,
+                   {.qkv = args.qkv.data,
+                    .y = args.y.data,
+                    .k_cache = keys,
+                    .v_cache = values,
+                    .step = w.step,
+                    .num_items = graph_rows_ > 0 ? step_.padded_items : step_.items,
                     .partial_out = static_cast<float*>(w.attention_out->data()),
                     .partial_max_sum = static_cast<float2*>(w.attention_max_sum->data()),
                     .tickets = static_cast<uint32_t*>(w.attention_tickets->data()),
-                    .num_heads = args.num_heads, .num_kv_heads = args.num_kv_heads,
-                    .head_dim = args.head_dim, .softmax_scale = scale});
+                    .num_heads = args.num_heads,
+                    .num_kv_heads = args.num_kv_heads,
+                    .head_dim = args.head_dim,
+                    .softmax_scale = scale});
   prefill_attention(context_, dtype_,
-                    {.qkv = args.qkv.data, .y = args.y.data, .k_cache = keys, .v_cache = values,
-                     .step = w.step, .num_tiles = step_.tiles, .num_heads = args.num_heads,
-                     .num_kv_heads = args.num_kv_heads, .head_dim = args.head_dim,
+                    {.qkv = args.qkv.data,
+                     .y = args.y.data,
+                     .k_cache = keys,
+                     .v_cache = values,
+                     .step = w.step,
+                     .num_tiles = step_.tiles,
+                     .num_heads = args.num_heads,
+                     .num_kv_heads = args.num_kv_heads,
+                     .head_dim = args.head_dim,
                      .softmax_scale = scale});
 }
 
@@ -336,21 +374,30 @@ void CudaBackend::compute_logits(const SampleArgs& args) {
   void* x = w.scratch->data();
   if (args.norm != nullptr) {
     cuda::norm(context_, dtype_,
-               {.kind = args.norm->kind, .weight = floats(args.norm->weight),
-                .bias = floats(args.norm->bias), .eps = args.norm->eps, .x = args.x.data, .y = x,
-                .ldx = hidden, .ldy = hidden, .gather = w.step.sample_rows, .rows = step_.rows,
+               {.kind = args.norm->kind,
+                .weight = floats(args.norm->weight),
+                .bias = floats(args.norm->bias),
+                .eps = args.norm->eps,
+                .x = args.x.data,
+                .y = x,
+                .ldx = hidden,
+                .ldy = hidden,
+                .gather = w.step.sample_rows,
+                .rows = step_.rows,
                 .columns = static_cast<int>(hidden)});
   } else {
     copy_rows(context_, args.x.data, hidden, w.step.sample_rows, x, hidden, step_.rows,
               static_cast<int>(hidden));
   }
-  run_gemm(head, x, hidden, step_.rows, w.logits->data(), head.matrix.n, true, Epilogue::none, nullptr);
+  run_gemm(head, x, hidden, step_.rows, w.logits->data(), head.matrix.n, true, Epilogue::none,
+           nullptr);
 }
 
 void CudaBackend::sample(const SampleArgs& args) {
-  TM_CHECK(static_cast<int>(args.rows.size()) == step_.rows && args.results.size() == args.rows.size(),
-           "%zu sample rows and %zu results for a step that wants %d", args.rows.size(),
-           args.results.size(), step_.rows);
+  TM_CHECK(
+      static_cast<int>(args.rows.size()) == step_.rows && args.results.size() == args.rows.size(),
+      "%zu sample rows and %zu results for a step that wants %d", args.rows.size(),
+      args.results.size(), step_.rows);
   if (args.rows.empty()) return;
   compute_logits(args);
   Workspace& w = workspace_;
@@ -383,7 +430,8 @@ void CudaBackend::sample(const SampleArgs& args) {
 void CudaBackend::sample_on_host(const SampleRow& row, int row_idx, SampleResult& result) {
   Workspace& w = workspace_;
   const size_t vocab = w.host_logits->bytes() / sizeof(float);
-  const auto* logits = static_cast<const float*>(w.logits->data()) + static_cast<size_t>(row_idx) * vocab;
+  const auto* logits =
+      static_cast<const float*>(w.logits->data()) + static_cast<size_t>(row_idx) * vocab;
   cuda_check(cudaMemcpyAsync(w.host_logits->data(), logits, vocab * sizeof(float),
                              cudaMemcpyDeviceToHost, context_.stream),
              "reading logits");
@@ -391,8 +439,9 @@ void CudaBackend::sample_on_host(const SampleRow& row, int row_idx, SampleResult
   const std::span<float> host(reinterpret_cast<float*>(w.host_logits->data()), vocab);
   const SampleStatus status = host_sampler_.sample(host, row, result);
   if (status == SampleStatus::ok) return;
-  throw Error(status == SampleStatus::all_banned ? ErrorCode::invalid_argument : ErrorCode::device_error,
-              format("row %d cannot be sampled: %s", row_idx, describe(status)));
+  throw Error(
+      status == SampleStatus::all_banned ? ErrorCode::invalid_argument : ErrorCode::device_error,
+      format("row %d cannot be sampled: %s", row_idx, describe(status)));
 }
 
 void CudaBackend::logits(const SampleArgs& args, std::span<float> out) {
@@ -429,7 +478,8 @@ void CudaBackend::vision_embed(const VisionEmbedArgs& args) {
   use_device();
   const auto tokens = static_cast<int>(args.x.dim(0) / args.num_tiles);
   cuda::vision_embed(context_, dtype_, args.patches.data, floats(args.cls), floats(args.positions),
-                     args.x.data, args.num_tiles, tokens - 1, static_cast<int>(args.x.row_elements()));
+                     args.x.data, args.num_tiles, tokens - 1,
+                     static_cast<int>(args.x.row_elements()));
 }
 
 void CudaBackend::vision_attention(const VisionAttentionArgs& args) {
@@ -440,15 +490,25 @@ void CudaBackend::vision_attention(const VisionAttentionArgs& args) {
     if (norms[part] == nullptr) continue;
     void* x = static_cast<char*>(args.qkv.data) + part * columns * 2;
     cuda::norm(context_, dtype_,
-               {.kind = norms[part]->kind, .weight = floats(norms[part]->weight),
-                .bias = floats(norms[part]->bias), .eps = norms[part]->eps, .x = x, .y = x,
-                .ldx = 3 * columns, .ldy = 3 * columns, .rows = static_cast<int>(args.qkv.dim(0)),
+               {.kind = norms[part]->kind,
+                .weight = floats(norms[part]->weight),
+                .bias = floats(norms[part]->bias),
+                .eps = norms[part]->eps,
+                .x = x,
+                .y = x,
+                .ldx = 3 * columns,
+                .ldy = 3 * columns,
+                .rows = static_cast<int>(args.qkv.dim(0)),
                 .columns = static_cast<int>(columns)});
   }
   tile_attention(context_, dtype_,
-                 {.qkv = args.qkv.data, .y = args.y.data, .num_tiles = args.num_tiles,
-                  .tokens = args.tokens_per_tile, .num_heads = args.num_heads,
-                  .head_dim = args.head_dim, .softmax_scale = softmax_scale(0.0F, args.head_dim)});
+                 {.qkv = args.qkv.data,
+                  .y = args.y.data,
+                  .num_tiles = args.num_tiles,
+                  .tokens = args.tokens_per_tile,
+                  .num_heads = args.num_heads,
+                  .head_dim = args.head_dim,
+                  .softmax_scale = softmax_scale(0.0F, args.head_dim)});
 }
 
 void CudaBackend::pixel_shuffle(const PixelShuffleArgs& args) {

@@ -8,11 +8,11 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "backend/cuda_api.h"
 #include "backend/cuda/cuda_graph.h"
 #include "backend/cuda/cuda_memory.h"
 #include "backend/cuda/gemm/gemm_table.h"
 #include "backend/cuda/kernels/kernels.h"
+#include "backend/cuda_api.h"
 #include "backend/host_sampler.h"
 
 namespace turbomind::cuda {
@@ -36,7 +36,7 @@ class CudaKvCache final : public KvCache {
   CudaKvCache(const KvCacheSpec& spec, std::unique_ptr<Buffer> buffer)
       : spec_(spec), buffer_(std::move(buffer)) {}
   const KvCacheSpec& spec() const override { return spec_; }
-  void* keys(int layer) const;    // [B, Hkv, 64, D]
+  void* keys(int layer) const;  // [B, Hkv, 64, D]
   void* values(int layer) const;
 
  private:
@@ -107,12 +107,12 @@ class CudaBackend final : public Backend {
   // Everything sized by reserve_workspace.
   struct Workspace {
     WorkspaceSpec spec;
-    std::unique_ptr<Buffer> arrays;    // StepArrays
-    std::unique_ptr<Buffer> blob;      // one step's upload
+    std::unique_ptr<Buffer> arrays;  // StepArrays
+    std::unique_ptr<Buffer> blob;    // one step's upload
     std::unique_ptr<PinnedBuffer> staging[2];
     Event staged[2];
     int next_staging = 0;
-    std::unique_ptr<Buffer> scratch;   // T [max_tokens, max_in_features padded]
+    std::unique_ptr<Buffer> scratch;  // T [max_tokens, max_in_features padded]
     size_t scratch_row_elements = 0;
     std::unique_ptr<Buffer> gemm_partials;
     std::unique_ptr<Buffer> gemm_tickets;
@@ -122,9 +122,9 @@ class CudaBackend final : public Backend {
     std::unique_ptr<Buffer> attention_out;
     std::unique_ptr<Buffer> attention_max_sum;
     std::unique_ptr<Buffer> attention_tickets;
-    std::unique_ptr<Buffer> logits;    // f32 [max_rows, V]
+    std::unique_ptr<Buffer> logits;  // f32 [max_rows, V]
     std::unique_ptr<Buffer> argmax;
-    std::unique_ptr<Buffer> ids;       // i32 [max_rows]
+    std::unique_ptr<Buffer> ids;  // i32 [max_rows]
     std::unique_ptr<PinnedBuffer> host_ids;
     std::unique_ptr<PinnedBuffer> host_logits;  // f32 [V]
     StepArrays step;
@@ -136,7 +136,7 @@ class CudaBackend final : public Backend {
     int rows = 0;  // sampled
     int items = 0;
     int tiles = 0;
-    int padded_rows = 0;   // of a decode step: its bucket; else tokens
+    int padded_rows = 0;  // of a decode step: its bucket; else tokens
     int padded_items = 0;
     bool decode_only = false;
   };
@@ -157,8 +157,8 @@ class CudaBackend final : public Backend {
   void sign_view(const void* data, int64_t row_bytes);
   static uint64_t address(const void* pointer) { return reinterpret_cast<uint64_t>(pointer); }
 
-  void run_gemm(const CudaLinear& weight, const void* x, int64_t ldx, int rows, void* y, int64_t ldy,
-                bool y_is_f32, Epilogue epilogue, const float* scale);
+  void run_gemm(const CudaLinear& weight, const void* x, int64_t ldx, int rows, void* y,
+                int64_t ldy, bool y_is_f32, Epilogue epilogue, const float* scale);
   const void* padded_input(const CudaLinear& weight, const void* x, int rows, int64_t* ldx);
   void compute_logits(const SampleArgs& args);
   void sample_on_host(const SampleRow& row, int row_idx, SampleResult& result);

@@ -17,7 +17,8 @@ namespace turbomind::cuda {
 
 using CudaStream = cudaStream_t;
 
-[[noreturn]] void throw_cuda_error(cudaError_t status, const char* what, std::source_location where);
+[[noreturn]] void throw_cuda_error(cudaError_t status, const char* what,
+                                   std::source_location where);
 
 inline void cuda_check(cudaError_t status, const char* what = "a CUDA call",
                        std::source_location where = std::source_location::current()) {
@@ -73,7 +74,7 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, CudaStream 
 // What a launcher needs to know of the device.
 struct LaunchContext {
   CudaStream stream = nullptr;
-  int sm = 0;                 // 80, 86, 89, 90, 100, 120
+  int sm = 0;  // 80, 86, 89, 90, 100, 120
   int num_sms = 0;
   int max_shared_bytes = 0;   // one CTA, opted in
   bool programmatic = false;  // programmatic dependent launch

@@ -6,7 +6,8 @@ namespace turbomind::cuda {
 namespace {
 
 cudaGraphExec_t capture(CudaStream stream, const std::function<void()>& record) {
-  cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "beginning a capture");
+  cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
+             "beginning a capture");
   cudaGraph_t graph = nullptr;
   try {
     record();

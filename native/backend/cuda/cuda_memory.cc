@@ -32,9 +32,8 @@ class LargeBuffer final : public Buffer {
 }  // namespace
 
 void throw_cuda_error(cudaError_t status, const char* what, std::source_location where) {
-  const std::string text =
-      format("%s failed: %s (%s, %s:%u)", what, cudaGetErrorString(status), cudaGetErrorName(status),
-             where.file_name(), where.line());
+  const std::string text = format("%s failed: %s (%s, %s:%u)", what, cudaGetErrorString(status),
+                                  cudaGetErrorName(status), where.file_name(), where.line());
   if (status == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();  // not sticky
     size_t free_bytes = 0;
@@ -114,7 +113,8 @@ DevicePool::Block DevicePool::State::take(size_t bytes) {
     throw Error(ErrorCode::out_of_memory,
                 format("GPU memory: %.3f GiB wanted, %.3f of %.3f GiB free (%.3f GiB held by this "
                        "pipeline); lower cacheMaxEntryCount, sessionLen or maxBatchSize, or free "
-                       "the GPU", gib(bytes), gib(free_bytes), gib(total_bytes), gib(bytes_in_use)));
+                       "the GPU",
+                       gib(bytes), gib(free_bytes), gib(total_bytes), gib(bytes_in_use)));
   }
   cuda_check(status, "cudaMalloc");
   ++driver_allocations;

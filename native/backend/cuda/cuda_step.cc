@@ -16,7 +16,8 @@ constexpr size_t kMaxAttentionBytes = size_t{256} << 20;
 
 // Padded rows of a decode step: few enough graphs, little waste.
 int row_bucket(int rows) {
-  constexpr int kBuckets[] = {1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256};
+  constexpr int kBuckets[] = {1,  2,  4,  8,  12,  16,  24,  32,  40,  48,
+                              56, 64, 80, 96, 112, 128, 160, 192, 224, 256};
   for (int bucket : kBuckets) {
     if (rows <= bucket) return bucket;
   }
@@ -34,7 +35,8 @@ class BlobWriter {
   std::span<int32_t> add(int32_t* destination, size_t count) {
     TM_CHECK(used_ + count <= capacity_ && entry_ < kUnpackEntries,
              "a step of %zu words, %zu reserved", used_ + count, capacity_);
-    args_.entries[entry_++] = {destination, static_cast<int32_t>(used_), static_cast<int32_t>(count)};
+    args_.entries[entry_++] = {destination, static_cast<int32_t>(used_),
+                               static_cast<int32_t>(count)};
     const std::span<int32_t> out(words_ + used_, count);
     used_ += count;
     return out;
@@ -72,17 +74,22 @@ size_t CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
   const size_t item_bytes =
       static_cast<size_t>(std::max(spec.max_heads, 1)) *
       (static_cast<size_t>(std::max(spec.max_head_dim, 1)) * sizeof(float) + sizeof(float2));
-  const int64_t all_items = static_cast<int64_t>(sequences) *
-                            ceil_div(std::max(spec.max_kv_len, 1), kSplitTokens);
-  w.max_items = pad_items(static_cast<int>(std::min<int64_t>(
-      all_items, static_cast<int64_t>(kMaxAttentionBytes / item_bytes))));
+  const int64_t all_items =
+      static_cast<int64_t>(sequences) * ceil_div(std::max(spec.max_kv_len, 1), kSplitTokens);
+  w.max_items = pad_items(static_cast<int>(
+      std::min<int64_t>(all_items, static_cast<int64_t>(kMaxAttentionBytes / item_bytes))));
   w.max_tiles = ceil_div(tokens, kQueryTile) + sequences;
 
-  const size_t words[] = {static_cast<size_t>(tokens), static_cast<size_t>(tokens),
-                          static_cast<size_t>(tokens), static_cast<size_t>(sequences) + 1,
-                          static_cast<size_t>(sequences), static_cast<size_t>(tokens),
-                          static_cast<size_t>(sequences), 2 * static_cast<size_t>(w.max_items),
-                          2 * static_cast<size_t>(w.max_tiles), 1,
+  const size_t words[] = {static_cast<size_t>(tokens),
+                          static_cast<size_t>(tokens),
+                          static_cast<size_t>(tokens),
+                          static_cast<size_t>(sequences) + 1,
+                          static_cast<size_t>(sequences),
+                          static_cast<size_t>(tokens),
+                          static_cast<size_t>(sequences),
+                          2 * static_cast<size_t>(w.max_items),
+                          2 * static_cast<size_t>(w.max_tiles),
+                          1,
                           static_cast<size_t>(sequences) * static_cast<size_t>(w.max_blocks)};
   size_t total_words = 0;
   for (size_t count : words) total_words += round_up<size_t>(count, 64);
@@ -110,14 +117,15 @@ size_t CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
     staging = std::make_unique<PinnedBuffer>(total_words * sizeof(int32_t));
   }
 
-  w.scratch_row_elements =
-      static_cast<size_t>(round_up<int64_t>(std::max<int64_t>(spec.max_in_features, 1), kChunkColumns));
+  w.scratch_row_elements = static_cast<size_t>(
+      round_up<int64_t>(std::max<int64_t>(spec.max_in_features, 1), kChunkColumns));
   w.scratch = pool_.allocate(static_cast<size_t>(tokens) * w.scratch_row_elements * 2);
   w.gemm_partials = pool_.allocate(kGemmPartialFloats * sizeof(float));
   w.gemm_tickets = zeroed(kGemmTickets * sizeof(uint32_t));
   const auto items = static_cast<size_t>(w.max_items);
   const auto heads = static_cast<size_t>(std::max(spec.max_heads, 1));
-  w.attention_out = pool_.allocate(items * heads * static_cast<size_t>(std::max(spec.max_head_dim, 1)) * 4);
+  w.attention_out =
+      pool_.allocate(items * heads * static_cast<size_t>(std::max(spec.max_head_dim, 1)) * 4);
   w.attention_max_sum = pool_.allocate(items * heads * sizeof(float2));
   w.attention_tickets = zeroed(static_cast<size_t>(sequences) * heads * sizeof(uint32_t));
   if (spec.vocab_size > 0 && spec.max_rows > 0) {
@@ -137,12 +145,14 @@ void CudaBackend::begin_step(const StepBatch& batch) {
   TM_CHECK(w.blob != nullptr, "begin_step before reserve_workspace");
   const int tokens = batch.num_tokens();
   const int sequences = batch.num_sequences();
-  TM_CHECK(tokens <= std::max(w.spec.max_tokens, 1) && sequences <= std::max(w.spec.max_sequences, 1) &&
+  TM_CHECK(tokens <= std::max(w.spec.max_tokens, 1) &&
+               sequences <= std::max(w.spec.max_sequences, 1) &&
                static_cast<int>(batch.sample_rows.size()) <= std::max(w.spec.max_rows, 1) &&
                batch.max_blocks <= w.max_blocks,
            "a step of %d tokens, %d sequences, %zu rows, %d blocks a sequence; the workspace holds "
-           "%d, %d, %d, %d", tokens, sequences, batch.sample_rows.size(), batch.max_blocks,
-           w.spec.max_tokens, w.spec.max_sequences, w.spec.max_rows, w.max_blocks);
+           "%d, %d, %d, %d",
+           tokens, sequences, batch.sample_rows.size(), batch.max_blocks, w.spec.max_tokens,
+           w.spec.max_sequences, w.spec.max_rows, w.max_blocks);
   step_ = Step{};
   step_.tokens = tokens;
   step_.sequences = sequences;
@@ -161,9 +171,11 @@ void CudaBackend::begin_step(const StepBatch& batch) {
   if (step_.items > w.max_items) {
     throw Error(ErrorCode::out_of_memory,
                 format("decode attention of this step needs %d work items, the workspace holds %d; "
-                       "lower maxBatchSize or sessionLen", step_.items, w.max_items));
+                       "lower maxBatchSize or sessionLen",
+                       step_.items, w.max_items));
   }
-  step_.decode_only = step_.tiles == 0 && tokens == sequences && tokens > 0 && tokens <= kMaxGraphRows;
+  step_.decode_only =
+      step_.tiles == 0 && tokens == sequences && tokens > 0 && tokens <= kMaxGraphRows;
   step_.padded_rows = step_.decode_only ? row_bucket(tokens) : tokens;
   step_.padded_items = step_.items == 0 ? 0 : std::min(pad_items(step_.items), w.max_items);
 
@@ -179,7 +191,8 @@ void CudaBackend::begin_step(const StepBatch& batch) {
   fill(blob.add(w.step.query_start, batch.query_start.size()), batch.query_start, 0);
   fill(blob.add(w.step.kv_len, batch.kv_len.size()), batch.kv_len, 0);
   fill(blob.add(w.step.sample_rows, batch.sample_rows.size()), batch.sample_rows, 0);
-  const std::span<int32_t> split_start = blob.add(w.step.split_start, static_cast<size_t>(sequences));
+  const std::span<int32_t> split_start =
+      blob.add(w.step.split_start, static_cast<size_t>(sequences));
   const std::span<int32_t> items = blob.add(reinterpret_cast<int32_t*>(w.step.decode_items),
                                             2 * static_cast<size_t>(step_.padded_items));
   const std::span<int32_t> tiles = blob.add(reinterpret_cast<int32_t*>(w.step.query_tiles),

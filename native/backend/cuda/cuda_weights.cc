@@ -45,8 +45,8 @@ void check_source(const LinearSource& source) {
         throw Error(ErrorCode::unsupported_quantization,
                     format("%s: awq with group_size %lld, K %lld, N %lld; expected a group size of "
                            "32, 64 or 128 that divides K, and N a multiple of 8",
-                           source.name.c_str(), static_cast<long long>(g), static_cast<long long>(k),
-                           static_cast<long long>(n)));
+                           source.name.c_str(), static_cast<long long>(g),
+                           static_cast<long long>(k), static_cast<long long>(n)));
       }
       check_shape(source, part.qweight, "qweight", k, n / 8);
       check_shape(source, part.qzeros, "qzeros", k / g, n / 8);
@@ -56,8 +56,9 @@ void check_source(const LinearSource& source) {
       }
     }
     if (part.bias && (part.bias.elements() != n || !is_float(part.bias.dtype))) {
-      mismatch(source, format("bias of %lld elements; expected %lld floats",
-                              static_cast<long long>(part.bias.elements()), static_cast<long long>(n)));
+      mismatch(source,
+               format("bias of %lld elements; expected %lld floats",
+                      static_cast<long long>(part.bias.elements()), static_cast<long long>(n)));
     }
   }
   if (source.order != PartOrder::gate_up) return;
@@ -91,8 +92,8 @@ PackedMatrix make_matrix(const LinearSource& source, DType dtype) {
   matrix.n = source.out_features();
   matrix.k = source.in_features;
   matrix.n_padded = round_up<int64_t>(matrix.n, kPackRows);
-  matrix.k_padded = round_up<int64_t>(
-      matrix.k, matrix.kind == WeightKind::awq ? kChunkColumns : kPackColumns);
+  matrix.k_padded =
+      round_up<int64_t>(matrix.k, matrix.kind == WeightKind::awq ? kChunkColumns : kPackColumns);
   matrix.group_size = source.group_size;
   matrix.gate_up = source.order == PartOrder::gate_up;
   matrix.segments = choose_segments(matrix.kind, matrix.n, matrix.k);
@@ -166,8 +167,8 @@ std::unique_ptr<CudaLinear> CudaBackend::load_dense(const LinearSource& source) 
     int64_t base = 0;
     for (size_t i = 0; i < source.parts.size(); ++i) {
       const LinearPart& part = source.parts[i];
-      const int64_t row_bytes = part.weight.row_elements() *
-                                static_cast<int64_t>(dtype_bytes(part.weight.dtype));
+      const int64_t row_bytes =
+          part.weight.row_elements() * static_cast<int64_t>(dtype_bytes(part.weight.dtype));
       // Pieces of whole octets, so that the gate and up mapping of a piece starts at its row 0.
       const int64_t step = std::max<int64_t>(
           8, static_cast<int64_t>(kDenseChunkBytes) / std::max<int64_t>(1, row_bytes) / 8 * 8);

@@ -14,7 +14,7 @@ inline constexpr int kChunkKeys = 64;   // keys behind one pair of pointers
 inline constexpr int kSplitKeys = 512;  // most keys of one split
 inline constexpr int kMaxChunks = kSplitKeys / kChunkKeys;
 inline constexpr int kMaxTileRows = 28;
-inline constexpr int kLanes = 16;                        // D is a multiple of it
+inline constexpr int kLanes = 16;  // D is a multiple of it
 // Floats between rows of queries and scores: fixed, so that a register block needs one address;
 // not a power of two, so that rows fall into different cache sets. D is at most kSplitKeys.
 inline constexpr int kRowStride = kSplitKeys + kLanes;
@@ -24,9 +24,9 @@ inline constexpr int kRowStride = kSplitKeys + kLanes;
 //   sum = sum_j p_j;  out = sum_j p_j v_j        (not divided by sum)
 // Rows with limit <= 0 get max = -inf, sum = 0, out = 0.
 struct SplitTask {
-  const float* q = nullptr;  // [rows, kRowStride], D of them used
-  int rows = 0;              // <= kMaxTileRows
-  int head_dim = 0;          // D
+  const float* q = nullptr;              // [rows, kRowStride], D of them used
+  int rows = 0;                          // <= kMaxTileRows
+  int head_dim = 0;                      // D
   const float* const* keys = nullptr;    // per chunk: [D, key_stride], one key a column
   const float* const* values = nullptr;  // per chunk: [kChunkKeys, D]
   int key_stride = 0;
@@ -60,9 +60,9 @@ inline const AttentionKernels& attention_kernels(Isa isa) {
 namespace exp_constants {
 inline constexpr float kLowest = -87.33F;
 inline constexpr float kLog2E = 1.44269504F;
-inline constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer
-inline constexpr float kLn2High = 0.693145752F;     // 16 bits of ln 2: n * kLn2High is exact
-inline constexpr float kLn2Low = 1.42860677e-6F;    // the rest
+inline constexpr float kRound = 12582912.0F;      // 1.5 * 2^23: adding it rounds to an integer
+inline constexpr float kLn2High = 0.693145752F;   // 16 bits of ln 2: n * kLn2High is exact
+inline constexpr float kLn2Low = 1.42860677e-6F;  // the rest
 inline constexpr float kQ0 = 0x1.fffffcp-2F;
 inline constexpr float kQ1 = 0x1.55549p-3F;
 inline constexpr float kQ2 = 0x1.5558f8p-5F;

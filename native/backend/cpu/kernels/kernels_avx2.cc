@@ -47,8 +47,8 @@ inline Octets octet_sums(const U4Shape& shape, const uint8_t* lines, const uint8
   const __m256i start_hi = _mm256_set1_epi32(minus_hi), start_lo = _mm256_set1_epi32(minus_lo);
   Octets sums;
   for (int half = 0; half < 2; ++half) {
-    const __m256i zero = _mm256_cvtepu8_epi32(
-        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + half * 16)));
+    const __m256i zero =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + half * 16)));
     sums.v[half][0] = _mm256_madd_epi16(zero, start_hi);  // the zero point's upper half is 0
     sums.v[half][1] = _mm256_madd_epi16(zero, start_lo);
   }
@@ -101,7 +101,8 @@ void u4_row(const U4Shape& shape, const uint8_t* block, const U4Rows& x, int row
       for (int half = 0; half < 2; ++half) {
         const __m256i both =
             _mm256_add_epi32(_mm256_slli_epi32(sums.v[half][0], 8), sums.v[half][1]);
-        const __m256 scale = scales8(shape.scale_type, block, g * kBlockColumns + half * 16 + e * 8);
+        const __m256 scale =
+            scales8(shape.scale_type, block, g * kBlockColumns + half * 16 + e * 8);
         total[e][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(both), _mm256_mul_ps(scale, row_scale),
                                          total[e][half]);
       }
@@ -128,8 +129,9 @@ inline __m256i broadcast_word(const int8_t* p) {
 }
 
 // 63 * 128 * 2 < 2^15: vpmaddubsw cannot saturate.
-void screen(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo, int64_t plane_stride,
-            const int32_t* hi_start, const int32_t* lo_start, int rows, float* out) {
+void screen(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo,
+            int64_t plane_stride, const int32_t* hi_start, const int32_t* lo_start, int rows,
+            float* out) {
   const __m256i low_six = _mm256_set1_epi8(0x3f), ones = _mm256_set1_epi16(1);
   const auto dot = [&](__m256i sum, __m256i w, __m256i x) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
@@ -144,7 +146,8 @@ void screen(const uint8_t* block, int64_t k, const int8_t* hi, const int8_t* lo,
         const __m256i b = _mm256_and_si256(_mm256_srli_epi32(l1, 4), _mm256_set1_epi8(0x0c));
         const __m256i c = _mm256_and_si256(_mm256_srli_epi32(l2, 2), _mm256_set1_epi8(0x30));
         const __m256i w[4] = {_mm256_and_si256(l0, low_six), _mm256_and_si256(l1, low_six),
-                              _mm256_and_si256(l2, low_six), _mm256_or_si256(a, _mm256_or_si256(b, c))};
+                              _mm256_and_si256(l2, low_six),
+                              _mm256_or_si256(a, _mm256_or_si256(b, c))};
         const int8_t* x_hi = hi + r * plane_stride + i;
         const int8_t* x_lo = lo + r * plane_stride + i;
         for (int part = 0; part < 4; ++part) {

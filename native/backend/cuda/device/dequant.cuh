@@ -34,15 +34,17 @@ __device__ __forceinline__ void dequant_word(uint32_t word, uint32_t zero_low, u
   for (int j = 0; j < 4; ++j) {
     // (word & nibbles) | magic in one instruction; written in C it becomes two.
     uint32_t bits;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(bits) : "r"(word >> (4 * j)), "n"(0x000f000f), "r"(kMagic));
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+        : "=r"(bits)
+        : "r"(word >> (4 * j)), "n"(0x000f000f), "r"(kMagic));
     const uint32_t zero = (j % 2 == 0) ? zero_low : zero_high;  // rows g and g + 8
     if constexpr (__is_same(T, __nv_bfloat16)) {
       const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(bits),
                                            reinterpret_cast<const __nv_bfloat162&>(zero));
       a[j] = reinterpret_cast<const uint32_t&>(value);
     } else {
-      const __half2 value = __hsub2(reinterpret_cast<const __half2&>(bits),
-                                    reinterpret_cast<const __half2&>(zero));
+      const __half2 value =
+          __hsub2(reinterpret_cast<const __half2&>(bits), reinterpret_cast<const __half2&>(zero));
       a[j] = reinterpret_cast<const uint32_t&>(value);
     }
   }

@@ -26,8 +26,8 @@ inline constexpr int kFlashRowBytes = kDim * 2 + 16;
 
 // Rows row0 and row1 (pointers may be null: zeros) of q as A fragments.
 template <class T, int kDim>
-__device__ __forceinline__ void load_query(uint32_t (&q)[kDim / 16][4], const T* row0, const T* row1,
-                                           int lane) {
+__device__ __forceinline__ void load_query(uint32_t (&q)[kDim / 16][4], const T* row0,
+                                           const T* row1, int lane) {
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
 #pragma unroll
@@ -127,13 +127,18 @@ __device__ __forceinline__ void flash_tile(FlashState<kDim>& state,
 template <class F>
 void visit_head_dim(int head_dim, F&& f) {
   switch (head_dim) {
-    case 64: return f.template operator()<64>();
-    case 80: return f.template operator()<80>();
-    case 96: return f.template operator()<96>();
-    case 128: return f.template operator()<128>();
+    case 64:
+      return f.template operator()<64>();
+    case 80:
+      return f.template operator()<80>();
+    case 96:
+      return f.template operator()<96>();
+    case 128:
+      return f.template operator()<128>();
     default:
-      throw Error(ErrorCode::unsupported_model,
-                  format("attention: head_dim %d on the GPU; expected 64, 80, 96 or 128", head_dim));
+      throw Error(
+          ErrorCode::unsupported_model,
+          format("attention: head_dim %d on the GPU; expected 64, 80, 96 or 128", head_dim));
   }
 }
 

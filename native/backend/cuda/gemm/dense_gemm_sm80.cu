@@ -11,7 +11,8 @@ bool supports_dense_sm80(const GemmArgs& args, const LaunchContext&) {
 }
 
 void dense_gemm_sm80(const GemmArgs& args, const LaunchContext& context) {
-  visit_dtype(args.w->dtype, [&]<class T>() { run_sm80_for<T, WeightKind::dense, false>(args, context); });
+  visit_dtype(args.w->dtype,
+              [&]<class T>() { run_sm80_for<T, WeightKind::dense, false>(args, context); });
 }
 
 }  // namespace turbomind::cuda

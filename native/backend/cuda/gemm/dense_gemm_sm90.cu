@@ -18,7 +18,8 @@ void dense_gemm_sm90(const GemmArgs& args, const LaunchContext& context) {
     if (m <= 32) return run_sm90<Sm90Config<T, 0, 1, 32>>(args, context, 6);
     if (m <= 64) return run_sm90<Sm90Config<T, 0, 2, 64>>(args, context, 4);
     // Segments in turn need an f32 tile beside the ring: it fits with 128 tokens only.
-    if (m <= 128 || args.w->segments > 1) return run_sm90<Sm90Config<T, 0, 2, 128>>(args, context, 4);
+    if (m <= 128 || args.w->segments > 1)
+      return run_sm90<Sm90Config<T, 0, 2, 128>>(args, context, 4);
     return run_sm90<Sm90Config<T, 0, 2, 256>>(args, context, 4);
   });
 }

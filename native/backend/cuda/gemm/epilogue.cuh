@@ -39,7 +39,8 @@ inline EpilogueParams epilogue_params(const GemmArgs& args) {
 // Whether segments go to CTAs of their own. One CTA in turn takes the time of all its columns; shared,
 // they take rounds of a segment each and then the meeting, which costs as much as about `kMeeting`
 // times 128 columns for 128 tokens. Small token tiles always share: they only stream weights.
-inline bool sharing_pays(int segments, int64_t k_padded, int64_t output_tiles, int tile_tokens, int num_sms) {
+inline bool sharing_pays(int segments, int64_t k_padded, int64_t output_tiles, int tile_tokens,
+                         int num_sms) {
   if (segments == 1 || output_tiles >= 2 * num_sms) return false;
   if (tile_tokens <= 32) return true;
   constexpr int64_t kMeeting = 14;
@@ -134,12 +135,13 @@ __device__ __forceinline__ bool meet_segments(float* tile, const SplitParams& sp
   float4* mine = reinterpret_cast<float4*>(all + static_cast<int64_t>(segment) * kTileT * kTileN);
   for (int i = thread; i < valid_tokens * kQuads; i += kThreads) {
     __stcg(mine + i, *reinterpret_cast<const float4*>(tile + i / kQuads * kTileStride<kTileN> +
-                                                     i % kQuads * 4));
+                                                      i % kQuads * 4));
   }
   sync();
   if (thread == 0) {  // its fences cover what the CTA wrote before, and reads after, the barriers
     __threadfence();
-    *shared_last = atomicAdd(&split.tickets[output_tile], 1U) == static_cast<uint32_t>(segments) - 1;
+    *shared_last =
+        atomicAdd(&split.tickets[output_tile], 1U) == static_cast<uint32_t>(segments) - 1;
     __threadfence();
   }
   sync();

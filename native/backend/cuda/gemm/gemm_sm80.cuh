@@ -16,7 +16,8 @@
 namespace turbomind::cuda {
 
 // kGroup128: one group a chunk, known at compile time (4-bit only).
-template <class T_, WeightKind kKind_, bool kGroup128_, int kWarpsT_, int kMT_, int kNT_, int kStages_>
+template <class T_, WeightKind kKind_, bool kGroup128_, int kWarpsT_, int kMT_, int kNT_,
+          int kStages_>
 struct Sm80Config {
   using T = T_;
   static constexpr bool kGroup128 = kGroup128_;
@@ -43,11 +44,11 @@ struct Sm80Params {
   const uint32_t* meta;
   const void* x;
   int64_t ldx;
-  int k;               // columns of x that exist
+  int k;  // columns of x that exist
   int n_padded;
   int k_padded;
-  int chunk_groups;    // groups in 128 columns: 1, 2 or 4
-  int group_shift;     // log2 of the k16 steps of a group: 3, 2 or 1
+  int chunk_groups;  // groups in 128 columns: 1, 2 or 4
+  int group_shift;   // log2 of the k16 steps of a group: 3, 2 or 1
   bool scale_is_bf16;
   int segments;
   EpilogueParams epilogue;
@@ -57,7 +58,8 @@ struct Sm80Params {
 // ---- loads -------------------------------------------------------------------------------------
 
 template <class C>
-__device__ __forceinline__ void load_weights(const Sm80Params& p, uint32_t stage, int n0, int chunk) {
+__device__ __forceinline__ void load_weights(const Sm80Params& p, uint32_t stage, int n0,
+                                             int chunk) {
   if constexpr (C::kU4) {
     const int chunks = p.k_padded / C::kTileK;
     const int groups = C::kGroup128 ? 1 : p.chunk_groups;
@@ -74,7 +76,8 @@ __device__ __forceinline__ void load_weights(const Sm80Params& p, uint32_t stage
       }
       const char* meta = reinterpret_cast<const char*>(p.meta) + piece * groups * 256;
       if (threadIdx.x < groups * 16) {  // at most 64
-        cp_async_16(stage + C::kWeightBytes + mt * 1024 + threadIdx.x * 16, meta + threadIdx.x * 16, valid);
+        cp_async_16(stage + C::kWeightBytes + mt * 1024 + threadIdx.x * 16, meta + threadIdx.x * 16,
+                    valid);
       }
     }
   } else {
@@ -85,8 +88,8 @@ __device__ __forceinline__ void load_weights(const Sm80Params& p, uint32_t stage
       const int row = i / 8;
       const int piece = i % 8;
       const bool valid = n0 + row < p.n_padded;
-      const auto* source =
-          weights + static_cast<int64_t>(valid ? n0 + row : 0) * p.k_padded + chunk * 64 + piece * 8;
+      const auto* source = weights + static_cast<int64_t>(valid ? n0 + row : 0) * p.k_padded +
+                           chunk * 64 + piece * 8;
       cp_async_16(stage + row * 128 + ((piece ^ (row & 7)) << 4), source, valid);
     }
   }
@@ -196,7 +199,10 @@ __device__ __forceinline__ void compute_u4(float (&acc)[C::kMT][C::kNT][4], uint
 #pragma unroll
     for (int mt = 0; mt < C::kMT; ++mt) {
       const uint4& four = words[mt][step / 4];
-      const uint32_t word = step % 4 == 0 ? four.x : step % 4 == 1 ? four.y : step % 4 == 2 ? four.z : four.w;
+      const uint32_t word = step % 4 == 0   ? four.x
+                            : step % 4 == 1 ? four.y
+                            : step % 4 == 2 ? four.z
+                                            : four.w;
       dequant_word<typename C::T>(word, zero_low[mt], zero_high[mt], a[mt]);
     }
     multiply_step<C>(group, a, stage + C::kWeightBytes + C::kMetaBytes, warp_t, step, lane);
@@ -287,8 +293,8 @@ __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params
     cp_async_commit();
     const uint32_t current = ring + stage * C::kStageBytes;
     if constexpr (C::kU4) {
-      compute_u4<C>(acc, current, shared + stage * C::kStageBytes, p.group_shift,
-                    p.scale_is_bf16, warp_n, warp_t, lane);
+      compute_u4<C>(acc, current, shared + stage * C::kStageBytes, p.group_shift, p.scale_is_bf16,
+                    warp_n, warp_t, lane);
     } else {
       compute_dense<C>(acc, current, warp_n, warp_t, lane);
     }
@@ -313,7 +319,8 @@ __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params
       return;
     }
   }
-  store_tile<typename C::T, C::kTileT, C::kTileN, C::kThreads>(tile, p.epilogue, t0, n0, threadIdx.x);
+  store_tile<typename C::T, C::kTileT, C::kTileN, C::kThreads>(tile, p.epilogue, t0, n0,
+                                                               threadIdx.x);
 }
 
 // ---- launch ------------------------------------------------------------------------------------
@@ -324,13 +331,13 @@ bool run_sm80(const GemmArgs& args, const LaunchContext& context) {
   const int row_tiles = static_cast<int>(ceil_div<int64_t>(w.n, C::kTileN));
   const int token_tiles = ceil_div(args.m, C::kTileT);
   const int64_t output_tiles = static_cast<int64_t>(row_tiles) * token_tiles;
-  const bool split = sharing_pays(w.segments, w.k_padded, output_tiles, C::kTileT, context.num_sms) &&
-                     output_tiles <= static_cast<int64_t>(args.num_tickets) &&
-                     static_cast<size_t>(output_tiles) * w.segments * C::kTileT * C::kTileN <=
-                         args.partial_floats;
+  const bool split =
+      sharing_pays(w.segments, w.k_padded, output_tiles, C::kTileT, context.num_sms) &&
+      output_tiles <= static_cast<int64_t>(args.num_tickets) &&
+      static_cast<size_t>(output_tiles) * w.segments * C::kTileT * C::kTileN <= args.partial_floats;
   const int ring = C::kStages * C::kStageBytes;
-  const int shared = w.segments > 1 && !split ? ring + C::kTileBytes
-                                              : std::max(ring, C::kTileBytes);
+  const int shared =
+      w.segments > 1 && !split ? ring + C::kTileBytes : std::max(ring, C::kTileBytes);
   if (shared + 1024 > context.max_shared_bytes) return false;
   const Sm80Params params{.weights = w.weights,
                           .meta = w.meta,
@@ -340,7 +347,9 @@ bool run_sm80(const GemmArgs& args, const LaunchContext& context) {
                           .n_padded = static_cast<int>(w.n_padded),
                           .k_padded = static_cast<int>(w.k_padded),
                           .chunk_groups = w.group_size > 0 ? kChunkColumns / w.group_size : 0,
-                          .group_shift = w.group_size == 32 ? 1 : w.group_size == 64 ? 2 : 3,
+                          .group_shift = w.group_size == 32   ? 1
+                                         : w.group_size == 64 ? 2
+                                                              : 3,
                           .scale_is_bf16 = w.scale_is_bf16,
                           .segments = w.segments,
                           .epilogue = epilogue_params(args),
@@ -360,10 +369,13 @@ template <class T, WeightKind kKind, bool kGroup128>
 void run_sm80_for(const GemmArgs& args, const LaunchContext& context) {
   const int m = args.m;
   constexpr bool kU4 = kKind == WeightKind::awq;
-  if (m <= 8 && run_sm80<Sm80Config<T, kKind, kGroup128, 1, 1, 1, kU4 ? 6 : 6>>(args, context)) return;
-  if (m <= 16 && run_sm80<Sm80Config<T, kKind, kGroup128, 1, 1, 2, kU4 ? 5 : 6>>(args, context)) return;
+  if (m <= 8 && run_sm80<Sm80Config<T, kKind, kGroup128, 1, 1, 1, kU4 ? 6 : 6>>(args, context))
+    return;
+  if (m <= 16 && run_sm80<Sm80Config<T, kKind, kGroup128, 1, 1, 2, kU4 ? 5 : 6>>(args, context))
+    return;
   if (m <= 32 && run_sm80<Sm80Config<T, kKind, kGroup128, 1, 1, 4, 4>>(args, context)) return;
-  if (m > 64 && run_sm80<Sm80Config<T, kKind, kGroup128, 2, 2, 8, kU4 ? 3 : 4>>(args, context)) return;
+  if (m > 64 && run_sm80<Sm80Config<T, kKind, kGroup128, 2, 2, 8, kU4 ? 3 : 4>>(args, context))
+    return;
   TM_CHECK((run_sm80<Sm80Config<T, kKind, kGroup128, 1, 1, 8, 3>>(args, context)),
            "%d bytes of shared memory are too few for the GEMM", context.max_shared_bytes);
 }

@@ -45,12 +45,12 @@ struct Sm90Config {
 };
 
 struct Sm90Params {
-  const char* weights;   // packed 4-bit only
+  const char* weights;  // packed 4-bit only
   const char* meta;
   int row_tiles;
   int token_tiles;
-  int row_blocks;        // of 64 rows that exist
-  int chunks;            // k_padded / kTileK
+  int row_blocks;  // of 64 rows that exist
+  int chunks;      // k_padded / kTileK
   int segments;
   int stages;
   bool scale_is_bf16;
@@ -72,7 +72,8 @@ __device__ __forceinline__ int2 tile_of(int index, int row_tiles, int token_tile
 
 template <class C>
 __device__ __forceinline__ void produce_weights(const Sm90Params& p, const CUtensorMap* w_map,
-                                                uint32_t stage, uint32_t full, int row_tile, int chunk) {
+                                                uint32_t stage, uint32_t full, int row_tile,
+                                                int chunk) {
   mbarrier_expect_bytes(full, C::kLoadBytes);
   const uint32_t weights = stage + C::kXBytes;
   if constexpr (C::kU4) {
@@ -82,8 +83,8 @@ __device__ __forceinline__ void produce_weights(const Sm90Params& p, const CUten
       const int block = min(row_tile * C::kGroups + g, p.row_blocks - 1);
       const int64_t piece = static_cast<int64_t>(block) * p.chunks + chunk;
       bulk_load(weights + g * 4096, p.weights + piece * 4096, 4096, full);
-      bulk_load(weights + C::kWeightBytes + g * C::kMetaBlockBytes, p.meta + piece * C::kMetaBlockBytes,
-                C::kMetaBlockBytes, full);
+      bulk_load(weights + C::kWeightBytes + g * C::kMetaBlockBytes,
+                p.meta + piece * C::kMetaBlockBytes, C::kMetaBlockBytes, full);
     }
   } else {
     tensor_load_2d(weights, w_map, chunk * 64, row_tile * C::kTileN, full);
@@ -129,11 +130,11 @@ __device__ __forceinline__ void produce(const Sm90Params& p, const CUtensorMap* 
 
 // One chunk of 4-bit weights. `sums` holds a group's product of integers and tokens.
 template <class C>
-__device__ __forceinline__ void consume_u4(float (&acc)[C::kAcc], float (&sums)[C::kAcc], uint32_t x,
-                                           const char* weights, const char* meta,
+__device__ __forceinline__ void consume_u4(float (&acc)[C::kAcc], float (&sums)[C::kAcc],
+                                           uint32_t x, const char* weights, const char* meta,
                                            bool scale_is_bf16, int thread) {
-  constexpr int kSteps = C::kGroupSize / 16;             // k16 steps of a group
-  constexpr int kBatch = kSteps < 4 ? kSteps : 4;        // steps whose fragments live together
+  constexpr int kSteps = C::kGroupSize / 16;       // k16 steps of a group
+  constexpr int kBatch = kSteps < 4 ? kSteps : 4;  // steps whose fragments live together
   const int row = thread / 32 * 16 + thread % 32 / 4;
   const uint4 words[2] = {*reinterpret_cast<const uint4*>(weights + thread * 16),
                           *reinterpret_cast<const uint4*>(weights + 2048 + thread * 16)};
@@ -150,7 +151,10 @@ __device__ __forceinline__ void consume_u4(float (&acc)[C::kAcc], float (&sums)[
       for (int i = 0; i < kBatch; ++i) {
         const int step = group * kSteps + batch * kBatch + i;
         const uint4& four = words[step / 4];
-        const uint32_t word = step % 4 == 0 ? four.x : step % 4 == 1 ? four.y : step % 4 == 2 ? four.z : four.w;
+        const uint32_t word = step % 4 == 0   ? four.x
+                              : step % 4 == 1 ? four.y
+                              : step % 4 == 2 ? four.z
+                                              : four.w;
         dequant_word<typename C::T>(word, zero_low, zero_high, a[batch][i]);
       }
       wgmma_fence();
@@ -199,8 +203,9 @@ __device__ __forceinline__ void flush_sm90(float (&acc)[C::kAcc], float* tile, b
 }
 
 template <class C>
-__device__ __forceinline__ void consume(const Sm90Params& p, char* ring, uint32_t full, uint32_t empty,
-                                        float* tile, bool in_turn, int segment, int begin, int end) {
+__device__ __forceinline__ void consume(const Sm90Params& p, char* ring, uint32_t full,
+                                        uint32_t empty, float* tile, bool in_turn, int segment,
+                                        int begin, int end) {
   const int group = threadIdx.x / 128;
   const int thread = threadIdx.x % 128;
   const uint32_t base = smem_address(ring);
@@ -217,7 +222,8 @@ __device__ __forceinline__ void consume(const Sm90Params& p, char* ring, uint32_
     if constexpr (C::kU4) {
       const char* weights = ring + stage * C::kStageBytes + C::kXBytes;
       consume_u4<C>(acc, sums, x, weights + group * 4096,
-                    weights + C::kWeightBytes + group * C::kMetaBlockBytes, p.scale_is_bf16, thread);
+                    weights + C::kWeightBytes + group * C::kMetaBlockBytes, p.scale_is_bf16,
+                    thread);
       __syncwarp();
       if (thread % 32 == 0) mbarrier_arrive(empty + stage * 8);
     } else {
@@ -291,13 +297,13 @@ __global__ void __launch_bounds__(C::kThreads)
   if (p.split.split) {
     const int64_t output_tile = static_cast<int64_t>(tile_idx.y) * p.row_tiles + tile_idx.x;
     if (!meet_segments<C::kTileT, C::kTileN, C::kConsumers>(
-            tile, p.split, first_segment, p.segments, output_tile, min(C::kTileT, p.epilogue.m - t0),
-            threadIdx.x, &last, sync)) {
+            tile, p.split, first_segment, p.segments, output_tile,
+            min(C::kTileT, p.epilogue.m - t0), threadIdx.x, &last, sync)) {
       return;
     }
   }
-  store_tile<typename C::T, C::kTileT, C::kTileN, C::kConsumers>(tile, p.epilogue, t0,
-                                                                 tile_idx.x * C::kTileN, threadIdx.x);
+  store_tile<typename C::T, C::kTileT, C::kTileN, C::kConsumers>(
+      tile, p.epilogue, t0, tile_idx.x * C::kTileN, threadIdx.x);
 }
 
 // ---- launch --------------------------------------------------------------------------------------
@@ -309,14 +315,15 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, int wanted_sta
   const int row_tiles = static_cast<int>(ceil_div<int64_t>(w.n, C::kTileN));
   const int token_tiles = ceil_div(args.m, C::kTileT);
   const int64_t output_tiles = static_cast<int64_t>(row_tiles) * token_tiles;
-  const bool split = sharing_pays(w.segments, w.k_padded, output_tiles, C::kTileT, context.num_sms) &&
-                     output_tiles <= static_cast<int64_t>(args.num_tickets) &&
-                     static_cast<size_t>(output_tiles) * w.segments * C::kTileT * C::kTileN <=
-                         args.partial_floats;
+  const bool split =
+      sharing_pays(w.segments, w.k_padded, output_tiles, C::kTileT, context.num_sms) &&
+      output_tiles <= static_cast<int64_t>(args.num_tickets) &&
+      static_cast<size_t>(output_tiles) * w.segments * C::kTileT * C::kTileN <= args.partial_floats;
   const bool in_turn = w.segments > 1 && !split;
   const int available = context.max_shared_bytes - 1024 - (in_turn ? C::kTileBytes : 0);
   const int stages = std::min({wanted_stages, kMaxStages, available / C::kStageBytes});
-  TM_CHECK(stages >= 2, "%d bytes of shared memory are too few for the GEMM", context.max_shared_bytes);
+  TM_CHECK(stages >= 2, "%d bytes of shared memory are too few for the GEMM",
+           context.max_shared_bytes);
   const int ring = stages * C::kStageBytes;
   const int64_t k = w.k % 8 == 0 ? w.k : w.k_padded;
   const CUtensorMap x_map = make_tensor_map(args.x, w.dtype, args.m, k, args.ldx, C::kTileT, 64);
@@ -335,7 +342,8 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, int wanted_sta
                           .epilogue = epilogue_params(args),
                           .split = {args.partials, args.tickets, split}};
   launch(gemm_sm90_kernel<C>,
-         {.grid = dim3(static_cast<unsigned>(output_tiles), 1, static_cast<unsigned>(split ? w.segments : 1)),
+         {.grid = dim3(static_cast<unsigned>(output_tiles), 1,
+                       static_cast<unsigned>(split ? w.segments : 1)),
           .threads = C::kThreads,
           .shared_bytes = in_turn ? ring + C::kTileBytes : std::max(ring, C::kTileBytes)},
          context.stream, context.programmatic, params, x_map, w_map);

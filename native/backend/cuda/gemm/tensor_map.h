@@ -12,7 +12,7 @@ namespace turbomind::cuda {
 
 // Row-major [rows, columns] of 2-byte elements with a row stride of `ld` elements (16-byte aligned);
 // boxes of box_rows x box_columns (64: 128 bytes) in the 128-byte swizzle, zeros outside.
-CUtensorMap make_tensor_map(const void* data, DType dtype, int64_t rows, int64_t columns, int64_t ld,
-                            int box_rows, int box_columns);
+CUtensorMap make_tensor_map(const void* data, DType dtype, int64_t rows, int64_t columns,
+                            int64_t ld, int box_rows, int box_columns);
 
 }  // namespace turbomind::cuda

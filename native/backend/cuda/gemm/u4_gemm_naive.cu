@@ -16,8 +16,8 @@ __device__ int packed_nibble(const uint32_t* weights, int64_t k_padded, int row,
   const int in_step = column % 16;
   const int lane = (in_row % 8) * 4 + (in_step % 8) / 2;
   const int pair = (in_row / 8) + 2 * (in_step / 8);
-  const int64_t tile = static_cast<int64_t>(row / kPackRows) * (k_padded / kPackColumns) +
-                       column / kPackColumns;
+  const int64_t tile =
+      static_cast<int64_t>(row / kPackRows) * (k_padded / kPackColumns) + column / kPackColumns;
   const int64_t word =
       ((tile * 4 + row % kPackRows / 16) * 32 + lane) * 4 + column % kPackColumns / 16;
   return static_cast<int>(weights[word] >> (4 * pair + 16 * (column % 2))) & 0xf;
@@ -65,8 +65,8 @@ __global__ void naive_kernel(const PackedMatrix w, const T* x, int64_t ldx, Epil
 }
 
 struct PackedRow {
-  int part;    // -1: padding
-  int64_t n;   // output of that part
+  int part;   // -1: padding
+  int64_t n;  // output of that part
 };
 
 __device__ PackedRow locate(const AwqPackArgs& args, int64_t row) {
@@ -144,7 +144,8 @@ void gemm_naive(const GemmArgs& args, const LaunchContext& context) {
   const int width = args.epilogue == Epilogue::silu_mul ? 16 : 8;
   const auto columns = static_cast<unsigned>(ceil_div<int64_t>(args.w->n, width * kThreads));
   visit_dtype(args.w->dtype, [&]<class T>() {
-    launch(naive_kernel<T>, {.grid = dim3(columns, static_cast<unsigned>(args.m)), .threads = kThreads},
+    launch(naive_kernel<T>,
+           {.grid = dim3(columns, static_cast<unsigned>(args.m)), .threads = kThreads},
            context.stream, context.programmatic, *args.w, static_cast<const T*>(args.x), args.ldx,
            epilogue_params(args));
   });
@@ -152,8 +153,10 @@ void gemm_naive(const GemmArgs& args, const LaunchContext& context) {
 
 void pack_awq(const LaunchContext& context, const AwqPackArgs& args) {
   const PackedMatrix& w = args.matrix;
-  const auto words = static_cast<unsigned>(ceil_div<int64_t>(w.n_padded * w.k_padded / 8, kThreads));
-  launch(pack_weights_kernel, {.grid = dim3(words), .threads = kThreads}, context.stream, false, args);
+  const auto words =
+      static_cast<unsigned>(ceil_div<int64_t>(w.n_padded * w.k_padded / 8, kThreads));
+  launch(pack_weights_kernel, {.grid = dim3(words), .threads = kThreads}, context.stream, false,
+         args);
   const auto metas =
       static_cast<unsigned>(ceil_div<int64_t>(w.n_padded * (w.k_padded / w.group_size), kThreads));
   launch(pack_meta_kernel, {.grid = dim3(metas), .threads = kThreads}, context.stream, false, args);

@@ -26,9 +26,12 @@ bool supports_u4_sm90(const GemmArgs& args, const LaunchContext&) {
 void u4_gemm_sm90(const GemmArgs& args, const LaunchContext& context) {
   visit_dtype(args.w->dtype, [&]<class T>() {
     switch (args.w->group_size) {
-      case 32: return run<T, 32>(args, context);
-      case 64: return run<T, 64>(args, context);
-      default: return run<T, 128>(args, context);
+      case 32:
+        return run<T, 32>(args, context);
+      case 64:
+        return run<T, 64>(args, context);
+      default:
+        return run<T, 128>(args, context);
     }
   });
 }

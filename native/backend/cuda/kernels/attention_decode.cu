@@ -14,7 +14,7 @@ constexpr int kWarps = kSplitTokens / kBlockTokens;
 constexpr int kThreads = kWarps * 32;
 constexpr int kTokens = 16;  // of a kernel tile
 constexpr int kStages = 2;
-constexpr int kRows = 16;    // query heads a CTA
+constexpr int kRows = 16;  // query heads a CTA
 
 struct Params {
   DecodeAttentionArgs args;
@@ -24,7 +24,8 @@ struct Params {
 };
 
 template <class T, int kDim>
-__device__ __forceinline__ void load_tile(uint32_t destination, const T* source, int valid, int lane) {
+__device__ __forceinline__ void load_tile(uint32_t destination, const T* source, int valid,
+                                          int lane) {
   constexpr int kPieces = kDim / 8;
 #pragma unroll
   for (int i = lane; i < kTokens * kPieces; i += 32) {
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const Params p) {
   // this warp's block
   const int block_idx = item.y * kWarps + warp;
   const int valid = min(kBlockTokens, max(0, num_keys - block_idx * kBlockTokens));
-  const T* q = static_cast<const T*>(a.qkv) +
-               (row * (a.num_heads + 2 * a.num_kv_heads) + head0) * kDim;
+  const T* q =
+      static_cast<const T*>(a.qkv) + (row * (a.num_heads + 2 * a.num_kv_heads) + head0) * kDim;
   uint32_t query[kDim / 16][4];
   load_query<T, kDim>(query, lane / 4 < heads ? q + (lane / 4) * kDim : nullptr,
                       lane / 4 + 8 < heads ? q + (lane / 4 + 8) * kDim : nullptr, lane);
@@ -160,7 +161,8 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const Params p) {
   // items → sequence, in order, by the CTA that comes last
   __syncthreads();
   uint32_t* ticket = a.tickets + static_cast<int64_t>(sequence) * gridDim.y + blockIdx.y;
-  if (threadIdx.x == 0) {  // its fences cover what the CTA wrote before, and reads after, the barriers
+  if (threadIdx.x ==
+      0) {  // its fences cover what the CTA wrote before, and reads after, the barriers
     __threadfence();
     last = atomicAdd(ticket, 1U) == static_cast<uint32_t>(splits) - 1;
     __threadfence();
@@ -171,8 +173,13 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const Params p) {
   for (int i = threadIdx.x; i < heads * kDim; i += kThreads) {
     const float3 merged = merge_parts(
         splits, p.scale_log2,
-        [&](int s) { return __ldcg(a.partial_max_sum + first + static_cast<int64_t>(s) * a.num_heads + i / kDim); },
-        [&](int s) { return __ldcg(a.partial_out + (first + static_cast<int64_t>(s) * a.num_heads) * kDim + i); });
+        [&](int s) {
+          return __ldcg(a.partial_max_sum + first + static_cast<int64_t>(s) * a.num_heads +
+                        i / kDim);
+        },
+        [&](int s) {
+          return __ldcg(a.partial_out + (first + static_cast<int64_t>(s) * a.num_heads) * kDim + i);
+        });
     y[i] = from_float<T>(merged.z / merged.y);
   }
   if (threadIdx.x == 0) *ticket = 0;

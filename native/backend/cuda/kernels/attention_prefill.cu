@@ -12,15 +12,15 @@ constexpr int kThreads = 128;
 constexpr int kTokens = kBlockTokens;
 
 struct Params {
-  const void* q;       // row 0, head 0
-  const void* k;       // paged: [B, Hkv, 64, D]; contiguous: row 0, head 0
+  const void* q;  // row 0, head 0
+  const void* k;  // paged: [B, Hkv, 64, D]; contiguous: row 0, head 0
   const void* v;
   void* y;
   int64_t ldq;
   int64_t ldy;
-  int group;           // query heads a KV head
+  int group;  // query heads a KV head
   int num_kv_heads;
-  int tokens;          // contiguous: keys and queries of a tile
+  int tokens;  // contiguous: keys and queries of a tile
   float scale_log2;
   StepArrays step;
 };
@@ -37,7 +37,8 @@ __device__ __forceinline__ KeyTile<T> key_tile(const Params& p, const void* base
                                                int kv_head, int tile) {
   if constexpr (kPaged) {
     const int64_t block = p.step.block_table[sequence * *p.step.block_stride + tile];
-    return {static_cast<const T*>(base) + (block * p.num_kv_heads + kv_head) * kTokens * kDim, kDim};
+    return {static_cast<const T*>(base) + (block * p.num_kv_heads + kv_head) * kTokens * kDim,
+            kDim};
   } else {
     const int64_t row = static_cast<int64_t>(sequence) * p.tokens + tile * kTokens;
     return {static_cast<const T*>(base) + row * p.ldq + kv_head * kDim, p.ldq};
@@ -103,8 +104,8 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Params p) {
     const uint32_t stage = ring + (tile % 2) * 2 * kTileBytes;
     const int valid = num_keys - tile * kTokens;
     load_tile<T, kDim>(stage, key_tile<T, kDim, kPaged>(p, p.k, sequence, kv_head, tile), valid);
-    load_tile<T, kDim>(stage + kTileBytes, key_tile<T, kDim, kPaged>(p, p.v, sequence, kv_head, tile),
-                       valid);
+    load_tile<T, kDim>(stage + kTileBytes,
+                       key_tile<T, kDim, kPaged>(p, p.v, sequence, kv_head, tile), valid);
     cp_async_commit();
   };
 
@@ -121,7 +122,8 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Params p) {
       const int visible = kPaged ? history + query0 + 8 * r + 1 : num_keys;
       limit[r] = min(visible, num_keys) - first_key;
     }
-    const bool masked = kPaged ? first_key + kTokens > history + first_query : first_key + kTokens > num_keys;
+    const bool masked =
+        kPaged ? first_key + kTokens > history + first_query : first_key + kTokens > num_keys;
     const uint32_t stage = ring + (tile % 2) * 2 * kTileBytes;
     flash_tile<T, kDim, kTokens>(state, query, stage, stage + kTileBytes, limit, masked,
                                  p.scale_log2, lane);
@@ -155,7 +157,8 @@ void run(const LaunchContext& context, const Params& params, int head_dim, dim3 
 
 }  // namespace
 
-void prefill_attention(const LaunchContext& context, DType dtype, const PrefillAttentionArgs& args) {
+void prefill_attention(const LaunchContext& context, DType dtype,
+                       const PrefillAttentionArgs& args) {
   if (args.num_tiles == 0) return;
   const int64_t heads = args.num_heads + 2 * args.num_kv_heads;
   visit_dtype(dtype, [&]<class T>() {
@@ -170,8 +173,9 @@ void prefill_attention(const LaunchContext& context, DType dtype, const PrefillA
                         .tokens = 0,
                         .scale_log2 = args.softmax_scale * kLog2e,
                         .step = args.step};
-    run<T, true>(context, params, args.head_dim,
-                 dim3(static_cast<unsigned>(args.num_heads), static_cast<unsigned>(args.num_tiles)));
+    run<T, true>(
+        context, params, args.head_dim,
+        dim3(static_cast<unsigned>(args.num_heads), static_cast<unsigned>(args.num_tiles)));
   });
 }
 

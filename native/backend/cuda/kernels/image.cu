@@ -33,16 +33,15 @@ __global__ void patchify_kernel(const PatchifyLaunch args) {
 
 // One CTA a row of x.
 template <class T>
-__global__ void vision_embed_kernel(const T* patches, const float* cls, const float* positions, T* x,
-                                    int num_patches, int columns) {
+__global__ void vision_embed_kernel(const T* patches, const float* cls, const float* positions,
+                                    T* x, int num_patches, int columns) {
   grid_dependency_wait();
   grid_dependency_launch();
   const int token = blockIdx.x % (num_patches + 1);
   const int64_t tile = blockIdx.x / (num_patches + 1);
   for (int i = threadIdx.x; i < columns; i += kThreads) {
-    const float value = token == 0
-                            ? cls[i]
-                            : to_float(patches[(tile * num_patches + token - 1) * columns + i]);
+    const float value =
+        token == 0 ? cls[i] : to_float(patches[(tile * num_patches + token - 1) * columns + i]);
     x[static_cast<int64_t>(blockIdx.x) * columns + i] =
         from_float<T>(value + positions[static_cast<int64_t>(token) * columns + i]);
   }
@@ -80,20 +79,22 @@ void patchify(const LaunchContext& context, DType dtype, const PatchifyLaunch& a
 void vision_embed(const LaunchContext& context, DType dtype, const void* patches, const float* cls,
                   const float* positions, void* x, int num_tiles, int num_patches, int columns) {
   visit_dtype(dtype, [&]<class T>() {
-    launch(vision_embed_kernel<T>,
-           {.grid = dim3(static_cast<unsigned>(num_tiles * (num_patches + 1))), .threads = kThreads},
-           context.stream, context.programmatic, static_cast<const T*>(patches), cls, positions,
-           static_cast<T*>(x), num_patches, columns);
+    launch(
+        vision_embed_kernel<T>,
+        {.grid = dim3(static_cast<unsigned>(num_tiles * (num_patches + 1))), .threads = kThreads},
+        context.stream, context.programmatic, static_cast<const T*>(patches), cls, positions,
+        static_cast<T*>(x), num_patches, columns);
   });
 }
 
 void pixel_shuffle(const LaunchContext& context, const void* x, void* y, int num_tiles, int grid,
                    int factor, int columns) {
   const int out_side = grid / factor;
-  launch(pixel_shuffle_kernel,
-         {.grid = dim3(static_cast<unsigned>(num_tiles * out_side * out_side)), .threads = kThreads},
-         context.stream, context.programmatic, static_cast<const uint16_t*>(x),
-         static_cast<uint16_t*>(y), grid, factor, columns);
+  launch(
+      pixel_shuffle_kernel,
+      {.grid = dim3(static_cast<unsigned>(num_tiles * out_side * out_side)), .threads = kThreads},
+      context.stream, context.programmatic, static_cast<const uint16_t*>(x),
+      static_cast<uint16_t*>(y), grid, factor, columns);
 }
 
 }  // namespace turbomind::cuda

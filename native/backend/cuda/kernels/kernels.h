@@ -16,17 +16,17 @@ inline constexpr int kQueryTile = 64;     // query rows of a prefill CTA
 
 // Device arrays of the current step, at fixed addresses so that captured graphs stay valid.
 struct StepArrays {
-  int32_t* token_ids = nullptr;    // [T]
-  int32_t* positions = nullptr;    // [T]
-  int32_t* slots = nullptr;        // [T], -1 on padding rows
-  int32_t* query_start = nullptr;  // [S + 1]
-  int32_t* kv_len = nullptr;       // [S]
-  int32_t* sample_rows = nullptr;  // [R]
-  int32_t* split_start = nullptr;  // [S] first decode item of the sequence
-  int2* decode_items = nullptr;    // (sequence, split), sequence -1 on padding
-  int2* query_tiles = nullptr;     // (sequence, first query row of the tile within it)
-  int32_t* block_stride = nullptr; // [1] row length of block_table
-  int32_t* block_table = nullptr;  // [S, block_stride]
+  int32_t* token_ids = nullptr;     // [T]
+  int32_t* positions = nullptr;     // [T]
+  int32_t* slots = nullptr;         // [T], -1 on padding rows
+  int32_t* query_start = nullptr;   // [S + 1]
+  int32_t* kv_len = nullptr;        // [S]
+  int32_t* sample_rows = nullptr;   // [R]
+  int32_t* split_start = nullptr;   // [S] first decode item of the sequence
+  int2* decode_items = nullptr;     // (sequence, split), sequence -1 on padding
+  int2* query_tiles = nullptr;      // (sequence, first query row of the tile within it)
+  int32_t* block_stride = nullptr;  // [1] row length of block_table
+  int32_t* block_table = nullptr;   // [S, block_stride]
 };
 
 // Copies the packed words of one step, just uploaded to `blob`, to the arrays.
@@ -47,8 +47,8 @@ struct NormArgs {
   const float* weight = nullptr;  // [C]
   const float* bias = nullptr;    // [C] or null
   float eps = 1e-6F;
-  const void* x = nullptr;        // [*, C] with row stride ldx
-  void* y = nullptr;              // [rows, C] with row stride ldy; may be x
+  const void* x = nullptr;  // [*, C] with row stride ldx
+  void* y = nullptr;        // [rows, C] with row stride ldy; may be x
   int64_t ldx = 0;
   int64_t ldy = 0;
   const int32_t* gather = nullptr;  // row i of y comes from row gather[i] of x; null: i
@@ -65,12 +65,12 @@ void embed(const LaunchContext& context, const void* table, int64_t ld_table, in
            const int32_t* token_ids, void* x, int rows, int columns);
 
 struct RopeKvArgs {
-  void* qkv = nullptr;                 // [T, (Hq + 2 Hkv) * D]; q is rotated in place
-  void* k_cache = nullptr;             // [B, Hkv, 64, D]
+  void* qkv = nullptr;      // [T, (Hq + 2 Hkv) * D]; q is rotated in place
+  void* k_cache = nullptr;  // [B, Hkv, 64, D]
   void* v_cache = nullptr;
-  const float* inv_freq = nullptr;     // [D / 2]
+  const float* inv_freq = nullptr;  // [D / 2]
   float attention_scaling = 1.0F;
-  const float* q_norm = nullptr;       // [D] or null
+  const float* q_norm = nullptr;  // [D] or null
   const float* k_norm = nullptr;
   float q_norm_eps = 0.0F;
   float k_norm_eps = 0.0F;
@@ -89,10 +89,10 @@ struct DecodeAttentionArgs {
   const void* k_cache = nullptr;
   const void* v_cache = nullptr;
   StepArrays step;
-  int num_items = 0;          // CTAs along x; padding items exit at once
-  float* partial_out = nullptr;   // [items, Hq, D]
+  int num_items = 0;                  // CTAs along x; padding items exit at once
+  float* partial_out = nullptr;       // [items, Hq, D]
   float2* partial_max_sum = nullptr;  // [items, Hq]
-  uint32_t* tickets = nullptr;    // [S, Hkv], zero between launches
+  uint32_t* tickets = nullptr;        // [S, Hkv], zero between launches
   int num_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
@@ -114,7 +114,7 @@ struct PrefillAttentionArgs {
 };
 void prefill_attention(const LaunchContext& context, DType dtype, const PrefillAttentionArgs& args);
 
-struct TileAttentionArgs {  // non-causal, contiguous keys: the vision tower
+struct TileAttentionArgs {    // non-causal, contiguous keys: the vision tower
   const void* qkv = nullptr;  // [n * tokens, 3 * C]
   void* y = nullptr;          // [n * tokens, C]
   int num_tiles = 0;

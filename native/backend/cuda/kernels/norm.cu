@@ -72,9 +72,11 @@ void norm(const LaunchContext& context, DType dtype, const NormArgs& args) {
   if (args.rows == 0) return;
   const bool vector = args.columns % 8 == 0 && args.ldx % 8 == 0 && args.ldy % 8 == 0;
   visit_dtype(dtype, [&]<class T>() {
-    auto* kernel = args.kind == NormKind::layer
-                       ? (vector ? norm_kernel<T, true, NormKind::layer> : norm_kernel<T, false, NormKind::layer>)
-                       : (vector ? norm_kernel<T, true, NormKind::rms> : norm_kernel<T, false, NormKind::rms>);
+    auto* kernel =
+        args.kind == NormKind::layer
+            ? (vector ? norm_kernel<T, true, NormKind::layer>
+                      : norm_kernel<T, false, NormKind::layer>)
+            : (vector ? norm_kernel<T, true, NormKind::rms> : norm_kernel<T, false, NormKind::rms>);
     launch(kernel, {.grid = dim3(static_cast<unsigned>(args.rows)), .threads = kThreads},
            context.stream, context.programmatic, args);
   });

@@ -95,7 +95,8 @@ void convert_vector(const LaunchContext& context, const void* source, DType sour
                     int64_t count, RowMap map, int64_t base) {
   if (count == 0) return;
   launch(convert_vector_kernel,
-         {.grid = dim3(static_cast<unsigned>(ceil_div<int64_t>(count, kThreads))), .threads = kThreads},
+         {.grid = dim3(static_cast<unsigned>(ceil_div<int64_t>(count, kThreads))),
+          .threads = kThreads},
          context.stream, false, source, source_type, out, count, map, base);
 }
 
@@ -104,8 +105,9 @@ void convert_matrix(const LaunchContext& context, const void* source, DType sour
                     int64_t base) {
   if (rows == 0) return;
   visit_dtype(out_type, [&]<class T>() {
-    launch(convert_matrix_kernel<T>, {.grid = dim3(static_cast<unsigned>(rows)), .threads = kThreads},
-           context.stream, false, source, source_type, static_cast<T*>(out), columns, ld, map, base);
+    launch(convert_matrix_kernel<T>,
+           {.grid = dim3(static_cast<unsigned>(rows)), .threads = kThreads}, context.stream, false,
+           source, source_type, static_cast<T*>(out), columns, ld, map, base);
   });
 }
 

@@ -30,7 +30,9 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kv_kernel(const RopeKvArgs a
   const int kv_head = (head - args.num_heads) % args.num_kv_heads;
   const int64_t cache_row =
       ((static_cast<int64_t>(slot / kBlockTokens) * args.num_kv_heads + (is_q ? 0 : kv_head)) *
-           kBlockTokens + slot % kBlockTokens) * dim;
+           kBlockTokens +
+       slot % kBlockTokens) *
+      dim;
 
   float low[kMaxPairs];
   float high[kMaxPairs];
@@ -83,7 +85,8 @@ void rope_kv(const LaunchContext& context, DType dtype, const RopeKvArgs& args) 
   const int heads = args.num_heads + 2 * args.num_kv_heads;
   visit_dtype(dtype, [&]<class T>() {
     launch(rope_kv_kernel<T>,
-           {.grid = dim3(static_cast<unsigned>(args.tokens), static_cast<unsigned>(ceil_div(heads, kWarps))),
+           {.grid = dim3(static_cast<unsigned>(args.tokens),
+                         static_cast<unsigned>(ceil_div(heads, kWarps))),
             .threads = kWarps * 32},
            context.stream, context.programmatic, args);
   });

@@ -23,7 +23,8 @@ __device__ Best better(Best a, Best b) {
 
 __device__ Best cta_best(Best best, Best* shared) {
   for (int offset = 16; offset > 0; offset /= 2) {
-    const Best other{__shfl_xor_sync(~0U, best.value, offset), __shfl_xor_sync(~0U, best.index, offset)};
+    const Best other{__shfl_xor_sync(~0U, best.value, offset),
+                     __shfl_xor_sync(~0U, best.index, offset)};
     best = better(best, other);
   }
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = best;
@@ -34,9 +35,9 @@ __device__ Best cta_best(Best best, Best* shared) {
 }
 
 // partial: [rows, kPieces]; tickets: [rows], zero between launches.
-__global__ void __launch_bounds__(kThreads) argmax_kernel(const float* logits, int64_t vocab,
-                                                          Best* partial, uint32_t* tickets,
-                                                          int32_t* ids) {
+__global__ void __launch_bounds__(kThreads)
+    argmax_kernel(const float* logits, int64_t vocab, Best* partial, uint32_t* tickets,
+                  int32_t* ids) {
   __shared__ Best shared[kThreads / 32];
   __shared__ bool last;
   grid_dependency_wait();
@@ -78,9 +79,8 @@ void argmax(const LaunchContext& context, const float* logits, int rows, int64_t
   TM_CHECK(rows <= max_rows, "argmax of %d rows, sized for %d", rows, max_rows);
   auto* partial = static_cast<Best*>(scratch);
   auto* tickets = reinterpret_cast<uint32_t*>(partial + static_cast<int64_t>(max_rows) * kPieces);
-  launch(argmax_kernel,
-         {.grid = dim3(kPieces, static_cast<unsigned>(rows)), .threads = kThreads}, context.stream,
-         context.programmatic, logits, vocab, partial, tickets, ids);
+  launch(argmax_kernel, {.grid = dim3(kPieces, static_cast<unsigned>(rows)), .threads = kThreads},
+         context.stream, context.programmatic, logits, vocab, partial, tickets, ids);
 }
 
 }  // namespace turbomind::cuda

@@ -76,7 +76,10 @@ export const prepare = {
   native({ force = false } = {}) {
     const addon = join(root, 'build', 'Release', 'turbomind.node');
     if (!force && !isStale(addon, native())) return 0;
-    return run('npm', ['run', '--silent', 'build:native'], { stdio: ['ignore', 2, 2] });
+    // The CUDA backend takes minutes to compile: here only where a GPU can run it.
+    const cuda = has('nvidia-smi', ['-L']) ? 'ON' : 'OFF';
+    const args = ['run', '--silent', 'build:native', '--', `--CDTURBOMIND_CUDA=${cuda}`];
+    return run('npm', args, { stdio: ['ignore', 2, 2] });
   },
   typescript() {
     const output = join(root, 'dist', 'index.cjs');

@@ -28,6 +28,20 @@ float kth_largest(float* values, int64_t count, int64_t k) {
 
 }  // namespace
 
+// Room for the rows a task looks at; on the stack but for rows of more than 32 thousand halves.
+class Head::RowBuffer {
+ public:
+  uint8_t* room(size_t bytes) {
+    if (bytes <= sizeof(stack_)) return stack_;
+    if (heap_.size() < bytes) heap_.resize(bytes);
+    return heap_.data();
+  }
+
+ private:
+  alignas(64) uint8_t stack_[64 << 10];
+  std::vector<uint8_t> heap_;
+};
+
 struct Head::Scratch {
   int8_t* hi;  // [rows][depth]
   int8_t* lo;
@@ -202,13 +216,13 @@ void Head::screen(const Scratch& s, float* upper, ThreadPool& pool) const {
 }
 
 // Rows [n, n + count): where they lie, or a copy in `buffer`.
-const uint8_t* Head::table_rows(int64_t n, int64_t count, std::vector<uint8_t>& buffer) const {
+const uint8_t* Head::table_rows(int64_t n, int64_t count, RowBuffer& buffer) const {
   const size_t offset = static_cast<size_t>(n) * row_bytes_;
   const size_t bytes = static_cast<size_t>(count) * row_bytes_;
   if (!small_.empty()) return small_.data() + offset;
-  if (buffer.size() < bytes) buffer.resize(bytes);
-  if (!file_.read(offset, bytes, buffer.data())) unreadable_ = true;
-  return buffer.data();
+  uint8_t* to = buffer.room(bytes);
+  if (!file_.read(offset, bytes, to)) unreadable_ = true;
+  return to;
 }
 
 float Head::exact(int64_t n, const uint8_t* row, const float* x) const {
@@ -227,7 +241,7 @@ float Head::least_of_best(const Scratch& s, int64_t row, int k, const float* x) 
   std::copy_n(best, blocks_, s.sorted);
   const float kth = kth_largest(s.sorted, blocks_, k);
   float least = std::numeric_limits<float>::infinity();
-  std::vector<uint8_t> buffer;
+  RowBuffer buffer;
   for (int64_t b = 0, taken = 0; b < blocks_ && taken < k; ++b) {
     if (!(best[b] >= kth)) continue;
     const int64_t n = s.best_at[row * blocks_ + b];
@@ -242,7 +256,7 @@ float Head::least_of_best(const Scratch& s, int64_t row, int k, const float* x) 
 // Entries of [begin, end) that can matter get exact scores.
 void Head::rescore(const float* x, float threshold, float* scores, int64_t begin,
                    int64_t end) const {
-  std::vector<uint8_t> buffer;
+  RowBuffer buffer;
   for (int64_t n = begin; n < end; ++n) {
     if (scores[n] < threshold) {
       scores[n] = -std::numeric_limits<float>::infinity();
@@ -255,7 +269,7 @@ void Head::rescore(const float* x, float threshold, float* scores, int64_t begin
 void Head::logits(const float* x, int64_t rows, float* y, void*, ThreadPool& pool) const {
   const int64_t grain = std::max<int64_t>(1, (64 << 10) / static_cast<int64_t>(row_bytes_));
   pool.parallel_for(v_, grain, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> buffer;
+    RowBuffer buffer;
     const uint8_t* table = table_rows(begin, end - begin, buffer);
     for (int64_t n = begin; n < end; ++n) {
       const uint8_t* w = table + static_cast<size_t>(n - begin) * row_bytes_;

@@ -39,8 +39,9 @@ class Head final : public PackedHead {
 
  private:
   struct Scratch;
+  class RowBuffer;
   void pack_block(int64_t block, const uint8_t* rows);
-  const uint8_t* table_rows(int64_t n, int64_t count, std::vector<uint8_t>& buffer) const;
+  const uint8_t* table_rows(int64_t n, int64_t count, RowBuffer& buffer) const;
   float exact(int64_t n, const uint8_t* row, const float* x) const;
   void check_readable() const;
   void screen(const Scratch& s, float* upper, ThreadPool& pool) const;

@@ -40,7 +40,16 @@ const ours = (tokens) =>
   run(node, [join(here, 'run-ours.mjs'), model, '--threads', values.threads, '--tokens', tokens]);
 // The peer sizes its context by its sequences: 4 for the main figures, 16 in a process of its own.
 async function peer(tokens) {
-  const args = [join(here, 'run-peer.mjs'), gguf, '--from', values.peer, '--threads', values.threads, '--tokens', tokens];
+  const args = [
+    join(here, 'run-peer.mjs'),
+    gguf,
+    '--from',
+    values.peer,
+    '--threads',
+    values.threads,
+    '--tokens',
+    tokens,
+  ];
   const four = JSON.parse((await run(node, args)).stdout);
   const sixteen = JSON.parse((await run(node, [...args, '--sequences', '16'])).stdout);
   return { ...four, decode4: four.decodeTogether, decode16: sixteen.decodeTogether };

@@ -66,7 +66,10 @@ function burn() {
     for (const child of children) child.kill('SIGKILL');
   };
 }
-const median = (list) => [...list].sort((a, b) => a - b)[list.length >> 1];
+const median = (list) => {
+  const sorted = [...list].sort((a, b) => a - b);
+  return (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2;
+};
 
 async function measure(label, repeats, tokens) {
   const samples = { ours: [], peer: [], bandwidth: [] };

@@ -53,9 +53,10 @@ const prompts = [text(promptLength, 0), text(promptLength, 1)];
 const first = await one(prompts[0]);
 const steady = await one(prompts[1]);
 const decode4 = await together(4);
-const decode16 = await together(16);
-const peakRssMiB =
+const peak = () =>
   Number(/VmHWM:\s+(\d+)/.exec(readFileSync('/proc/self/status', 'utf8'))?.[1]) / 1024;
+const peakRssMiB = peak(); // as the peer's process: one and four sequences
+const decode16 = await together(16);
 await pipe.close();
 console.log(
   JSON.stringify({

@@ -133,7 +133,7 @@ TEST("adversaries: near ties, one huge outlier, rows of zeros, x of zeros, NaN")
     last = std::nextafter(last, 10.0F);
   }
   std::fill_n(w.begin() + 300 * c.h, c.h, 0.0F);
-  w[static_cast<size_t>(301 * c.h)] = 50.0F;  // its other weights vanish in 8 bits
+  w[static_cast<size_t>(301 * c.h)] = 50.0F;  // its other weights vanish in 6 bits
   std::vector<float> x(static_cast<size_t>(4 * c.h), 0.0F);
   for (int64_t i = 0; i < c.h; ++i)
     x[static_cast<size_t>(i)] = 4.0F * w[static_cast<size_t>(7 * c.h + i)];

@@ -26,6 +26,12 @@ const NO_TIMINGS: NativeTimings = {
   decodeMs: 0,
 };
 
+/** What a completion needs to know of its request's options. */
+export type CompletionOptions = Pick<
+  ResolvedGenerationOptions,
+  'skipSpecialTokens' | 'stopWords' | 'numLogprobs' | 'numTopLogprobs'
+>;
+
 export class Completion {
   readonly index: number;
   response: Response | undefined;
@@ -34,6 +40,7 @@ export class Completion {
   readonly #textStream: TextStream;
   readonly #tokenIds: number[] = [];
   readonly #logprobs: TokenLogprobs[] | undefined;
+  readonly #numTopLogprobs: number;
   #inputTokenLen = 0;
   #text = '';
   #untakenText = '';
@@ -47,13 +54,14 @@ export class Completion {
     index: number,
     startedAt: number,
     tokenizer: Tokenizer,
-    options: Pick<ResolvedGenerationOptions, 'skipSpecialTokens' | 'stopWords' | 'numLogprobs'>,
+    options: CompletionOptions,
     listener: CompletionListener,
   ) {
     this.index = index;
     this.#startedAt = startedAt;
     this.#listener = listener;
     this.#logprobs = options.numLogprobs > 0 ? [] : undefined;
+    this.#numTopLogprobs = options.numTopLogprobs;
     this.#textStream = new TextStream(tokenizer, {
       skipSpecialTokens: options.skipSpecialTokens,
       stopStrings: options.stopWords,
@@ -122,7 +130,7 @@ export class Completion {
     this.#logprobs?.push({
       tokenId: event.token,
       logprob: event.logprob ?? 0,
-      topLogprobs: event.topLogprobs ?? [],
+      topLogprobs: event.topLogprobs?.slice(0, this.#numTopLogprobs) ?? [],
     });
     if (isStopToken) return;
     const piece = this.#textStream.push(event.token);

@@ -16,7 +16,12 @@ export type {
   TextWithImages,
 } from './messages.js';
 export type { NativeStats } from './native-types.js';
-export type { GenerationOptions, ImageFetchOptions, PipelineOptions } from './options.js';
+export type {
+  GenerationOptions,
+  ImageFetchOptions,
+  LogitBias,
+  PipelineOptions,
+} from './options.js';
 export type { PipelineInfo } from './pipeline.js';
 export { Pipeline, pipeline } from './pipeline.js';
 export type { FinishReason, Response, StreamPart, Timings, TokenLogprobs } from './response.js';

@@ -89,6 +89,10 @@ export interface NativeSampling {
   readonly topP: number;
   readonly minP: number;
   readonly repetitionPenalty: number;
+  readonly frequencyPenalty: number;
+  readonly presencePenalty: number;
+  /** Each token at most once. */
+  readonly logitBias: readonly (readonly [token: number, bias: number])[];
   /** Unsigned 64 bit. */
   readonly seed: bigint;
   readonly numLogprobs: number;

@@ -57,6 +57,9 @@ export interface PipelineOptions {
   readonly cpuIsa?: 'scalar' | 'avx2' | 'avx512' | 'amx' | undefined;
 }
 
+/** Token id → what is added to its score. */
+export type LogitBias = Readonly<Record<number, number>> | ReadonlyMap<number, number>;
+
 /** How one prompt, or one batch, is answered. */
 export interface GenerationOptions {
   /** Most tokens of a completion; null: as many as the session holds. Defaults to 512. */
@@ -75,6 +78,18 @@ export interface GenerationOptions {
   readonly minP?: number | undefined;
   /** Divides the scores of tokens seen in prompt and completion, greedy too. Defaults to 1. */
   readonly repetitionPenalty?: number | undefined;
+  /**
+   * Subtracted from a token's score for each time the completion holds it, greedy too; OpenAI's
+   * formula. -2 to 2. Defaults to 0.
+   */
+  readonly frequencyPenalty?: number | undefined;
+  /** Subtracted once from the score of every token that the completion holds. -2 to 2. Defaults to 0. */
+  readonly presencePenalty?: number | undefined;
+  /**
+   * Added to the scores of these token ids, after the penalties, greedy too; -100 to 100. 100 as
+   * good as forces a token, -100 as good as bans it. `badWords` ban for certain.
+   */
+  readonly logitBias?: LogitBias | undefined;
   /** 64-bit seed of the draws. Needs doSample. Defaults to a random one. */
   readonly randomSeed?: number | bigint | undefined;
   /** Texts that end a completion; they and what follows are left out of `text`. */
@@ -89,6 +104,11 @@ export interface GenerationOptions {
   readonly skipSpecialTokens?: boolean | undefined;
   /** Log probabilities of this many best tokens at each position; true: 1. Defaults to none. */
   readonly logprobs?: number | boolean | undefined;
+  /**
+   * OpenAI's name for the number of best tokens; with it, `logprobs` may be true or left out. 0 with
+   * `logprobs: true`: the chosen token's log probability only.
+   */
+  readonly topLogprobs?: number | undefined;
   /** Fewest tiles of a picture's grid. Defaults to the pipeline's. */
   readonly minDynamicPatch?: number | undefined;
   /** Most tiles of a picture's grid. Defaults to the pipeline's. */
@@ -139,13 +159,19 @@ export interface ResolvedGenerationOptions {
   readonly topP: number;
   readonly minP: number;
   readonly repetitionPenalty: number;
+  readonly frequencyPenalty: number;
+  readonly presencePenalty: number;
+  readonly logitBias: readonly (readonly [token: number, bias: number])[];
   readonly seed: bigint;
   readonly stopWords: readonly string[];
   readonly stopTokenIds: readonly number[];
   readonly badWords: readonly string[];
   readonly ignoreEos: boolean;
   readonly skipSpecialTokens: boolean;
+  /** Asked of the engine; 0: none. */
   readonly numLogprobs: number;
+  /** Of these, how many are listed. */
+  readonly numTopLogprobs: number;
   readonly tiling: TilingOptions;
   readonly tileBudget: number | undefined;
   readonly signal: AbortSignal | undefined;
@@ -201,6 +227,29 @@ const seed: check.Rule = (value) =>
     ? undefined
     : 'an integer from 0 to 2 ** 64 - 1 (a bigint above 2 ** 53)';
 
+const penalty = check.number('from -2 to 2', (value) => value >= -2 && value <= 2);
+
+const MAX_BIASES = 2 ** 16;
+
+const logitBias: check.Rule = (value) => {
+  const expected = 'token ids with a bias from -100 to 100 each, as an object or a Map';
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) return expected;
+  const entries: readonly (readonly [unknown, unknown])[] = [
+    ...(value instanceof Map ? value : Object.entries(value)),
+  ];
+  if (entries.length > MAX_BIASES) return `at most ${MAX_BIASES} token ids`;
+  const isRight = ([id, bias]: readonly [unknown, unknown]): boolean =>
+    /^\d{1,10}$/.test(String(id)) &&
+    Number(id) <= MAX_INT32 &&
+    typeof bias === 'number' &&
+    bias >= -100 &&
+    bias <= 100;
+  const wrong = entries.find((entry) => !isRight(entry));
+  return wrong === undefined
+    ? undefined
+    : `${expected}; ${String(wrong[0])} has ${String(wrong[1])}`;
+};
+
 const GENERATION_RULES: check.Rules<GenerationOptions> = {
   maxNewTokens: check.either(
     check.integer(1, MAX_INT32),
@@ -213,6 +262,9 @@ const GENERATION_RULES: check.Rules<GenerationOptions> = {
   topP: check.number('above 0 and at most 1', (value) => value > 0 && value <= 1),
   minP: check.number('from 0 to below 1', (value) => value >= 0 && value < 1),
   repetitionPenalty: check.number('above 0 and at most 10', (value) => value > 0 && value <= 10),
+  frequencyPenalty: penalty,
+  presencePenalty: penalty,
+  logitBias,
   randomSeed: seed,
   stopWords: check.listOf(check.text, 256),
   stopTokenIds: check.listOf(check.integer(0, MAX_INT32), 1024),
@@ -220,6 +272,7 @@ const GENERATION_RULES: check.Rules<GenerationOptions> = {
   ignoreEos: check.boolean,
   skipSpecialTokens: check.boolean,
   logprobs: check.either(check.integer(0, 1024), check.boolean),
+  topLogprobs: check.integer(0, 1024),
   minDynamicPatch: check.integer(1, MAX_TILES),
   maxDynamicPatch: check.integer(1, MAX_TILES),
   useThumbnail: check.boolean,
@@ -275,17 +328,46 @@ export function resolveGenerationOptions(
     topP: options.topP ?? 1,
     minP: options.minP ?? 0,
     repetitionPenalty: options.repetitionPenalty ?? 1,
+    frequencyPenalty: options.frequencyPenalty ?? 0,
+    presencePenalty: options.presencePenalty ?? 0,
+    logitBias: resolveBias(options.logitBias),
     seed: sampled ? resolveSeed(options.randomSeed) : 0n,
     stopWords: options.stopWords ?? [],
     stopTokenIds: options.stopTokenIds ?? [],
     badWords: options.badWords ?? [],
     ignoreEos: options.ignoreEos ?? false,
     skipSpecialTokens: options.skipSpecialTokens ?? true,
-    numLogprobs: Number(options.logprobs ?? 0),
+    ...resolveLogprobs(options),
     tiling: resolveTiling(options),
     tileBudget: options.maxTiles,
     signal: options.signal,
   };
+}
+
+// An entry of 0 changes nothing; without it a row keeps its fast path.
+function resolveBias(bias: LogitBias = {}): ResolvedGenerationOptions['logitBias'] {
+  const entries: Iterable<readonly [number | string, number]> =
+    bias instanceof Map ? bias : Object.entries(bias);
+  return Array.from(entries, ([id, value]) => [Number(id), value] as const).filter(
+    ([, value]) => value !== 0,
+  );
+}
+
+function resolveLogprobs({
+  logprobs,
+  topLogprobs,
+}: GenerationOptions): Pick<ResolvedGenerationOptions, 'numLogprobs' | 'numTopLogprobs'> {
+  if (topLogprobs === undefined) {
+    const count = Number(logprobs ?? 0);
+    return { numLogprobs: count, numTopLogprobs: count };
+  }
+  const contradicts =
+    typeof logprobs === 'number' ? logprobs !== topLogprobs : !logprobs && logprobs !== undefined;
+  if (contradicts && !(logprobs === false && topLogprobs === 0)) {
+    throw check.invalidOption('logprobs', logprobs, `true beside topLogprobs: ${topLogprobs}`);
+  }
+  const isWanted = logprobs === true || topLogprobs > 0;
+  return { numLogprobs: isWanted ? Math.max(1, topLogprobs) : 0, numTopLogprobs: topLogprobs };
 }
 
 const SAMPLING_ONLY = ['temperature', 'topK', 'topP', 'minP', 'randomSeed'] as const;

@@ -151,6 +151,10 @@ export class RequestPreparer {
 
   #sampling(options: ResolvedGenerationOptions): NativeSampling {
     const { doSample, temperature, topK, topP, minP, repetitionPenalty, seed } = options;
+    this.#checkIds(
+      'logitBias',
+      options.logitBias.map(([id]) => id),
+    );
     return {
       doSample,
       temperature,
@@ -158,6 +162,9 @@ export class RequestPreparer {
       topP,
       minP,
       repetitionPenalty,
+      frequencyPenalty: options.frequencyPenalty,
+      presencePenalty: options.presencePenalty,
+      logitBias: options.logitBias,
       seed,
       numLogprobs: Math.min(options.numLogprobs, this.#context.vocabSize),
       badWords: options.badWords.flatMap((word) => this.#banned(word)),
@@ -172,15 +179,19 @@ export class RequestPreparer {
   }
 
   #stopTokenIds(options: ResolvedGenerationOptions): number[] {
-    const { tokenizer, vocabSize } = this.#context;
-    const outside = options.stopTokenIds.find((id) => id >= vocabSize);
-    if (outside !== undefined) {
-      throw new TurbomindError(
-        'ERR_TM_INVALID_OPTION',
-        `stopTokenIds: ${outside} is not a token; expected 0 to ${vocabSize - 1}`,
-      );
-    }
+    const { tokenizer } = this.#context;
+    this.#checkIds('stopTokenIds', options.stopTokenIds);
     return [...new Set([...(options.ignoreEos ? [] : tokenizer.eosIds), ...options.stopTokenIds])];
+  }
+
+  #checkIds(option: string, ids: readonly number[]): void {
+    const { vocabSize } = this.#context;
+    const outside = ids.find((id) => id >= vocabSize);
+    if (outside === undefined) return;
+    throw new TurbomindError(
+      'ERR_TM_INVALID_OPTION',
+      `${option}: ${outside} is not a token; expected 0 to ${vocabSize - 1}`,
+    );
   }
 
   async #giveWay(): Promise<void> {

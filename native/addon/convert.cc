@@ -142,6 +142,14 @@ SamplingParams to_sampling(const Field& f) {
   params.top_p = static_cast<float>(f["topP"].number());
   params.min_p = static_cast<float>(f["minP"].number());
   params.repetition_penalty = static_cast<float>(f["repetitionPenalty"].number());
+  params.frequency_penalty = static_cast<float>(f["frequencyPenalty"].number());
+  params.presence_penalty = static_cast<float>(f["presencePenalty"].number());
+  const Field bias = f["logitBias"];
+  for (uint32_t i = 0; i < bias.length(); ++i) {
+    const Field pair = bias.at(i);
+    if (pair.length() != 2) pair.fail("[token, bias]");
+    params.logit_bias.emplace_back(pair.at(0).int32(), static_cast<float>(pair.at(1).number()));
+  }
   params.seed = f["seed"].unsigned_bigint();
   params.num_logprobs = f["numLogprobs"].int32();
   const Field bad_words = f["badWords"];

@@ -177,6 +177,13 @@ struct SampleArgs {
   std::span<SampleResult> results{};   // [R]
 };
 
+// Scores of rows that nothing is drawn from.
+struct LogitsArgs {
+  const LinearWeight* head = nullptr;  // loaded with load_head
+  const Norm* norm = nullptr;          // final norm
+  ConstTensorView x;                   // [n, H], all of them taken; n may exceed max_rows
+};
+
 struct DeviceInfo {
   std::string name;         // "cpu", "NVIDIA H100 80GB HBM3"
   std::string description;  // instruction sets and threads, or compute capability and driver
@@ -234,8 +241,9 @@ class Backend {
   virtual void linear(const LinearArgs& args) = 0;
   virtual void attention(const AttentionArgs& args) = 0;
   virtual void sample(const SampleArgs& args) = 0;  // waits; results are on the host
-  // All logits of the step's sample_rows, f32 on the host: [R, V]. For tests and for logit hooks.
-  virtual void logits(const SampleArgs& args, std::span<float> out) = 0;
+  // All logits of the rows of args.x, f32 on the host: [n, V], to the bit those that sample() looks
+  // at. Waits. For logit hooks, requested logits, perplexity and tests.
+  virtual void logits(const LogitsArgs& args, std::span<float> out) = 0;
   virtual void patchify(const PatchifyArgs& args) = 0;
   virtual void vision_embed(const VisionEmbedArgs& args) = 0;
   virtual void vision_attention(const VisionAttentionArgs& args) = 0;

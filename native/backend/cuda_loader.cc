@@ -134,7 +134,7 @@ class CudaProxy final : public Backend {
   void sample(const SampleArgs& args) override {
     call([&] { backend_->sample(args); });
   }
-  void logits(const SampleArgs& args, std::span<float> out) override {
+  void logits(const LogitsArgs& args, std::span<float> out) override {
     call([&] { backend_->logits(args, out); });
   }
   void patchify(const PatchifyArgs& args) override {

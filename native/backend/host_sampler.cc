@@ -120,7 +120,8 @@ const char* describe(SampleStatus status) {
     case SampleStatus::not_finite:
       return "the model's logits hold NaN or infinity";
     case SampleStatus::all_banned:
-      return "every token of the vocabulary is banned; remove some badWords";
+      return "no token of the vocabulary is left; badWords, minNewTokens and what the request's "
+             "format allows exclude each other";
   }
   return "?";
 }
@@ -165,9 +166,38 @@ float HostSampler::scan(std::span<float> logits, bool* finite) {
   return max;
 }
 
-void HostSampler::penalize(std::span<float> logits, const SampleRow& row) {
+bool HostSampler::adjust(std::span<float> logits, const SampleRow& row) {
+  const SamplingParams& params = *row.params;
+  const auto vocab = static_cast<int64_t>(logits.size());
+  bool changed = params.repetition_penalty != 1.0F;
+  if (changed) penalize_repetition(logits, row);
+  if (params.frequency_penalty != 0.0F || params.presence_penalty != 0.0F) {
+    penalize_completion(logits, row);
+    changed = true;
+  }
+  for (const auto& [id, bias] : params.logit_bias) {
+    if (id < 0 || id >= vocab) continue;
+    logits[static_cast<size_t>(id)] += bias;
+    changed = true;
+  }
+  for_each_banned(row, vocab, [&](TokenId id) {
+    logits[static_cast<size_t>(id)] = kMinusInfinity;
+    changed = true;
+  });
+  if (row.allowed.empty()) return changed;
+  for (size_t begin = 0, word = 0; begin < logits.size(); begin += 32, ++word) {
+    const uint32_t bits = word < row.allowed.size() ? row.allowed[word] : 0;
+    if (bits == ~uint32_t{0}) continue;
+    const size_t end = std::min(logits.size(), begin + 32);
+    for (size_t i = begin; i < end; ++i) {
+      if ((bits >> (i - begin) & 1) == 0) logits[i] = kMinusInfinity;
+    }
+  }
+  return true;
+}
+
+void HostSampler::penalize_repetition(std::span<float> logits, const SampleRow& row) {
   const float penalty = row.params->repetition_penalty;
-  if (penalty == 1.0F) return;
   const auto vocab = static_cast<int64_t>(logits.size());
   seen_.resize((logits.size() + 63) / 64, 0);
   for (TokenId id : row.tokens) {
@@ -181,6 +211,23 @@ void HostSampler::penalize(std::span<float> logits, const SampleRow& row) {
   }
   for (TokenId id : row.tokens) {
     if (id >= 0 && id < vocab) seen_[static_cast<size_t>(id) / 64] = 0;
+  }
+}
+
+void HostSampler::penalize_completion(std::span<float> logits, const SampleRow& row) {
+  const auto vocab = static_cast<int64_t>(logits.size());
+  counts_.resize(logits.size(), 0);
+  const std::span<const TokenId> completion = row.completion();
+  for (TokenId id : completion) {
+    if (id >= 0 && id < vocab) ++counts_[static_cast<size_t>(id)];
+  }
+  for (TokenId id : completion) {
+    if (id < 0 || id >= vocab) continue;
+    int32_t& count = counts_[static_cast<size_t>(id)];
+    if (count == 0) continue;
+    logits[static_cast<size_t>(id)] -=
+        static_cast<float>(count) * row.params->frequency_penalty + row.params->presence_penalty;
+    count = 0;
   }
 }
 
@@ -358,13 +405,7 @@ SampleStatus HostSampler::sample(std::span<float> logits, const SampleRow& row,
   }
 
   const auto vocab = static_cast<int64_t>(logits.size());
-  bool changed = params.repetition_penalty != 1.0F;
-  penalize(logits, row);
-  for_each_banned(row, vocab, [&](TokenId id) {
-    logits[static_cast<size_t>(id)] = kMinusInfinity;
-    changed = true;
-  });
-  if (changed) {
+  if (adjust(logits, row)) {
     max = scan(logits, &finite);
     if (!finite) return SampleStatus::not_finite;
     if (max == kMinusInfinity) return SampleStatus::all_banned;

@@ -2,17 +2,22 @@
 // device sampler. A pure function of (logits, row); scratch is only memory kept between calls.
 // Any thread, one HostSampler a thread.
 //
-// Order: repetition penalty (l > 0 ? l / p : l * p, once per distinct token of prompt and
-// completion), bans, temperature, top-k, top-p, min-p, draw.
-// - Greedy: the largest logit after penalty and bans, ties to the lowest id.
+// Order, each in f32, every operation rounded by itself (no fma):
+//   1. repetition penalty: l > 0 ? l / p : l * p, once per distinct token of prompt and completion;
+//   2. frequency and presence penalty: l - (count * frequency + presence) for each token that the
+//      completion (SampleRow::completion()) holds count > 0 times, OpenAI's formula;
+//   3. logit bias: l + bias;
+//   4. bans, and what `allowed` leaves out: -infinity, whatever the bias;
+//   5. temperature, top-k, top-p, min-p, draw.
+// - Greedy: the largest logit after 1 to 4, ties to the lowest id.
 // - top-k keeps exactly k tokens, ordered by (logit, then lower id). top-p keeps the shortest run
 //   of the best tokens whose share of what top-k left is at least top_p (always one). min-p keeps
 //   tokens of at least min_p times the best token's probability.
 // - The draw: u = 53 bits of Philox4x32-10 with key = seed and counter = (completion_idx, 0, 0, 0);
 //   the token where the kept tokens' running sum of probabilities passes u times their total. So a
 //   token depends on (seed, completion_idx, logits) alone.
-// - Log-probabilities are the model's own: log-softmax of the raw logits, before penalty, bans,
-//   temperature and filters, as OpenAI's API reports them. They do not change with the sampling
+// - Log-probabilities are the model's own: log-softmax of the raw logits, before penalties,
+//   bias, bans, temperature and filters, as OpenAI's API reports them. They do not change with the sampling
 //   options, and a banned token may stand among the best.
 #pragma once
 
@@ -55,7 +60,10 @@ class HostSampler {
     int64_t count = 0;
   };
   float scan(std::span<float> logits, bool* finite);  // changes nothing
-  void penalize(std::span<float> logits, const SampleRow& row);
+  // Steps 1 to 4 of the order above; whether any of them may have changed a logit.
+  bool adjust(std::span<float> logits, const SampleRow& row);
+  void penalize_repetition(std::span<float> logits, const SampleRow& row);
+  void penalize_completion(std::span<float> logits, const SampleRow& row);
   void report_best(int count, double normalizer, SampleResult& result);
   TokenId first_equal(std::span<const float> logits, float max) const;
   TokenId draw_from_best(std::span<const float> logits, const SampleRow& row);
@@ -66,6 +74,7 @@ class HostSampler {
   std::vector<float> block_max_;       // of kBlock logits each
   std::vector<float> block_sum_;       // of kBlock probabilities each
   std::vector<uint64_t> seen_;         // bit per token, zero between calls
+  std::vector<int32_t> counts_;        // of each token in the completion, zero between calls
   std::vector<Candidate> candidates_;  // best first after select_best
   std::vector<double> shares_;         // of candidates, or of radix bins
   std::vector<float> likely_;          // probabilities of likely tokens

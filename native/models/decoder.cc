@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/float_formats.h"
+
 namespace turbomind {
 namespace {
 
@@ -189,14 +191,42 @@ void Decoder::sample(std::span<const SampleRow> rows, std::span<SampleResult> re
                    .results = results});
 }
 
-void Decoder::logits(std::span<float> out) {
-  TM_CHECK(out.size() == static_cast<size_t>(num_rows_) * static_cast<size_t>(spec_.vocab_size),
-           "%zu logits for %d rows of %d", out.size(), num_rows_, spec_.vocab_size);
-  if (num_rows_ == 0) return;
-  backend_.logits({.head = head_.get(),
-                   .norm = &final_norm_,
-                   .x = rows(*hidden_, num_tokens_, spec_.hidden_size)},
-                  out);
+void Decoder::logits(int first_row, std::span<float> out) {
+  const auto count = static_cast<int64_t>(out.size()) / spec_.vocab_size;
+  TM_CHECK(count * spec_.vocab_size == static_cast<int64_t>(out.size()), "%zu logits of %d each",
+           out.size(), spec_.vocab_size);
+  const TensorView x = rows(*hidden_, num_tokens_, spec_.hidden_size).rows(first_row, count);
+  backend_.logits({.head = head_.get(), .norm = &final_norm_, .x = x}, out);
+}
+
+void Decoder::hidden_states(int first_row, std::span<float> out) {
+  const int64_t hidden = spec_.hidden_size;
+  const auto count = static_cast<int64_t>(out.size()) / hidden;
+  TM_CHECK(count * hidden == static_cast<int64_t>(out.size()), "%zu hidden states of %lld each",
+           out.size(), static_cast<long long>(hidden));
+  const TensorView x = rows(*hidden_, num_tokens_, hidden);
+  // The layers are done with their scratch; x itself must stay for sample().
+  const int64_t room =
+      std::max<int64_t>(1, int64_t{max_tokens_} * spec_.intermediate_size / hidden);
+  TM_CHECK(int64_t{max_tokens_} * spec_.intermediate_size >= hidden, "scratch of %d x %d",
+           max_tokens_, spec_.intermediate_size);
+  for (int64_t begin = 0; begin < count; begin += room) {
+    const int64_t part = std::min(room, count - begin);
+    const TensorView normed = rows(*mlp_, part, hidden);
+    backend_.norm(final_norm_, x.rows(first_row + begin, part), normed);
+    download_floats(normed, out.subspan(static_cast<size_t>(begin * hidden),
+                                        static_cast<size_t>(part * hidden)));
+  }
+}
+
+void Decoder::download_floats(ConstTensorView from, std::span<float> out) {
+  if (from.dtype == DType::f32) return backend_.download(out.data(), from);
+  std::vector<uint16_t> halves(out.size());
+  backend_.download(halves.data(), from);
+  const bool bf16 = from.dtype == DType::bf16;
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = bf16 ? bf16_to_f32(halves[i]) : f16_to_f32(halves[i]);
+  }
 }
 
 Backend::WorkspaceSpec merge(const Backend::WorkspaceSpec& a, const Backend::WorkspaceSpec& b) {

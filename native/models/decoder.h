@@ -32,17 +32,19 @@ class Decoder {
                                           int max_sequences, int max_rows, int max_kv_len);
 
   // Runs one step: begin_step, all layers, KV written to `cache`. 1 <= T <= max_tokens.
-  // `batch` must live until sample() or logits() has returned.
+  // `batch` must live until sample(), logits() or hidden_states() has returned.
   void forward(const StepBatch& batch, KvCache& cache,
                std::span<const EmbeddingOverride> overrides = {});
   // Tokens of the last step's sample_rows, in order. Waits.
   void sample(std::span<const SampleRow> rows, std::span<SampleResult> results);
-  // Logits of the last step's sample_rows: [R, V]. Waits.
-  void logits(std::span<float> out);
+  // Of rows [first, first + n) of the last step's T, f32 on the host. Each waits.
+  void logits(int first_row, std::span<float> out);         // [n, V]
+  void hidden_states(int first_row, std::span<float> out);  // [n, H], after the final norm
 
  private:
   struct Layer;
   void run_layer(const Layer& layer, int layer_idx, int num_tokens, KvCache& cache);
+  void download_floats(ConstTensorView from, std::span<float> out);
   TensorView rows(Buffer& buffer, int64_t num_rows, int64_t columns) const;
 
   Backend& backend_;

@@ -42,7 +42,10 @@ class LoadedModel final : public Model {
     // Without a row nobody waited, and the step's host arrays are about to change.
     if (rows.empty()) backend_->synchronize();
   }
-  void logits(std::span<float> out) override { decoder_->logits(out); }
+  void logits(int first_row, std::span<float> out) override { decoder_->logits(first_row, out); }
+  void hidden_states(int first_row, std::span<float> out) override {
+    decoder_->hidden_states(first_row, out);
+  }
 
  private:
   std::unique_ptr<Backend> backend_;

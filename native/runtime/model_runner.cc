@@ -30,7 +30,7 @@ StepResults ModelRunner::run(const StepPlan& plan) {
 
 void ModelRunner::run_logits(const StepPlan& plan, std::span<float> out) {
   forward(plan);
-  model_.logits(out);
+  model_.logits(plan.num_tokens - 1, out);
 }
 
 void ModelRunner::forward(const StepPlan& plan) {

@@ -30,12 +30,15 @@ class Model {
   virtual ~Model() = default;
   // tiles: [n, S, S, 3] u8 in host memory.
   virtual std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) = 0;
-  // K and V of all rows are written; `batch` stays valid until sample() or logits() returned.
+  // K and V of all rows are written; `batch` stays valid until sample() has returned.
   virtual void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) = 0;
   // Tokens of the step's sample_rows, [R], R may be 0. Waits for the step. If some rows cannot be
   // sampled, throws Error with their tokens left at -1 and the other rows drawn.
   virtual void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) = 0;
-  virtual void logits(std::span<float> out) = 0;  // [R, V] of the step's sample_rows. Waits.
+  // Of rows [first, first + n) of the step's T. Each waits.
+  virtual void logits(int first_row, std::span<float> out) = 0;  // [n, V]
+  virtual void hidden_states(int first_row,
+                             std::span<float> out) = 0;  // [n, H], after the last norm
 };
 
 class ModelRunner {
@@ -45,7 +48,7 @@ class ModelRunner {
   // What the plan's sampling rows drew; valid until the next run. Throws if the step failed as a
   // whole; a failure of single rows is part of the results.
   StepResults run(const StepPlan& plan);
-  // Like run, but answers logits: [R, V].
+  // Like run, but answers the logits of the plan's last row: [V].
   void run_logits(const StepPlan& plan, std::span<float> out);
 
  private:

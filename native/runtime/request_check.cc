@@ -90,11 +90,33 @@ Problem check_images(const Request& request, const RequestRules& rules) {
   return stray(prompt.size());
 }
 
+Problem check_bias(std::span<const std::pair<TokenId, float>> logit_bias, int vocab_size) {
+  std::vector<TokenId> ids;
+  ids.reserve(logit_bias.size());
+  for (const auto& [id, bias] : logit_bias) {
+    if (!std::isfinite(bias)) {
+      return invalid("logitBias of token %d is %g; expected a finite number", id, double{bias});
+    }
+    ids.push_back(id);
+  }
+  if (Problem problem = check_ids("logitBias token", ids, vocab_size)) return problem;
+  std::sort(ids.begin(), ids.end());
+  const auto twice = std::adjacent_find(ids.begin(), ids.end());
+  if (twice != ids.end()) return invalid("logitBias names token %d twice", *twice);
+  return std::nullopt;
+}
+
 Problem check_sampling(const SamplingParams& sampling, int vocab_size) {
   if (!(sampling.repetition_penalty > 0.0F) || !std::isfinite(sampling.repetition_penalty)) {
     return invalid("repetitionPenalty is %g; expected a number above 0",
                    double{sampling.repetition_penalty});
   }
+  for (const auto& [name, value] : {std::pair("frequencyPenalty", sampling.frequency_penalty),
+                                    std::pair("presencePenalty", sampling.presence_penalty)}) {
+    if (!std::isfinite(value))
+      return invalid("%s is %g; expected a finite number", name, double{value});
+  }
+  if (Problem problem = check_bias(sampling.logit_bias, vocab_size)) return problem;
   if (sampling.num_logprobs < 0 || sampling.num_logprobs > vocab_size) {
     return invalid("logprobs is %d; expected 0 to %d", sampling.num_logprobs, vocab_size);
   }

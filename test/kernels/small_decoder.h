@@ -96,7 +96,11 @@ class SmallDecoder {
     const SampleArgs args{.head = head_.get(), .norm = &norm_, .x = view(*x_, tokens, spec_.hidden)};
     if (logits != nullptr) {
       logits->resize(sample_rows.size() * static_cast<size_t>(spec_.vocab));
-      backend_.logits(args, *logits);
+      const auto vocab = static_cast<size_t>(spec_.vocab);
+      for (size_t r = 0; r < sample_rows.size(); ++r) {
+        backend_.logits({.head = head_.get(), .norm = &norm_, .x = args.x.rows(sample_rows[r], 1)},
+                        std::span(*logits).subspan(r * vocab, vocab));
+      }
     }
     if (finished.empty()) return;
     std::vector<SampleRow> rows(finished.size());

@@ -70,6 +70,16 @@ describe('values', () => {
     { doSample: true, randomSeed: -1 },
     { doSample: true, randomSeed: 2n ** 64n },
     { repetitionPenalty: 0 },
+    { frequencyPenalty: 2.1 },
+    { presencePenalty: Number.NaN },
+    { logitBias: [1, 2] },
+    { logitBias: { hello: 1 } },
+    { logitBias: { 5: 101 } },
+    { logitBias: { 5: '1' } },
+    { logitBias: new Map([[-1, 1]]) },
+    { logprobs: 2, topLogprobs: 3 },
+    { logprobs: false, topLogprobs: 3 },
+    { topLogprobs: 1025 },
     { stopWords: 'text' },
     { stopWords: [''] },
     { stopTokenIds: [-1] },
@@ -166,6 +176,28 @@ describe('sampling', () => {
     expect(resolveGenerationOptions({ logprobs: true }).numLogprobs).toBe(1);
     expect(resolveGenerationOptions({ logprobs: false }).numLogprobs).toBe(0);
     expect(resolveGenerationOptions({ logprobs: 5 }).numLogprobs).toBe(5);
+  });
+
+  test('topLogprobs implies logprobs; 0 lists none', () => {
+    const counts = (options: GenerationOptions): unknown => {
+      const { numLogprobs, numTopLogprobs } = resolveGenerationOptions(options);
+      return [numLogprobs, numTopLogprobs];
+    };
+    expect(counts({ topLogprobs: 4 })).toEqual([4, 4]);
+    expect(counts({ logprobs: true, topLogprobs: 4 })).toEqual([4, 4]);
+    expect(counts({ logprobs: true, topLogprobs: 0 })).toEqual([1, 0]);
+    expect(counts({ logprobs: false, topLogprobs: 0 })).toEqual([0, 0]);
+    expect(counts({ topLogprobs: 0 })).toEqual([0, 0]);
+    expect(counts({ logprobs: 3 })).toEqual([3, 3]);
+  });
+
+  test('logitBias may be an object or a Map; zeros are dropped', () => {
+    expect(resolveGenerationOptions({ logitBias: { 5: -100, 7: 0, 9: 1.5 } }).logitBias).toEqual([
+      [5, -100],
+      [9, 1.5],
+    ]);
+    expect(resolveGenerationOptions({ logitBias: new Map([[3, 2]]) }).logitBias).toEqual([[3, 2]]);
+    expect(resolveGenerationOptions({}).logitBias).toEqual([]);
   });
 
   test('undefined means the default', () => {

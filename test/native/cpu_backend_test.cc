@@ -231,6 +231,8 @@ TEST("tokens scored by best_logits equal those of the full logits, alone and in 
     if (i % 7 == 0) p.repetition_penalty = 1.3F;
     if (i % 11 == 0) p.num_logprobs = 2;
     if (i % 4 == 0) p.bad_words = {{i}, {7, 8}, {9, 3}};
+    if (i % 13 == 0) p.frequency_penalty = -1.5F;  // raises what was said
+    if (i % 17 == 0) p.logit_bias = {{i, 30.0F}, {1500, -30.0F}};
     params.push_back(p);
   }
   const std::vector<TokenId> said = {5, 5, 7};
@@ -255,7 +257,7 @@ TEST("tokens scored by best_logits equal those of the full logits, alone and in 
   }
 }
 
-TEST("logits are x W^T of the sampled rows under the final norm") {
+TEST("logits are x W^T of the given rows under the final norm") {
   CpuBackend backend({.threads = 1, .isa = ""});
   const auto weight = random_values(kVocab * kHidden, 1, 0.3F);
   const auto head = backend.load_head(dense(weight, kVocab, kHidden));
@@ -263,12 +265,8 @@ TEST("logits are x W^T of the sampled rows under the final norm") {
   const auto scale = random_values(kHidden, 3);
   Norm norm;
   norm.weight = vector_view(scale);
-  Step step({0, 0, 0});
-  step.sampled = {2, 0};
-  backend.begin_step(step.batch());
   std::vector<float> out(2 * kVocab);
-  backend.logits({.head = head.get(), .norm = &norm, .x = view(x, 3), .rows = {}, .results = {}},
-                 out);
+  backend.logits({.head = head.get(), .norm = &norm, .x = view(x, 3).rows(1, 2)}, out);
   double square = 0;
   for (int64_t k = 0; k < kHidden; ++k) square += double{x[2 * kHidden + k]} * x[2 * kHidden + k];
   for (int64_t v : {int64_t{0}, int64_t{777}, kVocab - 1}) {
@@ -276,7 +274,7 @@ TEST("logits are x W^T of the sampled rows under the final norm") {
     for (int64_t k = 0; k < kHidden; ++k) {
       dot += double{x[2 * kHidden + k]} * scale[k] * weight[v * kHidden + k];
     }
-    EXPECT_NEAR(out[v], dot / std::sqrt(square / kHidden + 1e-6), 1e-4);
+    EXPECT_NEAR(out[kVocab + v], dot / std::sqrt(square / kHidden + 1e-6), 1e-4);
   }
 }
 

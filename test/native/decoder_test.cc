@@ -167,8 +167,7 @@ TEST("sample answers the best token of each row, logits agree with it") {
     const StepArrays arrays(sequences, kBlockSize);
     const StepBatch batch = arrays.batch();
     model.decoder.forward(batch, *model.cache);
-    std::vector<float> logits(2 * static_cast<size_t>(model.decoder.spec().vocab_size));
-    model.decoder.logits(logits);
+    const std::vector<float> logits = model.sampled_logits(batch);
     SamplingParams greedy;
     greedy.num_logprobs = 2;
     std::vector<SampleResult> results(2);

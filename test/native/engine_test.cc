@@ -231,6 +231,21 @@ TEST("bad sampling parameters are answered with an error that names them") {
   for (float value : {-0.1F, 1.0F, kNan}) {
     expect_refused(sampling([=](SamplingParams& p) { p.min_p = value; }), bad, "minP");
   }
+  for (float value : {kNan, kInf}) {
+    expect_refused(sampling([=](SamplingParams& p) { p.frequency_penalty = value; }), bad,
+                   "frequencyPenalty");
+    expect_refused(sampling([=](SamplingParams& p) { p.presence_penalty = value; }), bad,
+                   "presencePenalty");
+    expect_refused(sampling([=](SamplingParams& p) {
+                     p.logit_bias = {{1, value}};
+                   }),
+                   bad, "logitBias of token 1");
+  }
+  expect_refused(sampling([](SamplingParams& p) { p.logit_bias = {{77, 1.0F}}; }), bad, "77");
+  expect_refused(sampling([](SamplingParams& p) {
+                   p.logit_bias = {{7, 1.0F}, {7, 2.0F}};
+                 }),
+                 bad, "token 7 twice");
   expect_refused(sampling([](SamplingParams& p) { p.top_k = -1; }), bad, "topK");
   expect_refused(sampling([](SamplingParams& p) { p.num_logprobs = -1; }), bad, "logprobs");
   expect_refused(sampling([](SamplingParams& p) { p.bad_words = {{}}; }), bad, "badWords[0]");

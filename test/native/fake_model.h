@@ -122,11 +122,22 @@ class FakeModel final : public Model {
     if (unsampled != 0) throw Error(ErrorCode::device_error, "scripted row failure");
   }
 
-  void logits(std::span<float> out) override {
-    TM_CHECK(batch_.sample_rows.size() == 1, "logits of one row");
-    const uint64_t hash = hash_of(sequence_of(batch_.sample_rows[0]));
-    for (size_t i = 0; i < out.size(); ++i) {
-      out[i] = static_cast<TokenId>(i) == fake_draw(hash, {}, spec_) ? 1.0F : 0.0F;
+  // 1 for the token that would be drawn, 0 for the others.
+  void logits(int first_row, std::span<float> out) override {
+    const auto vocab = static_cast<size_t>(spec_.vocab_size);
+    for (size_t r = 0; r * vocab < out.size(); ++r) {
+      const TokenId best = fake_draw(hash_at(first_row + static_cast<int>(r)), {}, spec_);
+      for (size_t i = 0; i < vocab; ++i) {
+        out[r * vocab + i] = static_cast<TokenId>(i) == best ? 1.0F : 0.0F;
+      }
+    }
+  }
+  // [n, 2]: the row's position and what it holds in the cache.
+  void hidden_states(int first_row, std::span<float> out) override {
+    for (size_t r = 0; 2 * r < out.size(); ++r) {
+      const auto row = static_cast<size_t>(first_row) + r;
+      out[2 * r] = static_cast<float>(batch_.positions[row]);
+      out[2 * r + 1] = static_cast<float>(cache_.at(static_cast<size_t>(batch_.slots[row])));
     }
   }
 
@@ -156,9 +167,16 @@ class FakeModel final : public Model {
             .block_table[static_cast<size_t>(s * batch_.max_blocks + position / spec_.block_size)];
     return block * spec_.block_size + position % spec_.block_size;
   }
-  uint64_t hash_of(int s) const {
+  // What the tokens of row `row` and before it hash to.
+  uint64_t hash_at(int row) const {
+    int s = 0;
+    while (batch_.query_start[static_cast<size_t>(s) + 1] <= row) ++s;
+    return hash_of(s, batch_.positions[static_cast<size_t>(row)] + 1);
+  }
+  uint64_t hash_of(int s) const { return hash_of(s, batch_.kv_len[s]); }
+  uint64_t hash_of(int s, int num_tokens) const {
     uint64_t hash = 1;
-    for (int i = 0; i < batch_.kv_len[s]; ++i) {
+    for (int i = 0; i < num_tokens; ++i) {
       hash = mix(hash, static_cast<uint64_t>(cache_.at(static_cast<size_t>(slot_of(s, i)))));
     }
     return hash;

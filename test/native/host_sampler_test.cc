@@ -105,6 +105,117 @@ TEST("bans: single tokens, this step's extra ones, and the last token of a begun
   EXPECT_EQ(none.result.token, -1);
 }
 
+TEST("frequency and presence penalty count the completion, not the prompt") {
+  SamplingParams params;
+  params.frequency_penalty = 0.75F;
+  const std::vector<float> logits = {3.0F, 2.0F, 0.0F};
+  // tokens 0 0 | 0: the prompt's two do not count
+  EXPECT_EQ(token(logits, params, {0, 0, 0}, 1), 0);  // 3 - 0.75
+  EXPECT_EQ(token(logits, params, {0, 0, 0}, 2), 1);  // 3 - 1.5
+  params.frequency_penalty = 0.0F;
+  params.presence_penalty = 0.75F;
+  EXPECT_EQ(token(logits, params, {0, 0, 0}, 3), 0);  // once, however often it was said
+  params.presence_penalty = 1.5F;
+  EXPECT_EQ(token(logits, params, {0, 0, 0}, 1), 1);
+  EXPECT_EQ(token(logits, params, {0, 0, 0}, 0), 0);
+  params.presence_penalty = -2.0F;  // negative ones encourage
+  EXPECT_EQ(token(logits, params, {1, -4, 99}, 3), 1);
+  EXPECT_EQ(token(logits, {}, {1, 1}, 2), 0);  // nothing is left over
+}
+
+TEST("a bias is added after the penalties and loses to a ban; a mask leaves what it holds") {
+  SamplingParams params;
+  params.logit_bias = {{2, 2.5F}, {77, 9.0F}};
+  const std::vector<float> logits = {1.0F, 2.0F, 0.0F};
+  EXPECT_EQ(token(logits, params), 2);
+  params.repetition_penalty = 2.0F;  // a biased 2.5 would become 1.25
+  EXPECT_EQ(token(logits, params, {2}), 2);
+  params.bad_words = {{2}};
+  EXPECT_EQ(token(logits, params), 1);
+  params = {};
+  const std::vector<float> wide = random_logits(70, 3, 1.0F);
+  const auto masked = [&](std::vector<uint32_t> allowed) {
+    std::vector<float> copy = wide;
+    HostSampler sampler;
+    SampleResult result;
+    const SampleRow row{.params = &params, .tokens = {}, .banned = {}, .allowed = allowed};
+    const SampleStatus status = sampler.sample(copy, row, result);
+    EXPECT((status == SampleStatus::ok) == (result.token >= 0));
+    return result.token;
+  };
+  EXPECT_EQ(masked({~0U, ~0U, ~0U}), token(wide, {}));
+  EXPECT_EQ(masked({0, 0, 1U << 5}), 69);
+  EXPECT_EQ(masked({1U << 31}), 31);       // ids past the mask's end are not allowed
+  EXPECT_EQ(masked({0, 0, 1U << 6}), -1);  // bit 70 is no token
+  params.logit_bias = {{40, 100.0F}};
+  EXPECT_EQ(masked({1U << 3}), 3);
+}
+
+// One row of random parameters against the order of host_sampler.h in float64.
+TEST("random penalties, biases, bans and masks agree with the formulas in float64") {
+  std::mt19937 random(11);
+  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<uint32_t>(n)); };
+  HostSampler sampler;
+  for (int round = 0; round < 400; ++round) {
+    const int vocab = 2 + below(300);
+    const std::vector<float> logits = random_logits(static_cast<size_t>(vocab), random(), 3.0F);
+    SamplingParams params;
+    if (below(2) != 0) params.repetition_penalty = 0.5F + 0.25F * static_cast<float>(below(8));
+    if (below(2) != 0) params.frequency_penalty = 0.3F * static_cast<float>(below(13) - 6);
+    if (below(2) != 0) params.presence_penalty = 0.3F * static_cast<float>(below(13) - 6);
+    std::vector<TokenId> tokens;
+    for (int i = below(60); i > 0; --i) tokens.push_back(below(vocab));
+    const auto index = static_cast<uint32_t>(below(static_cast<int>(tokens.size()) + 1));
+    std::set<TokenId> biased;
+    for (int i = below(10); i > 0; --i) biased.insert(below(vocab));
+    for (TokenId id : biased)
+      params.logit_bias.emplace_back(id, static_cast<float>(below(20) - 10));
+    std::vector<TokenId> banned;
+    for (int i = below(4); i > 0; --i) banned.push_back(below(vocab));
+    std::vector<uint32_t> allowed;
+    if (below(3) == 0) {
+      for (int i = 0; i < (vocab + 31) / 32; ++i) allowed.push_back(random());
+    }
+    std::vector<double> want(logits.begin(), logits.end());
+    for (TokenId id : std::set<TokenId>(tokens.begin(), tokens.end())) {
+      double& l = want[static_cast<size_t>(id)];
+      l = l > 0 ? l / params.repetition_penalty : l * params.repetition_penalty;
+    }
+    std::map<TokenId, int> counts;
+    for (size_t i = tokens.size() - index; i < tokens.size(); ++i) ++counts[tokens[i]];
+    for (const auto& [id, count] : counts) {
+      want[static_cast<size_t>(id)] -=
+          count * double{params.frequency_penalty} + double{params.presence_penalty};
+    }
+    for (const auto& [id, bias] : params.logit_bias) want[static_cast<size_t>(id)] += bias;
+    for (TokenId id : banned) want[static_cast<size_t>(id)] = -INFINITY;
+    for (size_t i = 0; i < want.size() && !allowed.empty(); ++i) {
+      if ((allowed[i / 32] >> (i % 32) & 1) == 0) want[i] = -INFINITY;
+    }
+    std::vector<float> copy = logits;
+    SampleResult result;
+    const SampleRow row{.params = &params,
+                        .tokens = tokens,
+                        .banned = banned,
+                        .completion_idx = index,
+                        .allowed = allowed};
+    const SampleStatus status = sampler.sample(copy, row, result);
+    const double best = *std::max_element(want.begin(), want.end());
+    if (std::isinf(best)) {
+      EXPECT(status == SampleStatus::all_banned);
+      continue;
+    }
+    EXPECT(status == SampleStatus::ok);
+    EXPECT_NEAR(want[static_cast<size_t>(result.token)], best, 1e-4);
+    for (size_t i = 0; i < want.size(); ++i) {
+      if (std::isinf(want[i]))
+        EXPECT(std::isinf(copy[i]));
+      else
+        EXPECT_NEAR(copy[i], want[i], 1e-4);
+    }
+  }
+}
+
 TEST("NaN and infinite logits are reported, wherever they stand") {
   for (const float bad : {NAN, INFINITY}) {
     for (const size_t place : {size_t{0}, size_t{63}, size_t{64}, size_t{100}, size_t{129}}) {

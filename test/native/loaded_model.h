@@ -77,8 +77,16 @@ struct LoadedModel {
     const StepArrays arrays(sequences, kBlockSize);
     const StepBatch batch = arrays.batch();
     decoder.forward(batch, *cache, overrides);
-    std::vector<float> logits(sequences.size() * static_cast<size_t>(decoder.spec().vocab_size));
-    decoder.logits(logits);
+    return sampled_logits(batch);
+  }
+
+  // [R, V] logits of the last step's sample_rows.
+  std::vector<float> sampled_logits(const StepBatch& batch) {
+    const auto vocab = static_cast<size_t>(decoder.spec().vocab_size);
+    std::vector<float> logits(batch.sample_rows.size() * vocab);
+    for (size_t r = 0; r < batch.sample_rows.size(); ++r) {
+      decoder.logits(batch.sample_rows[r], std::span(logits).subspan(r * vocab, vocab));
+    }
     return logits;
   }
 

@@ -230,19 +230,19 @@ class ReferenceBackend : public Backend {
 
   void sample(const SampleArgs& args) override {
     const auto& w = static_cast<const ReferenceWeight&>(*args.head);
-    std::vector<float> logits(batch_.sample_rows.size() * static_cast<size_t>(w.n));
-    this->logits(args, logits);
     for (size_t r = 0; r < args.rows.size(); ++r) {
-      std::vector<float> row(logits.begin() + r * w.n, logits.begin() + (r + 1) * w.n);
+      std::vector<float> row(static_cast<size_t>(w.n));
+      const ConstTensorView x = args.x.rows(batch_.sample_rows[r], 1);
+      this->logits({.head = args.head, .norm = args.norm, .x = x}, row);
       args.results[r] = choose(args.rows[r], row);
     }
   }
 
-  void logits(const SampleArgs& args, std::span<float> out) override {
+  void logits(const LogitsArgs& args, std::span<float> out) override {
     const auto& w = static_cast<const ReferenceWeight&>(*args.head);
     std::vector<float> x(static_cast<size_t>(w.k));
-    for (size_t r = 0; r < batch_.sample_rows.size(); ++r) {
-      norm_row(*args.norm, args.x.as<float>() + batch_.sample_rows[r] * w.k, w.k, x.data());
+    for (int64_t r = 0; r < args.x.dim(0); ++r) {
+      norm_row(*args.norm, args.x.as<float>() + r * w.k, w.k, x.data());
       for (int64_t n = 0; n < w.n; ++n)
         out[r * w.n + n] = static_cast<float>(dot(w.row(n), x.data(), w.k) + w.bias[n]);
     }
@@ -385,6 +385,17 @@ class ReferenceBackend : public Backend {
       logits[id] = logits[id] > 0 ? logits[id] / params.repetition_penalty
                                   : logits[id] * params.repetition_penalty;
     }
+    for (TokenId id : row.completion()) logits[id] -= params.frequency_penalty;
+    for (TokenId id = 0; id < static_cast<TokenId>(logits.size()); ++id) {
+      const auto said = row.completion();
+      if (std::find(said.begin(), said.end(), id) != said.end()) {
+        logits[id] -= params.presence_penalty;
+      }
+      const size_t word = static_cast<size_t>(id) / 32;
+      const bool allowed = word < row.allowed.size() && (row.allowed[word] >> (id % 32) & 1) != 0;
+      if (!row.allowed.empty() && !allowed) logits[id] = never;
+    }
+    for (const auto& [id, bias] : params.logit_bias) logits[id] += bias;
     for (TokenId id : row.banned) logits[id] = never;
     for (const std::vector<TokenId>& word : params.bad_words) {
       const size_t n = word.size();

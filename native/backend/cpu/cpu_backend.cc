@@ -34,6 +34,8 @@ void expect_f32(const char* what, ConstTensorView view) {
 int exact_entries(const SampleRow& row, int64_t vocab) {
   const SamplingParams& params = *row.params;
   if (params.repetition_penalty != 1.0F || params.num_logprobs > 0) return 0;
+  if (params.frequency_penalty != 0.0F || params.presence_penalty != 0.0F) return 0;
+  if (!params.logit_bias.empty() || !row.allowed.empty()) return 0;
   const bool greedy = !params.do_sample || !(params.temperature > 0.0F);
   if (!greedy && params.top_k <= 0) return 0;
   int64_t needed = greedy ? 1 : params.top_k;
@@ -219,14 +221,13 @@ void CpuBackend::linear(const LinearArgs& args) {
 
 void CpuBackend::attention(const AttentionArgs& args) { attention_.run(args); }
 
-const CpuBackend::Head& CpuBackend::head_of(const SampleArgs& args) const {
-  const auto* head = dynamic_cast<const Head*>(args.head);
+const CpuBackend::Head& CpuBackend::head_of(const LinearWeight* weight, ConstTensorView x) const {
+  const auto* head = dynamic_cast<const Head*>(weight);
   TM_CHECK(head != nullptr, "sampling needs a weight made by load_head");
-  expect_f32("hidden states", args.x);
-  TM_CHECK(args.x.row_elements() == head->in_features(),
+  expect_f32("hidden states", x);
+  TM_CHECK(x.row_elements() == head->in_features(),
            "hidden states of width %lld, the head takes %lld",
-           static_cast<long long>(args.x.row_elements()),
-           static_cast<long long>(head->in_features()));
+           static_cast<long long>(x.row_elements()), static_cast<long long>(head->in_features()));
   return *head;
 }
 
@@ -291,7 +292,7 @@ void CpuBackend::sample_rows(const SampleArgs& args, const PackedHead& head,
 }
 
 void CpuBackend::sample(const SampleArgs& args) {
-  const Head& head = head_of(args);
+  const Head& head = head_of(args.head, args.x);
   const size_t rows = batch_.sample_rows.size();
   TM_CHECK(args.rows.size() == rows && args.results.size() == rows,
            "%zu rows to sample with %zu parameter sets and %zu results", rows, args.rows.size(),
@@ -322,20 +323,25 @@ void CpuBackend::report_failures(std::span<const SampleStatus> statuses) const {
   }
 }
 
-void CpuBackend::logits(const SampleArgs& args, std::span<float> out) {
-  const Head& head = head_of(args);
+void CpuBackend::logits(const LogitsArgs& args, std::span<float> out) {
+  const PackedHead& head = *head_of(args.head, args.x).packed();
   const int64_t vocab = head.out_features();
   const int64_t hidden = head.in_features();
-  const auto rows = static_cast<int64_t>(batch_.sample_rows.size());
+  const int64_t rows = args.x.dim(0);
   TM_CHECK(static_cast<int64_t>(out.size()) == rows * vocab,
            "logits of %lld rows need %lld values, %zu given", static_cast<long long>(rows),
            static_cast<long long>(rows * vocab), out.size());
-  gather_sample_rows(args);
+  sample_x_.reserve(static_cast<size_t>(kLogitRows * hidden) * sizeof(float), "sampled rows");
   for (int64_t begin = 0; begin < rows; begin += kLogitRows) {
     const int64_t count = std::min<int64_t>(kLogitRows, rows - begin);
-    linear_scratch_.reserve(head.packed()->scratch_bytes(count), "linear layer scratch");
-    head.packed()->logits(sample_x_.floats() + begin * hidden, count, out.data() + begin * vocab,
-                          linear_scratch_.data(), pool_);
+    const float* x = args.x.as<float>() + begin * hidden;
+    for (int64_t i = 0; i < count && args.norm != nullptr; ++i) {
+      row_norm(row_norm_of(*args.norm, hidden), x + i * hidden, sample_x_.floats() + i * hidden,
+               hidden, isa_);
+    }
+    linear_scratch_.reserve(head.scratch_bytes(count), "linear layer scratch");
+    head.logits(args.norm != nullptr ? sample_x_.floats() : x, count, out.data() + begin * vocab,
+                linear_scratch_.data(), pool_);
   }
 }
 

@@ -58,7 +58,7 @@ class CpuBackend : public Backend {
   // Rows that cannot be sampled keep token -1 and the others are valid; then throws
   // Error{device_error} (logits not finite) or Error{invalid_argument} (all tokens banned).
   void sample(const SampleArgs& args) override;
-  void logits(const SampleArgs& args, std::span<float> out) override;
+  void logits(const LogitsArgs& args, std::span<float> out) override;
   void patchify(const PatchifyArgs& args) override;
   void vision_embed(const VisionEmbedArgs& args) override;
   void vision_attention(const VisionAttentionArgs& args) override;
@@ -71,7 +71,7 @@ class CpuBackend : public Backend {
   class Linear;
   class Head;
 
-  const Head& head_of(const SampleArgs& args) const;
+  const Head& head_of(const LinearWeight* weight, ConstTensorView x) const;
   void gather_sample_rows(const SampleArgs& args);
   void sample_rows(const SampleArgs& args, const PackedHead& head, std::span<const int> rows,
                    int best);

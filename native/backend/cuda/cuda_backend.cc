@@ -361,7 +361,7 @@ void CudaBackend::attention(const AttentionArgs& args) {
 
 // ---- sampling ------------------------------------------------------------------------------------
 
-void CudaBackend::compute_logits(const SampleArgs& args) {
+void CudaBackend::compute_logits(const LogitsArgs& args, const int32_t* gather, int rows) {
   use_device();
   const CudaLinear& head = as_cuda(args.head);
   Workspace& w = workspace_;
@@ -382,15 +382,13 @@ void CudaBackend::compute_logits(const SampleArgs& args) {
                 .y = x,
                 .ldx = hidden,
                 .ldy = hidden,
-                .gather = w.step.sample_rows,
-                .rows = step_.rows,
+                .gather = gather,
+                .rows = rows,
                 .columns = static_cast<int>(hidden)});
   } else {
-    copy_rows(context_, args.x.data, hidden, w.step.sample_rows, x, hidden, step_.rows,
-              static_cast<int>(hidden));
+    copy_rows(context_, args.x.data, hidden, gather, x, hidden, rows, static_cast<int>(hidden));
   }
-  run_gemm(head, x, hidden, step_.rows, w.logits->data(), head.matrix.n, true, Epilogue::none,
-           nullptr);
+  run_gemm(head, x, hidden, rows, w.logits->data(), head.matrix.n, true, Epilogue::none, nullptr);
 }
 
 void CudaBackend::sample(const SampleArgs& args) {
@@ -399,8 +397,9 @@ void CudaBackend::sample(const SampleArgs& args) {
       "%zu sample rows and %zu results for a step that wants %d", args.rows.size(),
       args.results.size(), step_.rows);
   if (args.rows.empty()) return;
-  compute_logits(args);
   Workspace& w = workspace_;
+  compute_logits({.head = args.head, .norm = args.norm, .x = args.x}, w.step.sample_rows,
+                 step_.rows);
   const int64_t vocab = as_cuda(args.head).matrix.n;
   argmax(context_, static_cast<const float*>(w.logits->data()), step_.rows, vocab, w.argmax->data(),
          std::max(w.spec.max_rows, 1), static_cast<int32_t*>(w.ids->data()));
@@ -414,7 +413,9 @@ void CudaBackend::sample(const SampleArgs& args) {
     const SamplingParams& params = *row.params;
     args.results[r].top_logprobs.clear();
     if (!params.do_sample && params.repetition_penalty == 1.0F && params.num_logprobs == 0 &&
-        row.banned.empty() && params.bad_words.empty()) {
+        params.frequency_penalty == 0.0F && params.presence_penalty == 0.0F &&
+        params.logit_bias.empty() && row.allowed.empty() && row.banned.empty() &&
+        params.bad_words.empty()) {
       if (ids[r] < 0) {
         throw Error(ErrorCode::device_error,
                     format("row %zu of %zu cannot be sampled: no logit is a finite number", r,
@@ -444,13 +445,20 @@ void CudaBackend::sample_on_host(const SampleRow& row, int row_idx, SampleResult
       format("row %d cannot be sampled: %s", row_idx, describe(status)));
 }
 
-void CudaBackend::logits(const SampleArgs& args, std::span<float> out) {
-  if (step_.rows == 0) return;
+void CudaBackend::logits(const LogitsArgs& args, std::span<float> out) {
+  const int64_t rows = args.x.dim(0);
   const int64_t vocab = as_cuda(args.head).matrix.n;
-  TM_CHECK(static_cast<int64_t>(out.size()) == step_.rows * vocab, "%zu logits for %d rows of %lld",
-           out.size(), step_.rows, static_cast<long long>(vocab));
-  compute_logits(args);
-  download(out.data(), ConstTensorView(workspace_.logits->data(), DType::f32, {step_.rows, vocab}));
+  TM_CHECK(static_cast<int64_t>(out.size()) == rows * vocab, "%zu logits for %lld rows of %lld",
+           out.size(), static_cast<long long>(rows), static_cast<long long>(vocab));
+  const int64_t room = std::max(workspace_.spec.max_rows, 1);
+  for (int64_t begin = 0; begin < rows; begin += room) {
+    const int64_t count = std::min(room, rows - begin);
+    LogitsArgs part = args;
+    part.x = args.x.rows(begin, count);
+    compute_logits(part, nullptr, static_cast<int>(count));
+    download(out.data() + begin * vocab,
+             ConstTensorView(workspace_.logits->data(), DType::f32, {count, vocab}));
+  }
 }
 
 // ---- vision ops ----------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class CudaBackend final : public Backend {
   void linear(const LinearArgs& args) override;
   void attention(const AttentionArgs& args) override;
   void sample(const SampleArgs& args) override;
-  void logits(const SampleArgs& args, std::span<float> out) override;
+  void logits(const LogitsArgs& args, std::span<float> out) override;
   void patchify(const PatchifyArgs& args) override;
   void vision_embed(const VisionEmbedArgs& args) override;
   void vision_attention(const VisionAttentionArgs& args) override;
@@ -161,7 +161,8 @@ class CudaBackend final : public Backend {
   void run_gemm(const CudaLinear& weight, const void* x, int64_t ldx, int rows, void* y,
                 int64_t ldy, bool y_is_f32, Epilogue epilogue, const float* scale);
   const void* padded_input(const CudaLinear& weight, const void* x, int rows, int64_t* ldx);
-  void compute_logits(const SampleArgs& args);
+  // Rows of x that `gather` lists (device memory; null: the first `rows`) into workspace_.logits.
+  void compute_logits(const LogitsArgs& args, const int32_t* gather, int rows);
   void sample_on_host(const SampleRow& row, int row_idx, SampleResult& result);
 
   int device_ = 0;

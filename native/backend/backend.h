@@ -12,6 +12,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 
 #include "backend/weights.h"
 #include "base/sampling.h"
@@ -42,6 +43,11 @@ struct KvCacheSpec {
   int head_dim = 0;
   int block_size = 64;  // tokens a block
   int num_blocks = 0;
+  // 16: the backend's unquantised format (f32 on the CPU). 8 | 4, per token and head over D, keys
+  // after RoPE: scale = (max - min) / (2^bits - 1) and zero = min, both rounded to f16;
+  // q = round_half_even((x - zero) / scale) within 0 .. 2^bits - 1, 0 where scale is 0;
+  // x ~ q * scale + zero. Attention reads these values for the step's own tokens too.
+  int bits = 16;
 };
 
 class KvCache {
@@ -184,6 +190,19 @@ struct LogitsArgs {
   ConstTensorView x;                   // [n, H], all of them taken; n may exceed max_rows
 };
 
+// What a weight is loaded for; a tied head shares its table with the embedding where a device can.
+enum class WeightUse : uint8_t { linear, embedding, head, tied_head };
+
+// Memory of a workspace by purpose, in bytes.
+struct WorkspaceBytes {
+  size_t scratch = 0;   // what ops need beyond their outputs, and the arrays of a step
+  size_t sampling = 0;  // logits and what draws from them
+  size_t graphs = 0;    // bound of what captured steps take
+  size_t staging = 0;   // host memory (pinned where the device wants it); 0 on the CPU
+  size_t device_bytes() const { return scratch + sampling + graphs; }
+  bool operator==(const WorkspaceBytes&) const = default;
+};
+
 struct DeviceInfo {
   std::string name;         // "cpu", "NVIDIA H100 80GB HBM3"
   std::string description;  // instruction sets and threads, or compute capability and driver
@@ -204,6 +223,16 @@ class Backend {
   virtual void upload(TensorView device, const void* host) = 0;   // device.bytes() bytes
   virtual void download(void* host, ConstTensorView device) = 0;  // waits for the ops before it
   virtual void synchronize() = 0;
+  // Host memory that copies to and from the device reach at full speed (pinned where it matters).
+  virtual std::unique_ptr<Buffer> allocate_host(size_t bytes) = 0;
+
+  // Sizes, so that memory can be planned before any of it is taken. They read shapes, never data.
+  virtual size_t buffer_bytes(size_t bytes) const { return bytes; }  // taken by allocate(bytes)
+  virtual size_t weight_bytes(const LinearSource& source, WeightUse use) const = 0;
+  // What allocations may take beyond the sum of their sizes: slabs, the driver's own.
+  virtual size_t slack_bytes() const { return 0; }
+  // Device memory that this backend's live buffers, weights, caches and workspace take now.
+  virtual size_t allocated_bytes() const = 0;
 
   // Weights. Sources are views of mapped files: a backend drops their pages when it has repacked
   // them. A weight may keep views into the mapping; the mapping outlives the backend's weights.
@@ -214,7 +243,18 @@ class Backend {
   virtual std::unique_ptr<Buffer> load_vector(ConstTensorView source) = 0;
 
   virtual size_t kv_block_bytes(const KvCacheSpec& spec) const = 0;
+  // Throws Error{invalid_argument | unsupported_device} for a spec that its kernels cannot read.
   virtual std::unique_ptr<KvCache> make_kv_cache(const KvCacheSpec& spec) = 0;
+
+  // Whole blocks, all layers, in order with the ops around them.
+  // Copies block `first` over block `second` of each pair (copy-on-write). No block is both written
+  // and read by one call, nor written twice.
+  virtual void copy_blocks(KvCache& cache,
+                           std::span<const std::pair<BlockId, BlockId>> from_to) = 0;
+  // Block i to and from host + i * kv_block_bytes(spec); the bytes are opaque. Asynchronous: `host`
+  // (from allocate_host, for speed) stays untouched until `synchronize`.
+  virtual void save_blocks(const KvCache& cache, std::span<const BlockId> blocks, void* host) = 0;
+  virtual void load_blocks(KvCache& cache, std::span<const BlockId> blocks, const void* host) = 0;
 
   // Scratch the ops need beyond their outputs, sized once at load; later ops allocate nothing.
   struct WorkspaceSpec {
@@ -227,8 +267,16 @@ class Backend {
     int max_kv_len = 0;
     int max_heads = 0;
     int max_head_dim = 0;
+    int64_t hidden_size = 0;     // H; 0: max_in_features
+    int vision_tile_tokens = 0;  // P + 1; 0: no vision tower
+    int vision_head_dim = 0;
+    size_t vision_pixel_bytes = 0;  // u8 pixels of one vision batch
+    int kv_bits = 16;               // of the cache that attention will read
+    int kv_block_size = 64;         // tokens
   };
-  virtual size_t reserve_workspace(const WorkspaceSpec& spec) = 0;  // bytes taken
+  virtual WorkspaceBytes workspace_bytes(const WorkspaceSpec& spec) const = 0;
+  // Takes workspace_bytes(spec), after all weights are loaded; answers it.
+  virtual WorkspaceBytes reserve_workspace(const WorkspaceSpec& spec) = 0;
 
   // Step.
   virtual void begin_step(const StepBatch& batch) = 0;

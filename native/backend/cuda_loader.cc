@@ -75,6 +75,23 @@ class CudaProxy final : public Backend {
     call([&] { backend_->synchronize(); });
   }
 
+  std::unique_ptr<Buffer> allocate_host(size_t bytes) override {
+    return call([&] { return backend_->allocate_host(bytes); });
+  }
+
+  size_t buffer_bytes(size_t bytes) const override {
+    return call([&] { return backend_->buffer_bytes(bytes); });
+  }
+  size_t weight_bytes(const LinearSource& source, WeightUse use) const override {
+    return call([&] { return backend_->weight_bytes(source, use); });
+  }
+  size_t slack_bytes() const override {
+    return call([&] { return backend_->slack_bytes(); });
+  }
+  size_t allocated_bytes() const override {
+    return call([&] { return backend_->allocated_bytes(); });
+  }
+
   std::unique_ptr<LinearWeight> load_linear(const LinearSource& source) override {
     return call([&] { return backend_->load_linear(source); });
   }
@@ -94,7 +111,19 @@ class CudaProxy final : public Backend {
   std::unique_ptr<KvCache> make_kv_cache(const KvCacheSpec& spec) override {
     return call([&] { return backend_->make_kv_cache(spec); });
   }
-  size_t reserve_workspace(const WorkspaceSpec& spec) override {
+  void copy_blocks(KvCache& cache, std::span<const std::pair<BlockId, BlockId>> from_to) override {
+    call([&] { backend_->copy_blocks(cache, from_to); });
+  }
+  void save_blocks(const KvCache& cache, std::span<const BlockId> blocks, void* host) override {
+    call([&] { backend_->save_blocks(cache, blocks, host); });
+  }
+  void load_blocks(KvCache& cache, std::span<const BlockId> blocks, const void* host) override {
+    call([&] { backend_->load_blocks(cache, blocks, host); });
+  }
+  WorkspaceBytes workspace_bytes(const WorkspaceSpec& spec) const override {
+    return call([&] { return backend_->workspace_bytes(spec); });
+  }
+  WorkspaceBytes reserve_workspace(const WorkspaceSpec& spec) override {
     return call([&] { return backend_->reserve_workspace(spec); });
   }
 

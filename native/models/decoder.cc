@@ -105,8 +105,9 @@ Decoder::Decoder(WeightLoader& loader, const DecoderSpec& spec, int max_tokens)
 
 Decoder::~Decoder() = default;
 
-KvCacheSpec Decoder::kv_cache_spec(const DecoderSpec& spec, int block_size, int num_blocks) {
-  return {spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, num_blocks};
+KvCacheSpec Decoder::kv_cache_spec(const DecoderSpec& spec, int block_size, int num_blocks,
+                                   int bits) {
+  return {spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, num_blocks, bits};
 }
 
 size_t Decoder::activation_bytes(const DecoderSpec& spec, DType dtype, int max_tokens) {
@@ -129,6 +130,7 @@ Backend::WorkspaceSpec Decoder::workspace(const DecoderSpec& spec, int max_token
   workspace.max_kv_len = max_kv_len;
   workspace.max_heads = spec.num_heads;
   workspace.max_head_dim = spec.head_dim;
+  workspace.hidden_size = spec.hidden_size;
   return workspace;
 }
 
@@ -240,6 +242,12 @@ Backend::WorkspaceSpec merge(const Backend::WorkspaceSpec& a, const Backend::Wor
   both.max_kv_len = std::max(a.max_kv_len, b.max_kv_len);
   both.max_heads = std::max(a.max_heads, b.max_heads);
   both.max_head_dim = std::max(a.max_head_dim, b.max_head_dim);
+  both.hidden_size = std::max(a.hidden_size, b.hidden_size);
+  both.vision_tile_tokens = std::max(a.vision_tile_tokens, b.vision_tile_tokens);
+  both.vision_head_dim = std::max(a.vision_head_dim, b.vision_head_dim);
+  both.vision_pixel_bytes = std::max(a.vision_pixel_bytes, b.vision_pixel_bytes);
+  both.kv_bits = std::min(a.kv_bits, b.kv_bits);
+  both.kv_block_size = std::max(a.kv_block_size, b.kv_block_size);
   return both;
 }
 

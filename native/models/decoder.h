@@ -24,7 +24,8 @@ class Decoder {
   int max_tokens() const { return max_tokens_; }
 
   // Pure functions of the spec, so that memory can be planned before anything is loaded.
-  static KvCacheSpec kv_cache_spec(const DecoderSpec& spec, int block_size, int num_blocks);
+  static KvCacheSpec kv_cache_spec(const DecoderSpec& spec, int block_size, int num_blocks,
+                                   int bits = 16);
   static size_t activation_bytes(const DecoderSpec& spec, DType dtype, int max_tokens);
   // What this decoder asks of Backend::reserve_workspace. max_kv_len: tokens of the longest
   // sequence.

@@ -146,6 +146,11 @@ Backend::WorkspaceSpec VisionTower::workspace(const VisionSpec& spec, int out_fe
   workspace.max_kv_len = static_cast<int>(rows_per_tile(spec));
   workspace.max_heads = spec.num_heads;
   workspace.max_head_dim = spec.hidden_size / spec.num_heads;
+  workspace.vision_tile_tokens = static_cast<int>(rows_per_tile(spec));
+  workspace.vision_head_dim = spec.hidden_size / spec.num_heads;
+  workspace.vision_pixel_bytes = static_cast<size_t>(tiles_per_pass) * 3 *
+                                 static_cast<size_t>(spec.image_size) *
+                                 static_cast<size_t>(spec.image_size);
   return workspace;
 }
 

@@ -116,7 +116,7 @@ size_t reserve_workspace(Backend& backend, const ModelSpec& spec, const MemoryPl
     workspace = merge(workspace, VisionTower::workspace(*spec.vision, hidden, tiles));
     bytes += VisionTower::activation_bytes(*spec.vision, hidden, dtype, tiles);
   }
-  return bytes + backend.reserve_workspace(workspace);
+  return bytes + backend.reserve_workspace(workspace).device_bytes();
 }
 
 }  // namespace

@@ -83,6 +83,13 @@ class ReferenceBackend : public Backend {
     std::memcpy(host, device.data, device.bytes());
   }
   void synchronize() override {}
+  std::unique_ptr<Buffer> allocate_host(size_t bytes) override { return allocate(bytes); }
+
+  size_t weight_bytes(const LinearSource& source, WeightUse) const override {
+    const auto n = static_cast<size_t>(source.out_features());
+    return n * (static_cast<size_t>(source.in_features) + 1) * sizeof(float);
+  }
+  size_t allocated_bytes() const override { return 0; }  // not counted
 
   std::unique_ptr<LinearWeight> load_linear(const LinearSource& source) override {
     auto weight = std::make_unique<ReferenceWeight>();
@@ -126,7 +133,32 @@ class ReferenceBackend : public Backend {
   std::unique_ptr<KvCache> make_kv_cache(const KvCacheSpec& spec) override {
     return std::make_unique<ReferenceKvCache>(spec);
   }
-  size_t reserve_workspace(const WorkspaceSpec&) override { return 0; }
+  void copy_blocks(KvCache& cache, std::span<const std::pair<BlockId, BlockId>> from_to) override {
+    std::vector<char> bytes(kv_block_bytes(cache.spec()));
+    for (const auto& [from, to] : from_to) {
+      save_blocks(cache, {&from, 1}, bytes.data());
+      load_blocks(cache, {&to, 1}, bytes.data());
+    }
+  }
+  void save_blocks(const KvCache& cache, std::span<const BlockId> blocks, void* host) override {
+    const auto& kv = static_cast<const ReferenceKvCache&>(cache);
+    auto* to = static_cast<float*>(host);
+    each_block_run(kv, blocks, [&](size_t at, size_t count) {
+      to = std::copy_n(kv.keys.data() + at, count, to);
+      to = std::copy_n(kv.values.data() + at, count, to);
+    });
+  }
+  void load_blocks(KvCache& cache, std::span<const BlockId> blocks, const void* host) override {
+    auto& kv = static_cast<ReferenceKvCache&>(cache);
+    const auto* from = static_cast<const float*>(host);
+    each_block_run(kv, blocks, [&](size_t at, size_t count) {
+      std::copy_n(from, count, kv.keys.data() + at);
+      std::copy_n(from + count, count, kv.values.data() + at);
+      from += 2 * count;
+    });
+  }
+  WorkspaceBytes workspace_bytes(const WorkspaceSpec&) const override { return {}; }
+  WorkspaceBytes reserve_workspace(const WorkspaceSpec&) override { return {}; }
 
   void begin_step(const StepBatch& batch) override { batch_ = batch; }
   void execute(const std::function<void()>& forward) override { forward(); }
@@ -202,6 +234,10 @@ class ReferenceBackend : public Backend {
       const size_t to = cache.at(a.layer, batch_.slots[t]);
       std::copy_n(k, a.num_kv_heads * d, cache.keys.data() + to);
       std::copy_n(v, a.num_kv_heads * d, cache.values.data() + to);
+      for (int h = 0; h < a.num_kv_heads && cache.spec().bits != 16; ++h) {
+        round_head(cache.keys.data() + to + h * d, d, cache.spec().bits);
+        round_head(cache.values.data() + to + h * d, d, cache.spec().bits);
+      }
     }
     const double scale =
         a.softmax_scale != 0 ? a.softmax_scale : 1 / std::sqrt(static_cast<double>(d));
@@ -325,6 +361,19 @@ class ReferenceBackend : public Backend {
   }
 
  private:
+  // One layer's rows of each block in turn: first float and count.
+  template <class Body>
+  static void each_block_run(const ReferenceKvCache& cache, std::span<const BlockId> blocks,
+                             Body&& body) {
+    const KvCacheSpec& s = cache.spec();
+    const size_t count = static_cast<size_t>(s.block_size) * s.num_kv_heads * s.head_dim;
+    for (BlockId block : blocks) {
+      for (int layer = 0; layer < s.num_layers; ++layer) {
+        body(cache.at(layer, block * s.block_size), count);
+      }
+    }
+  }
+
   static double dot(const float* a, const float* b, int64_t n) {
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += double{a[i]} * b[i];
@@ -340,6 +389,29 @@ class ReferenceBackend : public Backend {
     for (int64_t i = 0; i < n; ++i) {
       const double bias = norm.bias ? norm.bias.as<float>()[i] : 0.0;
       y[i] = static_cast<float>((x[i] - mean) * scale * norm.weight.as<float>()[i] + bias);
+    }
+  }
+
+  // The nearest f16, ties to even; infinity past the largest.
+  static double to_f16(double x) {
+    if (x == 0 || !std::isfinite(x)) return x;
+    int exponent = 0;
+    std::frexp(x, &exponent);  // |x| = m * 2^exponent, m in [0.5, 1)
+    const double ulp = std::ldexp(1.0, std::max(exponent - 11, -24));
+    const double rounded = std::nearbyint(x / ulp) * ulp;
+    return std::abs(rounded) > 65504 ? std::copysign(HUGE_VAL, x) : rounded;
+  }
+
+  // What a quantised cache gives back for one token and head: KvCacheSpec::bits.
+  static void round_head(float* x, int n, int bits) {
+    const auto [least, most] = std::minmax_element(x, x + n);
+    const float levels = static_cast<float>((1 << bits) - 1);
+    const auto zero = static_cast<float>(to_f16(*least));
+    const auto scale = static_cast<float>(to_f16((*most - *least) / levels));
+    for (int i = 0; i < n; ++i) {
+      const float q =
+          scale == 0 ? 0.0F : std::clamp(std::nearbyint((x[i] - zero) / scale), 0.0F, levels);
+      x[i] = q * scale + zero;
     }
   }
 

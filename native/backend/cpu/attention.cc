@@ -57,18 +57,27 @@ size_t PagedAttention::partial_floats(int head_dim) const {
   return round_up(static_cast<size_t>(kMaxTileRows) * (head_dim + 2), size_t{16});
 }
 
-size_t PagedAttention::reserve(const AttentionLimits& limits) {
-  const int threads = pool_.size();
-  const size_t dim = static_cast<size_t>(limits.max_head_dim);
-  rope_table_.reserve(limits.max_tokens * dim * sizeof(float), "the rotary table");
-  scratch_.reserve(threads * scratch_floats(limits.max_head_dim, kChunkKeys) * sizeof(float),
-                   "attention scratch");
+PagedAttention::ScratchBytes PagedAttention::sizes(const AttentionLimits& limits) const {
+  const auto threads = static_cast<size_t>(pool_.size());
+  const auto dim = static_cast<size_t>(limits.max_head_dim);
+  return {static_cast<size_t>(limits.max_tokens) * dim * sizeof(float),
+          threads * scratch_floats(limits.max_head_dim, limits.block_size) * sizeof(float),
+          AttentionPlan::max_partials(limits.max_kv_len, pool_.size()) *
+              partial_floats(limits.max_head_dim) * sizeof(float)};
+}
+
+size_t PagedAttention::scratch_bytes(const AttentionLimits& limits) const {
+  const ScratchBytes bytes = sizes(limits);
+  return bytes.rope_table + bytes.scratch + bytes.partials;
+}
+
+void PagedAttention::reserve(const AttentionLimits& limits) {
+  const ScratchBytes bytes = sizes(limits);
+  rope_table_.reserve(bytes.rope_table, "the rotary table");
+  scratch_.reserve(bytes.scratch, "attention scratch");
+  partials_.reserve(bytes.partials, "attention partial results");
   plan_.reserve(limits.max_tokens, limits.max_sequences, limits.max_heads, limits.max_kv_len,
-                threads);
-  partials_.reserve(AttentionPlan::max_partials(limits.max_kv_len, threads) *
-                        partial_floats(limits.max_head_dim) * sizeof(float),
-                    "attention partial results");
-  return rope_table_.bytes() + scratch_.bytes() + partials_.bytes();
+                pool_.size());
 }
 
 void PagedAttention::begin_step(const StepBatch& batch) {

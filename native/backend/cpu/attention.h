@@ -23,19 +23,29 @@ struct AttentionLimits {
   int max_kv_len = 0;
   int max_heads = 0;
   int max_head_dim = 0;
+  int block_size = kChunkKeys;  // tokens of a KV block
 };
 
 class PagedAttention {
  public:
   PagedAttention(Isa isa, ThreadPool& pool);
-  // Sizes all scratch; returns its bytes. Steps beyond these limits still run, but allocate.
-  size_t reserve(const AttentionLimits& limits);
+  // Bytes of all scratch for steps within these limits.
+  size_t scratch_bytes(const AttentionLimits& limits) const;
+  // Takes them. Steps beyond these limits still run, but allocate.
+  void reserve(const AttentionLimits& limits);
+  size_t reserved_bytes() const {
+    return rope_table_.bytes() + scratch_.bytes() + partials_.bytes();
+  }
   void begin_step(const StepBatch& batch);
   void run(const AttentionArgs& args);
 
  private:
   struct Scratch;  // one thread's view of scratch_
+  struct ScratchBytes {
+    size_t rope_table, scratch, partials;
+  };
 
+  ScratchBytes sizes(const AttentionLimits& limits) const;
   void check(const AttentionArgs& args) const;
   void make_rope_table(const AttentionArgs& args);
   void rotate_and_store(const AttentionArgs& args, int token) const;

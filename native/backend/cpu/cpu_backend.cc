@@ -51,36 +51,40 @@ bool all_finite(const float* x, int64_t n) {
 
 }  // namespace
 
-// What load_linear and load_head hand out. The packed matrix is shared with the backend only
-// through weak pointers: reserve_workspace asks those still alive how much scratch they need.
+// What load_linear and load_head hand out.
 class CpuBackend::Linear : public LinearWeight {
  public:
-  explicit Linear(std::unique_ptr<PackedLinear> packed) : packed_(std::move(packed)) {}
+  Linear(std::unique_ptr<PackedLinear> packed, MemoryMeter meter)
+      : packed_(std::move(packed)), metered_(std::move(meter), packed_->bytes()) {}
   int64_t in_features() const override { return packed_->in_features(); }
   int64_t out_features() const override { return packed_->out_features(); }
   size_t bytes() const override { return packed_->bytes(); }
-  const std::shared_ptr<const PackedLinear>& packed() const { return packed_; }
+  const PackedLinear* packed() const { return packed_.get(); }
 
  private:
-  std::shared_ptr<const PackedLinear> packed_;
+  std::unique_ptr<const PackedLinear> packed_;
+  Metered metered_;
 };
 
 class CpuBackend::Head : public LinearWeight {
  public:
-  explicit Head(std::unique_ptr<PackedHead> packed) : packed_(std::move(packed)) {}
+  Head(std::unique_ptr<PackedHead> packed, MemoryMeter meter)
+      : packed_(std::move(packed)), metered_(std::move(meter), packed_->bytes()) {}
   int64_t in_features() const override { return packed_->in_features(); }
   int64_t out_features() const override { return packed_->out_features(); }
   size_t bytes() const override { return packed_->bytes(); }
-  const std::shared_ptr<const PackedHead>& packed() const { return packed_; }
+  const PackedHead* packed() const { return packed_.get(); }
 
  private:
-  std::shared_ptr<const PackedHead> packed_;
+  std::unique_ptr<const PackedHead> packed_;
+  Metered metered_;
 };
 
 CpuBackend::CpuBackend(const CpuBackendOptions& options)
     : isa_(parse_isa(options.isa)),
       pool_(thread_count(options.threads)),
       attention_(isa_, pool_),
+      meter_(std::make_shared<std::atomic<size_t>>(0)),
       samplers_(static_cast<size_t>(pool_.size())) {}
 
 CpuBackend::~CpuBackend() = default;
@@ -97,7 +101,11 @@ DeviceInfo CpuBackend::info() const {
 }
 
 std::unique_ptr<Buffer> CpuBackend::allocate(size_t bytes) {
-  return std::make_unique<HostBuffer>(bytes, "a buffer");
+  return std::make_unique<HostBuffer>(bytes, "a buffer", meter_);
+}
+
+std::unique_ptr<Buffer> CpuBackend::allocate_host(size_t bytes) {
+  return std::make_unique<HostBuffer>(bytes, "host memory");
 }
 
 void CpuBackend::upload(TensorView device, const void* host) {
@@ -109,9 +117,7 @@ void CpuBackend::download(void* host, ConstTensorView device) {
 }
 
 std::unique_ptr<LinearWeight> CpuBackend::load_linear(const LinearSource& source) {
-  auto linear = std::make_unique<Linear>(pack_linear(source, isa_, pool_));
-  linears_.emplace_back(linear->packed());
-  return linear;
+  return std::make_unique<Linear>(pack_linear(source, isa_, pool_), meter_);
 }
 
 std::unique_ptr<LinearWeight> CpuBackend::load_embedding(ConstTensorView table) {
@@ -119,15 +125,13 @@ std::unique_ptr<LinearWeight> CpuBackend::load_embedding(ConstTensorView table) 
 }
 
 std::unique_ptr<LinearWeight> CpuBackend::load_head(const LinearSource& source) {
-  auto head = std::make_unique<Head>(pack_head(source, isa_, pool_));
-  last_head_ = head->packed();
-  return head;
+  return std::make_unique<Head>(pack_head(source, isa_, pool_), meter_);
 }
 
 std::unique_ptr<Buffer> CpuBackend::load_vector(ConstTensorView source) {
   const int64_t count = source.elements();
-  auto buffer =
-      std::make_unique<HostBuffer>(static_cast<size_t>(count) * sizeof(float), "a weight vector");
+  auto buffer = std::make_unique<HostBuffer>(static_cast<size_t>(count) * sizeof(float),
+                                             "a weight vector", meter_);
   to_float(source.data, source.dtype, count, static_cast<float*>(buffer->data()));
   return buffer;
 }
@@ -137,38 +141,100 @@ size_t CpuBackend::kv_block_bytes(const KvCacheSpec& spec) const {
 }
 
 std::unique_ptr<KvCache> CpuBackend::make_kv_cache(const KvCacheSpec& spec) {
-  return std::make_unique<CpuKvCache>(spec);
+  return std::make_unique<CpuKvCache>(spec, meter_);
 }
 
-size_t CpuBackend::reserve_workspace(const WorkspaceSpec& spec) {
-  workspace_ = spec;
-  size_t linear_bytes = 0;
-  std::erase_if(linears_, [](const auto& linear) { return linear.expired(); });
-  for (const auto& weak : linears_) {
-    if (const auto linear = weak.lock()) {
-      linear_bytes = std::max(linear_bytes, linear->scratch_bytes(spec.max_tokens));
-    }
+void CpuBackend::copy_blocks(KvCache& cache, std::span<const std::pair<BlockId, BlockId>> from_to) {
+  const auto& kv = static_cast<const CpuKvCache&>(cache);
+  const size_t bytes = CpuKvCache::block_bytes(kv.spec());
+  for (const auto& [from, to] : from_to) {
+    TM_CHECK(from != to, "KV block %d copied over itself", from);
+    std::memcpy(kv.block(to), kv.block(from), bytes);
   }
-  if (const auto head = last_head_.lock()) {
-    linear_bytes = std::max(linear_bytes, head->scratch_bytes(kLogitRows));
+}
+
+void CpuBackend::save_blocks(const KvCache& cache, std::span<const BlockId> blocks, void* host) {
+  const auto& kv = static_cast<const CpuKvCache&>(cache);
+  const size_t bytes = CpuKvCache::block_bytes(kv.spec());
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    std::memcpy(static_cast<char*>(host) + i * bytes, kv.block(blocks[i]), bytes);
   }
-  linear_scratch_.reserve(linear_bytes, "linear layer scratch");
-  if (spec.vocab_size > 0) {
-    const size_t rows = static_cast<size_t>(std::min(spec.max_rows, kLogitRows));
-    scores_.reserve(rows * spec.vocab_size * sizeof(float), "logits");
+}
+
+void CpuBackend::load_blocks(KvCache& cache, std::span<const BlockId> blocks, const void* host) {
+  const auto& kv = static_cast<const CpuKvCache&>(cache);
+  const size_t bytes = CpuKvCache::block_bytes(kv.spec());
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    std::memcpy(kv.block(blocks[i]), static_cast<const char*>(host) + i * bytes, bytes);
   }
-  sample_x_.reserve(
-      (static_cast<size_t>(spec.max_rows) + kLogitRows) * spec.max_in_features * sizeof(float),
-      "sampled rows");
+}
+
+size_t CpuBackend::weight_bytes(const LinearSource& source, WeightUse use) const {
+  switch (use) {
+    case WeightUse::linear:
+      return packed_linear_bytes(source, isa_);
+    case WeightUse::embedding:
+      return 0;  // rows are read from the file
+    case WeightUse::head:
+    case WeightUse::tied_head:
+      return packed_head_bytes(source);
+  }
+  return 0;
+}
+
+size_t CpuBackend::allocated_bytes() const {
+  return meter_->load(std::memory_order_relaxed) + linear_scratch_.bytes() +
+         vision_scratch_.bytes() + sample_x_.bytes() + scores_.bytes() +
+         attention_.reserved_bytes();
+}
+
+namespace {
+
+AttentionLimits attention_limits(const Backend::WorkspaceSpec& spec) {
+  return {.max_tokens = spec.max_tokens,
+          .max_sequences = spec.max_sequences,
+          .max_kv_len = spec.max_kv_len,
+          .max_heads = spec.max_heads,
+          .max_head_dim = spec.max_head_dim,
+          .block_size = spec.kv_block_size};
+}
+
+}  // namespace
+
+CpuBackend::Sizes CpuBackend::sizes(const WorkspaceSpec& spec) const {
+  const int64_t hidden = spec.hidden_size > 0 ? spec.hidden_size : spec.max_in_features;
+  const auto rows = static_cast<size_t>(std::min(spec.max_rows, kLogitRows));
+  Sizes sizes{};
+  sizes.linear = std::max(linear_scratch_bound(spec.max_tokens, spec.max_in_features),
+                          head_scratch_bound(kLogitRows, spec.vocab_size, hidden));
+  if (spec.vision_tile_tokens > 0) {
+    sizes.vision =
+        vision_attention_scratch_bytes(spec.vision_tile_tokens, spec.vision_head_dim, pool_.size());
+  }
+  sizes.sample_x = (static_cast<size_t>(spec.max_rows) + kLogitRows) * static_cast<size_t>(hidden) *
+                   sizeof(float);
+  sizes.scores = rows * static_cast<size_t>(spec.vocab_size) * sizeof(float);
+  sizes.attention = attention_.scratch_bytes(attention_limits(spec));
+  return sizes;
+}
+
+WorkspaceBytes CpuBackend::workspace_bytes(const WorkspaceSpec& spec) const {
+  const Sizes bytes = sizes(spec);
+  return {.scratch = bytes.linear + bytes.vision + bytes.attention,
+          .sampling = bytes.sample_x + bytes.scores};
+}
+
+WorkspaceBytes CpuBackend::reserve_workspace(const WorkspaceSpec& spec) {
+  const Sizes bytes = sizes(spec);
+  linear_scratch_.reserve(bytes.linear, "linear layer scratch");
+  vision_scratch_.reserve(bytes.vision, "vision attention scratch");
+  sample_x_.reserve(bytes.sample_x, "sampled rows");
+  scores_.reserve(bytes.scores, "logits");
+  attention_.reserve(attention_limits(spec));
   statuses_.reserve(static_cast<size_t>(spec.max_rows));
   best_rows_.reserve(static_cast<size_t>(spec.max_rows));
   full_rows_.reserve(static_cast<size_t>(spec.max_rows));
-  const size_t attention_bytes = attention_.reserve({.max_tokens = spec.max_tokens,
-                                                     .max_sequences = spec.max_sequences,
-                                                     .max_kv_len = spec.max_kv_len,
-                                                     .max_heads = spec.max_heads,
-                                                     .max_head_dim = spec.max_head_dim});
-  return linear_scratch_.bytes() + scores_.bytes() + sample_x_.bytes() + attention_bytes;
+  return workspace_bytes(spec);
 }
 
 void CpuBackend::begin_step(const StepBatch& batch) {

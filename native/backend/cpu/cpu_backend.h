@@ -38,6 +38,10 @@ class CpuBackend : public Backend {
   void upload(TensorView device, const void* host) override;
   void download(void* host, ConstTensorView device) override;
   void synchronize() override {}
+  std::unique_ptr<Buffer> allocate_host(size_t bytes) override;
+
+  size_t weight_bytes(const LinearSource& source, WeightUse use) const override;
+  size_t allocated_bytes() const override;
 
   std::unique_ptr<LinearWeight> load_linear(const LinearSource& source) override;
   std::unique_ptr<LinearWeight> load_embedding(ConstTensorView table) override;
@@ -46,7 +50,11 @@ class CpuBackend : public Backend {
 
   size_t kv_block_bytes(const KvCacheSpec& spec) const override;
   std::unique_ptr<KvCache> make_kv_cache(const KvCacheSpec& spec) override;
-  size_t reserve_workspace(const WorkspaceSpec& spec) override;
+  void copy_blocks(KvCache& cache, std::span<const std::pair<BlockId, BlockId>> from_to) override;
+  void save_blocks(const KvCache& cache, std::span<const BlockId> blocks, void* host) override;
+  void load_blocks(KvCache& cache, std::span<const BlockId> blocks, const void* host) override;
+  WorkspaceBytes workspace_bytes(const WorkspaceSpec& spec) const override;
+  WorkspaceBytes reserve_workspace(const WorkspaceSpec& spec) override;
 
   void begin_step(const StepBatch& batch) override;
   void execute(const std::function<void()>& forward) override { forward(); }
@@ -71,6 +79,10 @@ class CpuBackend : public Backend {
   class Linear;
   class Head;
 
+  struct Sizes {
+    size_t linear, vision, sample_x, scores, attention;
+  };
+  Sizes sizes(const WorkspaceSpec& spec) const;
   const Head& head_of(const LinearWeight* weight, ConstTensorView x) const;
   void gather_sample_rows(const SampleArgs& args);
   void sample_rows(const SampleArgs& args, const PackedHead& head, std::span<const int> rows,
@@ -81,9 +93,7 @@ class CpuBackend : public Backend {
   ThreadPool pool_;
   PagedAttention attention_;
   StepBatch batch_;
-  WorkspaceSpec workspace_;
-  std::vector<std::weak_ptr<const PackedLinear>> linears_;  // loaded and perhaps dead since
-  std::weak_ptr<const PackedHead> last_head_;
+  MemoryMeter meter_;  // of buffers, weights and caches; the workspace is asked
   HostMemory linear_scratch_;
   HostMemory vision_scratch_;
   HostMemory sample_x_;                // [R, H] normed rows, then [kLogitRows, H] of one group

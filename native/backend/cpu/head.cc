@@ -56,13 +56,44 @@ struct Head::Scratch {
   int64_t rows;
 };
 
-Head::Head(const LinearSource& source, Isa isa, ThreadPool& pool) : kernels_(kernels_for(isa)) {
+namespace {
+
+void check_head(const LinearSource& source) {
   if (source.parts.size() != 1 || source.kind() != WeightKind::dense) {
     throw Error(ErrorCode::unsupported_quantization,
                 format("%s: the head must be one dense matrix", source.name.c_str()));
   }
+  check_dense_part(source, source.parts[0]);
+}
+
+size_t scratch_size(int64_t rows, int64_t depth, int64_t blocks) {
+  return static_cast<size_t>(rows) *
+             (static_cast<size_t>(depth) * 2 + 64 + static_cast<size_t>(blocks) * 8) +
+         static_cast<size_t>(blocks) * sizeof(float) + 64;
+}
+
+}  // namespace
+
+size_t Head::packed_bytes(const LinearSource& source) {
+  check_head(source);
   const LinearPart& part = source.parts[0];
-  check_dense_part(source, part);
+  const int64_t v = part.out_features;
+  const int64_t h = source.in_features;
+  const size_t bias = bias_bytes(source, ceil_div<int64_t>(v, kBlockColumns));
+  if (v * h < kSmallHead) return part.weight.bytes() + bias;
+  if (h > kMostFeatures || bias > 0) return bias;  // rows stay in the file, nothing is screened
+  const auto blocks = static_cast<size_t>(ceil_div(v, kRows));
+  const auto lines = static_cast<size_t>(round_up<int64_t>(h, kHeadDepth) / kHeadDepth);
+  return blocks * (lines * kHeadLineBytes + 3 * kRows * sizeof(float));
+}
+
+size_t Head::scratch_bound(int64_t rows, int64_t vocab, int64_t hidden) {
+  return scratch_size(rows, round_up<int64_t>(hidden, kHeadDepth), ceil_div(vocab, kRows));
+}
+
+Head::Head(const LinearSource& source, Isa isa, ThreadPool& pool) : kernels_(kernels_for(isa)) {
+  check_head(source);
+  const LinearPart& part = source.parts[0];
   v_ = part.out_features;
   h_ = source.in_features;
   depth_ = round_up<int64_t>(h_, kHeadDepth);
@@ -125,11 +156,7 @@ size_t Head::bytes() const {
   return memory_.bytes() + small_.size() + (scale_.size() * 3 + bias_.size()) * sizeof(float);
 }
 
-size_t Head::scratch_bytes(int64_t rows) const {
-  return static_cast<size_t>(rows) *
-             (static_cast<size_t>(depth_) * 2 + 64 + static_cast<size_t>(blocks_) * 8) +
-         static_cast<size_t>(blocks_) * sizeof(float) + 64;
-}
+size_t Head::scratch_bytes(int64_t rows) const { return scratch_size(rows, depth_, blocks_); }
 
 Head::Scratch Head::lay_out(void* scratch, int64_t rows) const {
   Scratch s;

@@ -27,6 +27,9 @@ namespace turbomind::cpu {
 class Head final : public PackedHead {
  public:
   Head(const LinearSource& source, Isa isa, ThreadPool& pool);
+  // What bytes() will be; and the largest scratch_bytes of `rows` rows of a head [V, H].
+  static size_t packed_bytes(const LinearSource& source);
+  static size_t scratch_bound(int64_t rows, int64_t vocab, int64_t hidden);
 
   int64_t in_features() const override { return h_; }
   int64_t out_features() const override { return v_; }

@@ -3,7 +3,9 @@
 // it returns to the system when the block dies. Engine thread.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
+#include <memory>
 #include <utility>
 
 #include "backend/backend.h"
@@ -45,14 +47,45 @@ class HostMemory {
   size_t mapped_bytes_ = 0;  // 0: from the allocator
 };
 
+// Sum of the bytes that a backend's live objects hold. The objects may outlive the backend.
+using MemoryMeter = std::shared_ptr<std::atomic<size_t>>;
+
+// An object's share of a meter: counted while it lives.
+class Metered {
+ public:
+  Metered() = default;
+  Metered(MemoryMeter meter, size_t bytes) : meter_(std::move(meter)), bytes_(bytes) {
+    if (meter_) meter_->fetch_add(bytes_, std::memory_order_relaxed);
+  }
+  ~Metered() {
+    if (meter_) meter_->fetch_sub(bytes_, std::memory_order_relaxed);
+  }
+  Metered(Metered&& other) noexcept { swap(other); }
+  Metered& operator=(Metered&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+
+ private:
+  void swap(Metered& other) noexcept {
+    std::swap(meter_, other.meter_);
+    std::swap(bytes_, other.bytes_);
+  }
+
+  MemoryMeter meter_;
+  size_t bytes_ = 0;
+};
+
 class HostBuffer : public Buffer {
  public:
-  HostBuffer(size_t bytes, const char* purpose) : memory_(bytes, purpose) {}
+  HostBuffer(size_t bytes, const char* purpose, MemoryMeter meter = nullptr)
+      : memory_(bytes, purpose), metered_(std::move(meter), bytes) {}
   void* data() override { return memory_.data(); }
   size_t bytes() const override { return memory_.bytes(); }
 
  private:
   HostMemory memory_;
+  Metered metered_;
 };
 
 struct MemoryInfo {

@@ -2,6 +2,7 @@
 #include "backend/cpu/kv_cache.h"
 
 #include <cstdint>
+#include <utility>
 
 #include "base/error.h"
 
@@ -9,6 +10,11 @@ namespace turbomind::cpu {
 namespace {
 
 void validate(const KvCacheSpec& spec) {
+  if (spec.bits != 16) {
+    throw Error(
+        ErrorCode::invalid_argument,
+        format("a KV cache of %d bits; the CPU backend keeps f32 (quantPolicy 0)", spec.bits));
+  }
   if (spec.num_layers > 0 && spec.num_kv_heads > 0 && spec.head_dim > 0 && spec.block_size > 0 &&
       spec.num_blocks > 0) {
     return;
@@ -27,7 +33,7 @@ size_t CpuKvCache::block_bytes(const KvCacheSpec& spec) {
          spec.block_size;
 }
 
-CpuKvCache::CpuKvCache(const KvCacheSpec& spec) : spec_(spec) {
+CpuKvCache::CpuKvCache(const KvCacheSpec& spec, MemoryMeter meter) : spec_(spec) {
   validate(spec);
   entry_ = size_t{2} * spec.head_dim * spec.block_size;
   const size_t per_block = block_bytes(spec);
@@ -38,6 +44,12 @@ CpuKvCache::CpuKvCache(const KvCacheSpec& spec) : spec_(spec) {
                        spec.num_blocks, per_block));
   }
   memory_ = HostMemory(per_block * spec.num_blocks, "the KV cache");
+  metered_ = Metered(std::move(meter), memory_.bytes());
+}
+
+char* CpuKvCache::block(BlockId block) const {
+  TM_CHECK(block >= 0 && block < spec_.num_blocks, "KV block %d of %d", block, spec_.num_blocks);
+  return static_cast<char*>(memory_.data()) + block_bytes(spec_) * static_cast<size_t>(block);
 }
 
 }  // namespace turbomind::cpu

@@ -12,11 +12,13 @@ namespace turbomind::cpu {
 
 class CpuKvCache : public KvCache {
  public:
-  // Throws Error{invalid_config | out_of_memory}.
-  explicit CpuKvCache(const KvCacheSpec& spec);
+  // Throws Error{invalid_config | invalid_argument | out_of_memory}.
+  explicit CpuKvCache(const KvCacheSpec& spec, MemoryMeter meter = nullptr);
   static size_t block_bytes(const KvCacheSpec& spec);
 
   const KvCacheSpec& spec() const override { return spec_; }
+  // All of one block: block_bytes(spec) bytes.
+  char* block(BlockId block) const;
   // [D, block_size]
   float* keys(int layer, BlockId block, int kv_head) const {
     return memory_.floats() + offset(layer, block, kv_head);
@@ -36,6 +38,7 @@ class CpuKvCache : public KvCache {
   KvCacheSpec spec_;
   size_t entry_ = 0;  // floats of one (block, layer, kv head)
   HostMemory memory_;
+  Metered metered_;
 };
 
 }  // namespace turbomind::cpu

@@ -93,23 +93,57 @@ void check_dense_part(const LinearSource& source, const LinearPart& part) {
              static_cast<long long>(source.in_features)));
 }
 
-LinearDense::LinearDense(const LinearSource& source, Isa isa, ThreadPool& pool)
-    : kernels_(kernels_for(isa)), k_(source.in_features), order_(source.order) {
-  std::vector<std::pair<const void*, size_t>> ranges;
+namespace {
+
+// How a dense layer is packed; decided by its source and the machine alone.
+struct DenseShape {
+  DenseType type;
+  bool tiles;
+  size_t block_bytes;
+};
+
+DenseShape dense_shape(const LinearSource& source, const Kernels& kernels) {
   bool same = true;
   for (const LinearPart& part : source.parts) {
     check_dense_part(source, part);
     same = same && part.weight.dtype == source.parts[0].weight.dtype;
+  }
+  DenseShape shape{};
+  shape.type = same ? dense_type(source.parts[0].weight.dtype) : DenseType::f32;
+  shape.tiles = shape.type == DenseType::bf16 && kernels.bf16_tiles != nullptr;
+  const int64_t k = source.in_features;
+  const int64_t depth = shape.tiles ? round_up(k, kDepth) : k;
+  shape.block_bytes =
+      static_cast<size_t>(depth) * kBlockColumns * (shape.type == DenseType::f32 ? 4 : 2);
+  return shape;
+}
+
+}  // namespace
+
+size_t LinearDense::packed_bytes(const LinearSource& source, Isa isa) {
+  const int64_t blocks = packed_blocks(source);
+  return static_cast<size_t>(blocks) * dense_shape(source, kernels_for(isa)).block_bytes +
+         bias_bytes(source, blocks);
+}
+
+size_t LinearDense::scratch_bound(int64_t rows, int64_t k) {
+  return static_cast<size_t>(rows * round_up(k, kDepth)) * 4;
+}
+
+LinearDense::LinearDense(const LinearSource& source, Isa isa, ThreadPool& pool)
+    : kernels_(kernels_for(isa)), k_(source.in_features), order_(source.order) {
+  std::vector<std::pair<const void*, size_t>> ranges;
+  for (const LinearPart& part : source.parts) {
     ranges.emplace_back(part.weight.data, part.weight.bytes());
   }
-  type_ = same ? dense_type(source.parts[0].weight.dtype) : DenseType::f32;
-  family_tiles_ = type_ == DenseType::bf16 && kernels_.bf16_tiles != nullptr;
+  const DenseShape shape = dense_shape(source, kernels_);
+  type_ = shape.type;
+  family_tiles_ = shape.tiles;
   columns_ = source.out_features();
   out_columns_ = order_ == PartOrder::gate_up ? columns_ / 2 : columns_;
   blocks_ = packed_blocks(source);
   bias_ = pack_bias(source, blocks_);
-  const int64_t depth = family_tiles_ ? round_up(k_, kDepth) : k_;
-  block_bytes_ = static_cast<size_t>(depth) * kBlockColumns * (type_ == DenseType::f32 ? 4 : 2);
+  block_bytes_ = shape.block_bytes;
   memory_ = MappedMemory(static_cast<size_t>(blocks_) * block_bytes_);
   const SourcePages pages(ranges);
   pool.parallel_for(blocks_, 1, [&](int64_t begin, int64_t end) {

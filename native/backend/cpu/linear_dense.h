@@ -16,6 +16,9 @@ namespace turbomind::cpu {
 class LinearDense final : public PackedLinear {
  public:
   LinearDense(const LinearSource& source, Isa isa, ThreadPool& pool);
+  // What bytes() will be; and scratch_bytes of `rows` rows of the largest layer with K features.
+  static size_t packed_bytes(const LinearSource& source, Isa isa);
+  static size_t scratch_bound(int64_t rows, int64_t k);
 
   int64_t in_features() const override { return k_; }
   int64_t out_features() const override { return columns_; }

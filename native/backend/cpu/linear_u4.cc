@@ -22,6 +22,13 @@ int64_t row_blocks_per_task(int64_t k) {
   return std::clamp(kActivationBytes / (2 * kTileRows * k), int64_t{1}, kMost);
 }
 
+size_t scratch_size(int64_t rows, int64_t k, int64_t groups) {
+  // A tile of the last row block may read past it; see u4_tiles.
+  return round_up(static_cast<size_t>(rows * k) * 2 + static_cast<size_t>(rows * groups) * 12 +
+                      kTileRows * (64 * 2 + sizeof(float)),
+                  size_t{64});
+}
+
 // Blocks cut into runs that shrink: each thread first takes a quarter of its fair share of what is
 // left, twice halved, so that most weights are read in long runs (what is prefetched past the end
 // of a run is wasted) and the last runs even out who was slower.
@@ -68,6 +75,12 @@ SourceColumn source_column(const LinearSource& source, int64_t packed_column) {
     packed_column -= n;
   }
   return {};
+}
+
+size_t bias_bytes(const LinearSource& source, int64_t blocks) {
+  const bool any = std::any_of(source.parts.begin(), source.parts.end(),
+                               [](const LinearPart& part) { return static_cast<bool>(part.bias); });
+  return any ? static_cast<size_t>(blocks) * kBlockColumns * sizeof(float) : 0;
 }
 
 std::vector<float> pack_bias(const LinearSource& source, int64_t blocks) {
@@ -141,12 +154,19 @@ struct LinearU4::RowBlocks {
   }
 };
 
+size_t LinearU4::packed_bytes(const LinearSource& source) {
+  check_u4_source(source);
+  const int64_t blocks = packed_blocks(source);
+  return static_cast<size_t>(blocks) * u4_shape(source).block_bytes + bias_bytes(source, blocks);
+}
+
 size_t LinearU4::scratch_bytes(int64_t rows) const {
-  const size_t entries = static_cast<size_t>(rows * shape_.groups);
-  // A tile of the last row block may read past it; see u4_tiles.
-  return round_up(static_cast<size_t>(rows * shape_.k) * 2 + entries * 12 +
-                      kTileRows * (64 * 2 + sizeof(float)),
-                  size_t{64});
+  return scratch_size(rows, shape_.k, shape_.groups);
+}
+
+size_t LinearU4::scratch_bound(int64_t rows, int64_t k) {
+  constexpr int64_t kLeastGroup = 32;
+  return scratch_size(rows, k, ceil_div(k, kLeastGroup));
 }
 
 LinearU4::RowBlocks LinearU4::lay_out(void* scratch, int64_t rows) const {

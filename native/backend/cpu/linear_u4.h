@@ -29,9 +29,15 @@ int64_t packed_blocks(const LinearSource& source);  // of 32 columns
 void finish_block(const Kernels& kernels, const LinearCall& call, const std::vector<float>& bias,
                   int64_t out_columns, int64_t block, int64_t row, int64_t rows, const float* acc);
 
+// Bytes of the packed bias of pack_bias.
+size_t bias_bytes(const LinearSource& source, int64_t blocks);
+
 class LinearU4 final : public PackedLinear {
  public:
   LinearU4(const LinearSource& source, Isa isa, ThreadPool& pool);
+  // What bytes() will be; and scratch_bytes of `rows` rows of the largest layer with K features.
+  static size_t packed_bytes(const LinearSource& source);
+  static size_t scratch_bound(int64_t rows, int64_t k);
 
   int64_t in_features() const override { return shape_.k; }
   int64_t out_features() const override { return columns_; }

@@ -1,6 +1,9 @@
 // Source to packed form: checks what all kinds share, then picks the class. Runs at load.
 #include "backend/cpu/packed_linear.h"
 
+#include <algorithm>
+
+#include "backend/cpu/head.h"
 #include "backend/cpu/linear_dense.h"
 #include "backend/cpu/linear_u4.h"
 #include "base/error.h"
@@ -29,6 +32,22 @@ void check_parts(const LinearSource& source) {
 }
 
 }  // namespace
+
+size_t packed_linear_bytes(const LinearSource& source, Isa isa) {
+  check_parts(source);
+  return source.kind() == WeightKind::awq ? LinearU4::packed_bytes(source)
+                                          : LinearDense::packed_bytes(source, isa);
+}
+
+size_t packed_head_bytes(const LinearSource& source) { return Head::packed_bytes(source); }
+
+size_t linear_scratch_bound(int64_t rows, int64_t k) {
+  return std::max(LinearU4::scratch_bound(rows, k), LinearDense::scratch_bound(rows, k));
+}
+
+size_t head_scratch_bound(int64_t rows, int64_t vocab, int64_t hidden) {
+  return Head::scratch_bound(rows, vocab, hidden);
+}
 
 std::unique_ptr<PackedLinear> pack_linear(const LinearSource& source, Isa isa, ThreadPool& pool) {
   check_parts(source);

@@ -34,6 +34,13 @@ class PackedLinear : public LinearWeight {
   virtual size_t scratch_bytes(int64_t rows) const = 0;
 };
 
+// Sizes without packing: bytes() of what pack_linear and pack_head would answer, and bounds of
+// scratch_bytes for `rows` rows of any layer of at most K features, of a head [V, H].
+size_t packed_linear_bytes(const LinearSource& source, Isa isa);
+size_t packed_head_bytes(const LinearSource& source);
+size_t linear_scratch_bound(int64_t rows, int64_t k);
+size_t head_scratch_bound(int64_t rows, int64_t vocab, int64_t hidden);
+
 // Repacks, using all threads, and drops the source's file pages as it goes.
 // Throws Error{tensor_mismatch | unsupported_quantization}.
 std::unique_ptr<PackedLinear> pack_linear(const LinearSource& source, Isa isa, ThreadPool& pool);

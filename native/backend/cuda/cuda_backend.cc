@@ -9,6 +9,7 @@ namespace {
 
 constexpr size_t kUploadHalfBytes = size_t{8} << 20;
 constexpr int kLeastSm = 80;
+constexpr size_t kDriverBytes = size_t{256} << 20;  // kernels loaded late, their local memory
 
 // A buffer that the backend knows by address while it lives.
 class TrackedBuffer final : public Buffer {
@@ -135,6 +136,13 @@ void CudaBackend::download(void* host, ConstTensorView device) {
   synchronize();
 }
 
+std::unique_ptr<Buffer> CudaBackend::allocate_host(size_t bytes) {
+  use_device();
+  return std::make_unique<HostBuffer>(bytes);
+}
+
+size_t CudaBackend::slack_bytes() const { return DevicePool::slab_bytes() + kDriverBytes; }
+
 void CudaBackend::synchronize() {
   cuda_check(cudaStreamSynchronize(context_.stream), "waiting for the GPU");
 }
@@ -151,6 +159,11 @@ size_t CudaBackend::kv_block_bytes(const KvCacheSpec& spec) const {
 }
 
 std::unique_ptr<KvCache> CudaBackend::make_kv_cache(const KvCacheSpec& spec) {
+  if (spec.bits != 16) {
+    throw Error(
+        ErrorCode::invalid_argument,
+        format("a KV cache of %d bits on the GPU; its kernels read 16 (quantPolicy 0)", spec.bits));
+  }
   if (spec.block_size != kBlockTokens) {
     throw Error(ErrorCode::invalid_argument,
                 format("KV blocks of %d tokens on the GPU; its kernels read blocks of %d",
@@ -170,6 +183,69 @@ void* CudaKvCache::keys(int layer) const {
 void* CudaKvCache::values(int layer) const {
   const size_t half = buffer_->bytes() / static_cast<size_t>(2 * spec_.num_layers);
   return static_cast<char*>(keys(layer)) + half;
+}
+
+char* CudaKvCache::block(BlockId block) const {
+  TM_CHECK(block >= 0 && block < spec_.num_blocks, "KV block %d of %d", block, spec_.num_blocks);
+  return static_cast<char*>(buffer_->data()) + static_cast<size_t>(block) * piece_bytes();
+}
+
+size_t CudaKvCache::piece_bytes() const {
+  return piece_pitch() / static_cast<size_t>(spec_.num_blocks);
+}
+
+size_t CudaKvCache::piece_pitch() const {
+  return buffer_->bytes() / static_cast<size_t>(2 * spec_.num_layers);
+}
+
+void CudaBackend::copy_pieces(const CudaKvCache& cache, char* to, size_t to_pitch, const char* from,
+                              size_t from_pitch, cudaMemcpyKind kind) {
+  const size_t bytes = cache.piece_bytes();
+  const auto pieces = static_cast<size_t>(2 * cache.spec().num_layers);
+  if (std::max(to_pitch, from_pitch) <= properties_.memPitch) {
+    cuda_check(
+        cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, bytes, pieces, kind, context_.stream),
+        "copying a KV block");
+    return;
+  }
+  for (size_t i = 0; i < pieces; ++i) {
+    cuda_check(
+        cudaMemcpyAsync(to + i * to_pitch, from + i * from_pitch, bytes, kind, context_.stream),
+        "copying a KV block");
+  }
+}
+
+void CudaBackend::copy_blocks(KvCache& cache,
+                              std::span<const std::pair<BlockId, BlockId>> from_to) {
+  use_device();
+  const auto& kv = static_cast<const CudaKvCache&>(cache);
+  for (const auto& [from, to] : from_to) {
+    TM_CHECK(from != to, "KV block %d copied over itself", from);
+    copy_pieces(kv, kv.block(to), kv.piece_pitch(), kv.block(from), kv.piece_pitch(),
+                cudaMemcpyDeviceToDevice);
+  }
+}
+
+void CudaBackend::save_blocks(const KvCache& cache, std::span<const BlockId> blocks, void* host) {
+  use_device();
+  const auto& kv = static_cast<const CudaKvCache&>(cache);
+  auto* to = static_cast<char*>(host);
+  for (BlockId block : blocks) {
+    copy_pieces(kv, to, kv.piece_bytes(), kv.block(block), kv.piece_pitch(),
+                cudaMemcpyDeviceToHost);
+    to += kv_block_bytes(kv.spec());
+  }
+}
+
+void CudaBackend::load_blocks(KvCache& cache, std::span<const BlockId> blocks, const void* host) {
+  use_device();
+  const auto& kv = static_cast<const CudaKvCache&>(cache);
+  const auto* from = static_cast<const char*>(host);
+  for (BlockId block : blocks) {
+    copy_pieces(kv, kv.block(block), kv.piece_pitch(), from, kv.piece_bytes(),
+                cudaMemcpyHostToDevice);
+    from += kv_block_bytes(kv.spec());
+  }
 }
 
 // ---- language model ops --------------------------------------------------------------------------

@@ -38,6 +38,11 @@ class CudaKvCache final : public KvCache {
   const KvCacheSpec& spec() const override { return spec_; }
   void* keys(int layer) const;  // [B, Hkv, 64, D]
   void* values(int layer) const;
+  // A block is one piece of each layer's keys and values: 2 * num_layers pieces of `piece_bytes`,
+  // `piece_pitch` apart.
+  char* block(BlockId block) const;
+  size_t piece_bytes() const;
+  size_t piece_pitch() const;
 
  private:
   KvCacheSpec spec_;
@@ -75,6 +80,12 @@ class CudaBackend final : public Backend {
   void upload(TensorView device, const void* host) override;
   void download(void* host, ConstTensorView device) override;
   void synchronize() override;
+  std::unique_ptr<Buffer> allocate_host(size_t bytes) override;
+
+  size_t buffer_bytes(size_t bytes) const override { return DevicePool::size_of(bytes); }
+  size_t weight_bytes(const LinearSource& source, WeightUse use) const override;
+  size_t slack_bytes() const override;
+  size_t allocated_bytes() const override { return pool_.bytes_in_use(); }
 
   std::unique_ptr<LinearWeight> load_linear(const LinearSource& source) override;
   std::unique_ptr<LinearWeight> load_embedding(ConstTensorView table) override;
@@ -83,7 +94,11 @@ class CudaBackend final : public Backend {
 
   size_t kv_block_bytes(const KvCacheSpec& spec) const override;
   std::unique_ptr<KvCache> make_kv_cache(const KvCacheSpec& spec) override;
-  size_t reserve_workspace(const WorkspaceSpec& spec) override;
+  void copy_blocks(KvCache& cache, std::span<const std::pair<BlockId, BlockId>> from_to) override;
+  void save_blocks(const KvCache& cache, std::span<const BlockId> blocks, void* host) override;
+  void load_blocks(KvCache& cache, std::span<const BlockId> blocks, const void* host) override;
+  WorkspaceBytes workspace_bytes(const WorkspaceSpec& spec) const override;
+  WorkspaceBytes reserve_workspace(const WorkspaceSpec& spec) override;
 
   void begin_step(const StepBatch& batch) override;
   void execute(const std::function<void()>& forward) override;
@@ -130,6 +145,7 @@ class CudaBackend final : public Backend {
     std::unique_ptr<PinnedBuffer> host_logits;  // f32 [V]
     StepArrays step;
   };
+  struct WorkspaceSizes;
   // Sizes of the current step.
   struct Step {
     int tokens = 0;
@@ -150,6 +166,10 @@ class CudaBackend final : public Backend {
   std::unique_ptr<CudaLinear> load_awq(const LinearSource& source);
   void load_bias(const LinearSource& source, CudaLinear& linear);
   const void* stage_to_scratch(ConstTensorView source, char*& cursor);
+
+  // All pieces of one block, between the cache and itself or packed host memory.
+  void copy_pieces(const CudaKvCache& cache, char* to, size_t to_pitch, const char* from,
+                   size_t from_pitch, cudaMemcpyKind kind);
 
   // While a graph is recorded, an op over the step's tokens runs over the padded rows.
   int launch_rows(int64_t rows) const;

@@ -31,8 +31,11 @@ class GraphCache {
   void clear();
   size_t captures() const { return captures_; }
 
- private:
   static constexpr size_t kMaxGraphs = 96;
+  // Bound of the device memory of a captured step: 64 layers of 8 kernels, under 2 kB each.
+  static constexpr size_t kGraphBytes = size_t{1} << 20;
+
+ private:
   struct Entry {
     GraphKey key;
     cudaGraphExec_t graph = nullptr;

@@ -135,11 +135,17 @@ void DevicePool::State::give(Block block) {
   free_blocks.emplace(block.bytes, block.data);
 }
 
-std::unique_ptr<Buffer> DevicePool::allocate(size_t bytes) {
+size_t DevicePool::size_of(size_t bytes) {
   const size_t wanted = round_up(std::max<size_t>(bytes, 1), kAlignment);
+  return wanted > kSmallBytes ? round_up(wanted, kBlockGranularity) : wanted;
+}
+
+size_t DevicePool::slab_bytes() { return kSlabBytes; }
+
+std::unique_ptr<Buffer> DevicePool::allocate(size_t bytes) {
+  const size_t wanted = size_of(bytes);
   if (wanted > kSmallBytes) {
-    return std::make_unique<LargeBuffer>(state_, state_->take(round_up(wanted, kBlockGranularity)),
-                                         bytes);
+    return std::make_unique<LargeBuffer>(state_, state_->take(wanted), bytes);
   }
   if (!slab_ || slab_->used + wanted > slab_->block.bytes) {
     slab_ = std::make_shared<Slab>(state_, state_->take(kSlabBytes));
@@ -155,7 +161,7 @@ void DevicePool::trim() { state_->release_all(); }
 
 PinnedBuffer::PinnedBuffer(size_t bytes) : bytes_(bytes) {
   void* data = nullptr;
-  cuda_check(cudaMallocHost(&data, bytes), "allocating pinned host memory");
+  cuda_check(cudaMallocHost(&data, std::max<size_t>(bytes, 1)), "allocating pinned host memory");
   data_ = static_cast<char*>(data);
 }
 PinnedBuffer::~PinnedBuffer() { (void)cudaFreeHost(data_); }

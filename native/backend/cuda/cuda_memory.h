@@ -26,6 +26,9 @@ class DevicePool {
   size_t driver_allocations() const { return state_->driver_allocations; }
   size_t bytes_in_use() const { return state_->bytes_in_use; }
   void trim();  // gives cached blocks back to the driver
+  // What allocate(bytes) takes, but for the unused end of a slab of small buffers.
+  static size_t size_of(size_t bytes);
+  static size_t slab_bytes();
 
   struct Block {
     char* data = nullptr;
@@ -62,6 +65,16 @@ class PinnedBuffer {
  private:
   char* data_ = nullptr;
   size_t bytes_ = 0;
+};
+
+class HostBuffer final : public Buffer {
+ public:
+  explicit HostBuffer(size_t bytes) : memory_(bytes) {}
+  void* data() override { return memory_.data(); }
+  size_t bytes() const override { return memory_.bytes(); }
+
+ private:
+  PinnedBuffer memory_;
 };
 
 class Event {

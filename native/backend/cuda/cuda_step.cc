@@ -1,6 +1,7 @@
 // The arrays of a step: flattened on the host, sent in one copy, spread by one kernel to fixed
 // addresses; and execution, which replays a captured graph for decode steps. Engine thread.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
 
@@ -65,46 +66,101 @@ void fill(std::span<int32_t> out, std::span<const int32_t> values, int32_t paddi
 
 }  // namespace
 
-size_t CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
+// Every size of a workspace, from which it is both planned and made.
+struct CudaBackend::WorkspaceSizes {
+  int max_items = 0;
+  int max_tiles = 0;
+  int max_blocks = 0;
+  std::array<size_t, kUnpackEntries> words{};  // of the step's arrays
+  size_t step_bytes = 0;                       // of all of them
+  size_t scratch_row_elements = 0;
+  size_t scratch = 0;
+  size_t attention_out = 0;
+  size_t attention_max_sum = 0;
+  size_t attention_tickets = 0;
+  size_t logits = 0;  // 0: nothing is sampled
+  size_t argmax = 0;
+  size_t ids = 0;
+  size_t host_logits = 0;
+
+  explicit WorkspaceSizes(const WorkspaceSpec& spec);
+};
+
+CudaBackend::WorkspaceSizes::WorkspaceSizes(const WorkspaceSpec& spec) {
+  const int tokens = std::max(spec.max_tokens, kMaxGraphRows);
+  const int sequences = std::max(spec.max_sequences, 1);
+  const auto heads = static_cast<size_t>(std::max(spec.max_heads, 1));
+  const auto dim = static_cast<size_t>(std::max(spec.max_head_dim, 1));
+  max_blocks = ceil_div(std::max(spec.max_kv_len, 1), kBlockTokens) + 1;
+  const size_t item_bytes = heads * (dim * sizeof(float) + sizeof(float2));
+  const int64_t all_items =
+      static_cast<int64_t>(sequences) * ceil_div(std::max(spec.max_kv_len, 1), kSplitTokens);
+  max_items = pad_items(static_cast<int>(
+      std::min<int64_t>(all_items, static_cast<int64_t>(kMaxAttentionBytes / item_bytes))));
+  max_tiles = ceil_div(tokens, kQueryTile) + sequences;
+  words = {static_cast<size_t>(tokens),
+           static_cast<size_t>(tokens),
+           static_cast<size_t>(tokens),
+           static_cast<size_t>(sequences) + 1,
+           static_cast<size_t>(sequences),
+           static_cast<size_t>(tokens),
+           static_cast<size_t>(sequences),
+           2 * static_cast<size_t>(max_items),
+           2 * static_cast<size_t>(max_tiles),
+           1,
+           static_cast<size_t>(sequences) * static_cast<size_t>(max_blocks)};
+  for (size_t count : words) step_bytes += round_up<size_t>(count, 64) * sizeof(int32_t);
+  scratch_row_elements = static_cast<size_t>(
+      round_up<int64_t>(std::max<int64_t>(spec.max_in_features, 1), kChunkColumns));
+  scratch = static_cast<size_t>(tokens) * scratch_row_elements * 2;
+  const auto items = static_cast<size_t>(max_items);
+  attention_out = items * heads * dim * sizeof(float);
+  attention_max_sum = items * heads * sizeof(float2);
+  attention_tickets = static_cast<size_t>(sequences) * heads * sizeof(uint32_t);
+  if (spec.vocab_size <= 0 || spec.max_rows <= 0) return;
+  const auto rows = static_cast<size_t>(spec.max_rows);
+  host_logits = static_cast<size_t>(spec.vocab_size) * sizeof(float);
+  logits = rows * host_logits;
+  argmax = argmax_scratch_bytes(spec.max_rows);
+  ids = rows * sizeof(int32_t);
+}
+
+WorkspaceBytes CudaBackend::workspace_bytes(const WorkspaceSpec& spec) const {
+  const WorkspaceSizes sizes(spec);
+  WorkspaceBytes bytes;
+  for (size_t part : {sizes.step_bytes, sizes.step_bytes, sizes.scratch,
+                      kGemmPartialFloats * sizeof(float), kGemmTickets * sizeof(uint32_t),
+                      sizes.attention_out, sizes.attention_max_sum, sizes.attention_tickets}) {
+    bytes.scratch += buffer_bytes(part);
+  }
+  if (spec.vision_pixel_bytes > 0) bytes.scratch += buffer_bytes(spec.vision_pixel_bytes);
+  bytes.staging = 2 * sizes.step_bytes + sizes.ids + sizes.host_logits;
+  if (sizes.logits > 0) {
+    bytes.sampling =
+        buffer_bytes(sizes.logits) + buffer_bytes(sizes.argmax) + buffer_bytes(sizes.ids);
+  }
+  if (use_graphs_) bytes.graphs = GraphCache::kMaxGraphs * GraphCache::kGraphBytes;
+  return bytes;
+}
+
+WorkspaceBytes CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
   use_device();
   release_load_scratch();
   graphs_.clear();
   workspace_ = Workspace{};
   Workspace& w = workspace_;
-  const size_t before = pool_.bytes_in_use();
+  const WorkspaceSizes sizes(spec);
   w.spec = spec;
-  const int tokens = std::max(spec.max_tokens, kMaxGraphRows);
-  const int sequences = std::max(spec.max_sequences, 1);
-  const int rows = std::max(spec.max_rows, 1);
-  w.max_blocks = ceil_div(std::max(spec.max_kv_len, 1), kBlockTokens) + 1;
-  const size_t item_bytes =
-      static_cast<size_t>(std::max(spec.max_heads, 1)) *
-      (static_cast<size_t>(std::max(spec.max_head_dim, 1)) * sizeof(float) + sizeof(float2));
-  const int64_t all_items =
-      static_cast<int64_t>(sequences) * ceil_div(std::max(spec.max_kv_len, 1), kSplitTokens);
-  w.max_items = pad_items(static_cast<int>(
-      std::min<int64_t>(all_items, static_cast<int64_t>(kMaxAttentionBytes / item_bytes))));
-  w.max_tiles = ceil_div(tokens, kQueryTile) + sequences;
+  w.max_blocks = sizes.max_blocks;
+  w.max_items = sizes.max_items;
+  w.max_tiles = sizes.max_tiles;
 
-  const size_t words[] = {static_cast<size_t>(tokens),
-                          static_cast<size_t>(tokens),
-                          static_cast<size_t>(tokens),
-                          static_cast<size_t>(sequences) + 1,
-                          static_cast<size_t>(sequences),
-                          static_cast<size_t>(tokens),
-                          static_cast<size_t>(sequences),
-                          2 * static_cast<size_t>(w.max_items),
-                          2 * static_cast<size_t>(w.max_tiles),
-                          1,
-                          static_cast<size_t>(sequences) * static_cast<size_t>(w.max_blocks)};
-  size_t total_words = 0;
-  for (size_t count : words) total_words += round_up<size_t>(count, 64);
-  w.arrays = zeroed(total_words * sizeof(int32_t));
+  w.arrays = zeroed(sizes.step_bytes);
   auto* cursor = static_cast<int32_t*>(w.arrays->data());
-  int array = 0;
+  size_t array = 0;
   const auto take = [&] {
     int32_t* at = cursor;
-    cursor += round_up<size_t>(words[array++], 64);
+    cursor += round_up<size_t>(sizes.words[array++], 64);
     return at;
   };
   w.step.token_ids = take();
@@ -118,31 +174,27 @@ size_t CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
   w.step.query_tiles = reinterpret_cast<int2*>(take());
   w.step.block_stride = take();
   w.step.block_table = take();
-  w.blob = pool_.allocate(total_words * sizeof(int32_t));
-  for (auto& staging : w.staging) {
-    staging = std::make_unique<PinnedBuffer>(total_words * sizeof(int32_t));
-  }
+  w.blob = pool_.allocate(sizes.step_bytes);
+  for (auto& staging : w.staging) staging = std::make_unique<PinnedBuffer>(sizes.step_bytes);
 
-  w.scratch_row_elements = static_cast<size_t>(
-      round_up<int64_t>(std::max<int64_t>(spec.max_in_features, 1), kChunkColumns));
-  w.scratch = pool_.allocate(static_cast<size_t>(tokens) * w.scratch_row_elements * 2);
+  w.scratch_row_elements = sizes.scratch_row_elements;
+  w.scratch = pool_.allocate(sizes.scratch);
   w.gemm_partials = pool_.allocate(kGemmPartialFloats * sizeof(float));
   w.gemm_tickets = zeroed(kGemmTickets * sizeof(uint32_t));
-  const auto items = static_cast<size_t>(w.max_items);
-  const auto heads = static_cast<size_t>(std::max(spec.max_heads, 1));
-  w.attention_out =
-      pool_.allocate(items * heads * static_cast<size_t>(std::max(spec.max_head_dim, 1)) * 4);
-  w.attention_max_sum = pool_.allocate(items * heads * sizeof(float2));
-  w.attention_tickets = zeroed(static_cast<size_t>(sequences) * heads * sizeof(uint32_t));
-  if (spec.vocab_size > 0 && spec.max_rows > 0) {
-    w.logits = pool_.allocate(static_cast<size_t>(rows) * static_cast<size_t>(spec.vocab_size) * 4);
-    w.argmax = zeroed(argmax_scratch_bytes(rows));
-    w.ids = pool_.allocate(static_cast<size_t>(rows) * 4);
-    w.host_ids = std::make_unique<PinnedBuffer>(static_cast<size_t>(rows) * 4);
-    w.host_logits = std::make_unique<PinnedBuffer>(static_cast<size_t>(spec.vocab_size) * 4);
+  w.attention_out = pool_.allocate(sizes.attention_out);
+  w.attention_max_sum = pool_.allocate(sizes.attention_max_sum);
+  w.attention_tickets = zeroed(sizes.attention_tickets);
+  if (sizes.logits > 0) {
+    w.logits = pool_.allocate(sizes.logits);
+    w.argmax = zeroed(sizes.argmax);
+    w.ids = pool_.allocate(sizes.ids);
+    w.host_ids = std::make_unique<PinnedBuffer>(sizes.ids);
+    w.host_logits = std::make_unique<PinnedBuffer>(sizes.host_logits);
   }
+  tiles_.reset();
+  if (spec.vision_pixel_bytes > 0) tiles_ = pool_.allocate(spec.vision_pixel_bytes);
   synchronize();
-  return pool_.bytes_in_use() - before;
+  return workspace_bytes(spec);
 }
 
 void CudaBackend::begin_step(const StepBatch& batch) {

@@ -108,6 +108,23 @@ size_t CudaLinear::bytes() const {
   return weights->bytes() + (meta ? meta->bytes() : 0) + (bias ? bias->bytes() : 0);
 }
 
+size_t CudaBackend::weight_bytes(const LinearSource& source, WeightUse use) const {
+  check_source(source);
+  const PackedMatrix matrix = make_matrix(source, dtype_);
+  const auto cells = static_cast<size_t>(matrix.n_padded * matrix.k_padded);
+  size_t bytes = 0;
+  if (matrix.kind == WeightKind::awq) {
+    const auto groups = static_cast<size_t>(matrix.k_padded / matrix.group_size);
+    bytes = buffer_bytes(cells / 2) +
+            buffer_bytes(static_cast<size_t>(matrix.n_padded) * groups * sizeof(uint32_t));
+  } else if (use != WeightUse::tied_head) {  // which shares the embedding's rows
+    bytes = buffer_bytes(cells * 2);
+  }
+  const bool any = std::any_of(source.parts.begin(), source.parts.end(),
+                               [](const LinearPart& part) { return static_cast<bool>(part.bias); });
+  return any ? bytes + buffer_bytes(static_cast<size_t>(matrix.n_padded) * sizeof(float)) : bytes;
+}
+
 void* CudaBackend::load_scratch(size_t bytes) {
   if (!load_scratch_ || load_scratch_->bytes() < bytes) {
     synchronize();  // kernels may still read the old one

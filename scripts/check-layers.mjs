@@ -55,7 +55,10 @@ function checkInclude(file, line, layer, target) {
   if (!layers.get(layer).has(wanted)) report(file, line, `${layer} may not include ${target}`);
   if (layer === 'addon' && wanted === 'backend/cpu')
     report(file, line, `addon: only backend/cpu/isa.h`);
-  const pure = /^runtime\/(request|sequence|block_manager|scheduler|memory_plan)\./.test(file);
+  const pure =
+    /^runtime\/(request|sequence|block_manager|prefix_index|image_store|step_plan|step_budget|swap_space|scheduler|memory_plan)\./.test(
+      file,
+    );
   if (pure && /^(models|backend)/.test(wanted))
     report(file, line, `pure runtime includes ${target}`);
 }

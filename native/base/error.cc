@@ -27,6 +27,10 @@ std::string_view to_string(ErrorCode code) {
       return "ERR_TM_INVALID_IMAGE";
     case ErrorCode::prompt_too_long:
       return "ERR_TM_PROMPT_TOO_LONG";
+    case ErrorCode::queue_full:
+      return "ERR_TM_QUEUE_FULL";
+    case ErrorCode::deadline:
+      return "ERR_TM_DEADLINE";
     case ErrorCode::out_of_memory:
       return "ERR_TM_OUT_OF_MEMORY";
     case ErrorCode::device_error:

@@ -20,6 +20,8 @@ enum class ErrorCode {
   unsupported_device,        // the device named does not exist or cannot run this build
   invalid_image,             // pixels that cannot be cut into tiles
   prompt_too_long,           // the prompt does not fit into session_len
+  queue_full,                // more requests wait than the owner allows
+  deadline,                  // a request waited longer than its caller allows
   out_of_memory,             // a budget or an allocation that does not hold the model
   device_error,              // the device failed while running
   disposed,                  // the engine was closed

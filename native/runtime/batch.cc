@@ -58,10 +58,14 @@ void Batch::add_row(const ScheduledRow& row) {
   query_start_.push_back(first_row + row.num_tokens);
   kv_len_.push_back(end);
   add_images(sequence, begin, end, first_row);
-  if (!row.samples) return;
-  sample_indices_.push_back(first_row + row.num_tokens - 1);
-  samples_.push_back({&sequence.request().sampling, tokens, sequence.banned(),
-                      static_cast<uint32_t>(sequence.num_completion_tokens())});
+  for (int i = row.num_tokens - row.num_samples; i < row.num_tokens; ++i) {
+    // The row of token `begin + i` draws the one behind it.
+    const int known = begin + i + 1;
+    sample_indices_.push_back(first_row + i);
+    samples_.push_back({&sequence.request().sampling, tokens.first(static_cast<size_t>(known)),
+                        sequence.banned(),
+                        static_cast<uint32_t>(known - sequence.num_prompt_tokens())});
+  }
 }
 
 void Batch::add_images(const Sequence& sequence, int begin, int end, int first_row) {

@@ -26,6 +26,9 @@ struct Request {
   int max_new_tokens = 512;
   int min_new_tokens = 0;
   std::vector<TokenId> stop_token_ids;  // includes end-of-sequence ids unless ignored
+  int priority = 0;                     // higher first; one level is worth some seconds of waiting
+  double queue_timeout_ms = 0;          // longest wait for its first step; 0: for ever
+  bool share_prefix = true;  // false: every prompt token is computed (their logits are wanted)
 };
 
 enum class FinishReason : uint8_t { none, stop, length, abort, error };
@@ -53,6 +56,7 @@ struct Event {
   TokenId matched_stop = -1;  // the stop id that ended it
   RequestTimings timings;     // valid with the last event
   int num_preemptions = 0;
+  int num_cached_tokens = 0;  // prompt tokens whose K and V were found, not computed
   ErrorCode error_code = ErrorCode::internal;  // FinishReason::error only
   std::string error_message;
 };

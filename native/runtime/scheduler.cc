@@ -6,47 +6,6 @@
 
 namespace turbomind {
 
-void StepPlan::clear() {
-  tiles.clear();
-  rows.clear();
-  num_tokens = num_prefill_tokens = num_samples = 0;
-}
-
-void StepPlan::add_decode(Sequence& sequence) {
-  rows.push_back({&sequence, 1, true});
-  ++num_tokens;
-  ++num_samples;
-}
-
-int StepPlan::add_prefill(Sequence& sequence, StepBudget& budget) {
-  const int begin = sequence.num_computed();
-  int end = begin + std::min(sequence.num_pending(), budget.tokens);
-  for (size_t i = 0; i < sequence.images().size(); ++i) {
-    const SequenceImage& image = sequence.images()[i];
-    if (end <= image.token_offset) break;
-    if (begin >= image.token_offset + image.num_tokens()) continue;
-    const int encoded = image.num_encoded();
-    const int wanted =
-        std::min(image.num_tiles(), ceil_div(end - image.token_offset, image.tokens_per_tile));
-    const int granted = std::clamp(wanted - encoded, 0, budget.tiles);
-    if (granted > 0) tiles.push_back({&sequence, static_cast<int>(i), encoded, granted});
-    budget.tiles -= granted;
-    if (encoded + granted < wanted) {
-      end = image.token_offset + (encoded + granted) * image.tokens_per_tile;
-      break;
-    }
-  }
-  const int count = end - begin;
-  if (count == 0) return 0;
-  const bool samples = count == sequence.num_pending();
-  rows.push_back({&sequence, count, samples});
-  num_tokens += count;
-  num_prefill_tokens += count;
-  num_samples += samples ? 1 : 0;
-  budget.tokens -= count;
-  return count;
-}
-
 Scheduler::Scheduler(const SchedulerLimits& limits, BlockManager& blocks)
     : limits_(limits), blocks_(blocks) {
   TM_CHECK(limits.session_len >= 2 && limits.max_batch_size >= 1 &&
@@ -160,7 +119,7 @@ std::vector<Event> Scheduler::commit(const StepPlan& plan, const StepResults& re
   events.reserve(results.rows.size());
   for (const ScheduledRow& row : plan.rows) {
     row.sequence->advance(row.num_tokens);
-    if (!row.samples) continue;
+    if (row.num_samples == 0) continue;
     const SampleResult& result = results.rows[events.size()];
     events.push_back(commit_row(*row.sequence, result, results.failure, now));
     num_completion_tokens_ += events.back().tokens.size();

@@ -19,7 +19,7 @@
 
 #include "base/sampling.h"
 #include "runtime/block_manager.h"
-#include "runtime/sequence.h"
+#include "runtime/step_plan.h"
 
 namespace turbomind {
 
@@ -28,42 +28,6 @@ struct SchedulerLimits {
   int max_batch_size = 0;         // sequences that hold blocks
   int max_prefill_token_num = 0;  // prefill tokens of a step
   int max_tiles = 1;              // image tiles encoded in a step
-};
-
-// What is left of a step's limits while it is planned.
-struct StepBudget {
-  int tokens = 0;
-  int tiles = 0;
-};
-
-struct ScheduledRow {
-  Sequence* sequence = nullptr;
-  int num_tokens = 0;    // from num_computed() on
-  bool samples = false;  // they are its last ones: a token is drawn
-};
-
-// Tiles to encode before the rows run.
-struct ScheduledTiles {
-  Sequence* sequence = nullptr;
-  int image_idx = 0;
-  int first_tile = 0;
-  int num_tiles = 0;
-};
-
-// Valid until the next call of the scheduler that made it.
-struct StepPlan {
-  std::vector<ScheduledTiles> tiles;
-  std::vector<ScheduledRow> rows;  // decode rows first
-  int num_tokens = 0;
-  int num_prefill_tokens = 0;
-  int num_samples = 0;
-
-  bool empty() const { return rows.empty(); }
-  void clear();
-  void add_decode(Sequence& sequence);
-  // The next prefill chunk of `sequence` and the tiles it needs; answers its tokens, 0 if the budget
-  // allows none. A chunk may end anywhere, but not in a tile that is not encoded yet.
-  int add_prefill(Sequence& sequence, StepBudget& budget);
 };
 
 // What a step drew: one result for each sampling row of its plan, in order. A row whose token is -1

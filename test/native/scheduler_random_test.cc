@@ -130,7 +130,7 @@ class Scenario {
       } else {
         prefill += row.num_tokens;
       }
-      samples += row.samples ? 1 : 0;
+      samples += row.num_samples;
       if (started_.insert(row.sequence->id()).second) {  // first come, first started
         EXPECT(row.sequence->id() > last_started_);
         last_started_ = row.sequence->id();

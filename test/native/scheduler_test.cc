@@ -85,7 +85,7 @@ TEST("decode rows come first and leave the prefill budget alone") {
   EXPECT_EQ(plan.rows[0].sequence->id(), 1U);
   EXPECT_EQ(plan.rows[0].num_tokens, 1);
   EXPECT_EQ(plan.rows[1].num_tokens, 8);
-  EXPECT(!plan.rows[1].samples);
+  EXPECT_EQ(plan.rows[1].num_samples, 0);
   EXPECT_EQ(plan.num_tokens, 9);
   EXPECT_EQ(plan.num_samples, 1);
 }

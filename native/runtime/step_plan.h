@@ -1,0 +1,47 @@
+// Who runs in one step: rows of tokens, the image tiles they need encoded first, and the limits they
+// were granted under. Made by the scheduler, run by the model runner. Engine thread.
+#pragma once
+
+#include <vector>
+
+#include "runtime/sequence.h"
+
+namespace turbomind {
+
+// What is left of a step's limits while it is planned.
+struct StepBudget {
+  int tokens = 0;  // prefill tokens
+  int tiles = 0;   // image tiles to encode
+};
+
+struct ScheduledRow {
+  Sequence* sequence = nullptr;
+  int num_tokens = 0;   // from num_computed() on
+  int num_samples = 0;  // the last so many of them are sampled; 0: a chunk inside the prompt
+};
+
+// Tiles to encode before the rows run.
+struct ScheduledTiles {
+  Sequence* sequence = nullptr;
+  int image_idx = 0;
+  int first_tile = 0;
+  int num_tiles = 0;
+};
+
+// Valid until the next call of the scheduler that made it.
+struct StepPlan {
+  std::vector<ScheduledTiles> tiles;
+  std::vector<ScheduledRow> rows;  // decode rows first
+  int num_tokens = 0;
+  int num_prefill_tokens = 0;
+  int num_samples = 0;  // R: those of all rows
+
+  bool empty() const { return rows.empty(); }
+  void clear();
+  void add_decode(Sequence& sequence);
+  // The next prefill chunk of `sequence` and the tiles it needs; answers its tokens, 0 if the budget
+  // allows none. A chunk may end anywhere, but not in a tile that is not encoded yet.
+  int add_prefill(Sequence& sequence, StepBudget& budget);
+};
+
+}  // namespace turbomind

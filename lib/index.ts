@@ -21,6 +21,7 @@ export type {
   ImageFetchOptions,
   LogitBias,
   PipelineOptions,
+  SpeculativeConfig,
 } from './options.js';
 export type { PipelineInfo } from './pipeline.js';
 export { Pipeline, pipeline } from './pipeline.js';

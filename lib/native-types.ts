@@ -74,6 +74,8 @@ export interface NativeOpenOptions {
   readonly maxBatchSize: number;
   readonly maxPrefillTokenNum: number;
   readonly blockSize: number;
+  /** Drafts of a sequence in a step, 0 to 7; 0: none. */
+  readonly numSpeculativeTokens: number;
   readonly cacheMaxEntryCount: number;
   /** '' or a cap for tests: 'scalar' | 'avx2' | 'avx512' | 'amx'. */
   readonly cpuIsa: string;
@@ -173,6 +175,10 @@ export interface NativeStats {
   readonly preemptions: number;
   readonly promptTokens: number;
   readonly completionTokens: number;
+  /** Guesses of speculative decoding that ran. */
+  readonly draftedTokens: number;
+  /** Of these, those that were right: each saved a step of its sequence. */
+  readonly acceptedTokens: number;
   readonly weightBytes: number;
   readonly kvCacheBytes: number;
   readonly workspaceBytes: number;

@@ -15,6 +15,18 @@ export interface ImageFetchOptions {
   readonly maxBytes?: number | undefined;
 }
 
+/** Speculative decoding. It never changes results, only the time they take. */
+export interface SpeculativeConfig {
+  /**
+   * 'ngram': what followed the last tokens when they stood in the prompt or completion before is
+   * guessed to follow again, and guesses are checked several in a step, as many as have been found
+   * to pay. 'none': one token a step.
+   */
+  readonly method: 'ngram' | 'none';
+  /** Most guesses of a sequence in a step, 1 to 7; 'ngram' only. Defaults to 7. */
+  readonly numSpeculativeTokens?: number | undefined;
+}
+
 /** Settings of a pipeline: its device, its memory and how pictures are cut. */
 export interface PipelineOptions {
   /** 'auto' | 'cpu' | 'cuda' | 'cuda:N'. Defaults to 'auto'. */
@@ -33,6 +45,8 @@ export interface PipelineOptions {
   readonly cacheBlockSeqLen?: number | undefined;
   /** Bits of the KV cache: 0 (unquantised) is the only policy implemented. */
   readonly quantPolicy?: number | undefined;
+  /** Defaults to `{ method: 'ngram' }` on the CPU and `{ method: 'none' }` on a GPU. */
+  readonly speculativeConfig?: SpeculativeConfig | undefined;
   /** Devices a model is split over: 1 is the only number implemented. */
   readonly tp?: number | undefined;
   /** Fewest tiles of a picture's grid. Defaults to the model's own. */
@@ -131,6 +145,8 @@ export interface ResolvedPipelineOptions {
   readonly maxPrefillTokenNum: number | undefined;
   readonly cacheMaxEntryCount: number;
   readonly blockSize: number;
+  /** 0: no speculation; undefined: what suits the device. */
+  readonly numSpeculativeTokens: number | undefined;
   readonly tiling: TilingOptions;
   readonly maxImagePixels: number;
   readonly fetchTimeoutMs: number;
@@ -194,6 +210,19 @@ const imageFetch: check.Rule = (value) => {
   return undefined;
 };
 
+const MAX_SPECULATIVE_TOKENS = 7;
+
+const speculativeConfig: check.Rule = (value) => {
+  check.checkOptions<SpeculativeConfig>('speculativeConfig', value, {
+    method: check.oneOf('ngram', 'none'),
+    numSpeculativeTokens: check.integer(1, MAX_SPECULATIVE_TOKENS),
+  });
+  if (value.method === undefined) return "a method: 'ngram' or 'none'";
+  return value.method === 'none' && value.numSpeculativeTokens !== undefined
+    ? "no numSpeculativeTokens with method 'none'"
+    : undefined;
+};
+
 const tokenizer: check.Rule = (value) =>
   typeof value === 'object' && value !== null && 'encode' in value && 'bytesOf' in value
     ? undefined
@@ -208,6 +237,7 @@ const PIPELINE_RULES: check.Rules<PipelineOptions> = {
   cacheMaxEntryCount: check.number('above 0 and at most 1', (value) => value > 0 && value <= 1),
   cacheBlockSeqLen: check.exactly(64, '64: other block sizes are not implemented'),
   quantPolicy: check.exactly(0, '0: a KV cache of 4 or 8 bits is not implemented'),
+  speculativeConfig,
   tp: check.exactly(1, '1: splitting a model over devices is not implemented'),
   minDynamicPatch: check.integer(1, MAX_TILES),
   maxDynamicPatch: check.integer(1, MAX_TILES),
@@ -291,6 +321,7 @@ export function resolvePipelineOptions(options: PipelineOptions = {}): ResolvedP
     maxPrefillTokenNum: options.maxPrefillTokenNum,
     cacheMaxEntryCount: options.cacheMaxEntryCount ?? 0.8,
     blockSize: options.cacheBlockSeqLen ?? 64,
+    numSpeculativeTokens: resolveSpeculation(options.speculativeConfig),
     tiling: resolveTiling(options),
     maxImagePixels: options.maxImagePixels ?? 100_000_000,
     fetchTimeoutMs: options.imageFetch?.timeoutMs ?? 30_000,
@@ -368,6 +399,11 @@ function resolveLogprobs({
   }
   const isWanted = logprobs === true || topLogprobs > 0;
   return { numLogprobs: isWanted ? Math.max(1, topLogprobs) : 0, numTopLogprobs: topLogprobs };
+}
+
+function resolveSpeculation(config: SpeculativeConfig | undefined): number | undefined {
+  if (config === undefined) return undefined;
+  return config.method === 'none' ? 0 : (config.numSpeculativeTokens ?? MAX_SPECULATIVE_TOKENS);
 }
 
 const SAMPLING_ONLY = ['temperature', 'topK', 'topP', 'minP', 'randomSeed'] as const;

@@ -309,6 +309,10 @@ function withTemplate(checkpoint: Checkpoint, template: string | undefined): Che
 const CPU_PREFILL_TOKENS = 512;
 const GPU_PREFILL_TOKENS = 8192;
 
+// Most guesses of a sequence in a step, where the caller leaves it to us.
+const CPU_SPECULATIVE_TOKENS = 7;
+const GPU_SPECULATIVE_TOKENS = 0;
+
 function nativeOptions(
   checkpoint: Checkpoint,
   options: ResolvedPipelineOptions,
@@ -330,6 +334,9 @@ function nativeOptions(
       options.maxPrefillTokenNum ??
       (device === 'cpu' ? CPU_PREFILL_TOKENS : Math.min(GPU_PREFILL_TOKENS, longest)),
     blockSize: options.blockSize,
+    numSpeculativeTokens:
+      options.numSpeculativeTokens ??
+      (device === 'cpu' ? CPU_SPECULATIVE_TOKENS : GPU_SPECULATIVE_TOKENS),
     cacheMaxEntryCount: options.cacheMaxEntryCount,
     cpuIsa: options.cpuIsa,
     cudaLibrary,

@@ -328,6 +328,7 @@ EngineOptions to_engine_options(const Field& f) {
   options.max_batch_size = f["maxBatchSize"].int32(1);
   options.max_prefill_token_num = f["maxPrefillTokenNum"].int32(1);
   options.block_size = f["blockSize"].int32(1);
+  options.max_drafts = f["numSpeculativeTokens"].int32(0);
   options.cache_max_entry_count = f["cacheMaxEntryCount"].number();
   return options;
 }
@@ -373,6 +374,8 @@ Napi::Value to_js(Napi::Env env, const EngineStats& stats) {
   object.set("preemptions", static_cast<double>(stats.preemptions));
   object.set("promptTokens", static_cast<double>(stats.prompt_tokens));
   object.set("completionTokens", static_cast<double>(stats.completion_tokens));
+  object.set("draftedTokens", static_cast<double>(stats.drafted_tokens));
+  object.set("acceptedTokens", static_cast<double>(stats.accepted_tokens));
   object.set("weightBytes", static_cast<double>(stats.weight_bytes));
   object.set("kvCacheBytes", static_cast<double>(stats.kv_cache_bytes));
   object.set("workspaceBytes", static_cast<double>(stats.workspace_bytes));

@@ -6,7 +6,7 @@
 
 namespace turbomind {
 
-void Batch::reserve(int max_tokens, int max_sequences, int max_blocks_per_sequence) {
+void Batch::reserve(int max_tokens, int max_sequences, int max_rows, int max_blocks_per_sequence) {
   const auto tokens = static_cast<size_t>(max_tokens);
   const auto sequences = static_cast<size_t>(max_sequences);
   token_ids_.reserve(tokens);
@@ -15,8 +15,8 @@ void Batch::reserve(int max_tokens, int max_sequences, int max_blocks_per_sequen
   query_start_.reserve(sequences + 1);
   kv_len_.reserve(sequences);
   block_table_.reserve(sequences * static_cast<size_t>(max_blocks_per_sequence));
-  sample_indices_.reserve(sequences);
-  samples_.reserve(sequences);
+  sample_indices_.reserve(static_cast<size_t>(max_rows));
+  samples_.reserve(static_cast<size_t>(max_rows));
 }
 
 void Batch::build(const StepPlan& plan) {
@@ -45,7 +45,7 @@ void Batch::add_row(const ScheduledRow& row) {
   const Sequence& sequence = *row.sequence;
   const int begin = sequence.num_computed();
   const int end = begin + row.num_tokens;
-  const std::span<const TokenId> tokens = sequence.tokens();
+  const std::span<const TokenId> tokens = sequence.tokens_and_drafts();
   const int first_row = static_cast<int>(token_ids_.size());
   token_ids_.insert(token_ids_.end(), tokens.begin() + begin, tokens.begin() + end);
   for (int i = begin; i < end; ++i) {
@@ -61,10 +61,10 @@ void Batch::add_row(const ScheduledRow& row) {
   for (int i = row.num_tokens - row.num_samples; i < row.num_tokens; ++i) {
     // The row of token `begin + i` draws the one behind it.
     const int known = begin + i + 1;
+    const int completion_idx = known - sequence.num_prompt_tokens();
     sample_indices_.push_back(first_row + i);
     samples_.push_back({&sequence.request().sampling, tokens.first(static_cast<size_t>(known)),
-                        sequence.banned(),
-                        static_cast<uint32_t>(known - sequence.num_prompt_tokens())});
+                        sequence.banned(completion_idx), static_cast<uint32_t>(completion_idx)});
   }
 }
 

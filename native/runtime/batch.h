@@ -20,7 +20,7 @@ struct ImageRows {
 
 class Batch {
  public:
-  void reserve(int max_tokens, int max_sequences, int max_blocks_per_sequence);
+  void reserve(int max_tokens, int max_sequences, int max_rows, int max_blocks_per_sequence);
   // The plan's tiles must be encoded. Valid until the next build or a change of its sequences.
   void build(const StepPlan& plan);
 

@@ -58,7 +58,10 @@ class EngineImpl final : public Engine {
         scheduler_({.session_len = parts.session_len,
                     .max_batch_size = parts.memory.max_sequences,
                     .max_prefill_token_num = parts.max_prefill_token_num,
-                    .max_tiles = parts.memory.max_tiles},
+                    .max_tiles = parts.memory.max_tiles,
+                    .speculation = {.max_drafts = parts.max_drafts,
+                                    .max_rows = parts.memory.max_rows - parts.memory.max_sequences,
+                                    .measured = parts.measure_drafts}},
                    blocks_),
         runner_(std::in_place, *model_, parts.memory),
         sink_(std::move(sink)),
@@ -156,6 +159,8 @@ void EngineImpl::publish_stats() {
   stats_.preemptions = scheduler_.num_preemptions();
   stats_.prompt_tokens = scheduler_.num_prompt_tokens();
   stats_.completion_tokens = scheduler_.num_completion_tokens();
+  stats_.drafted_tokens = scheduler_.drafts().num_drafted();
+  stats_.accepted_tokens = scheduler_.drafts().num_accepted();
 }
 
 void EngineImpl::admit() {

@@ -23,6 +23,7 @@ struct EngineOptions {
   int block_size = 64;                 // tokens a KV block
   double cache_max_entry_count = 0.8;  // share of free memory after weights for KV blocks; the
                                        // pool never exceeds max_batch_size full sessions
+  int max_drafts = 0;                  // speculated tokens of a sequence in a step, 0 to 7; 0: none
   bool manual_stepping = false;        // tests: no thread; the owner calls step()
 };
 
@@ -35,6 +36,8 @@ struct EngineStats {
   uint64_t preemptions = 0;
   uint64_t prompt_tokens = 0;  // computed, preempted work counted again
   uint64_t completion_tokens = 0;
+  uint64_t drafted_tokens = 0;   // run as guesses
+  uint64_t accepted_tokens = 0;  // of these, that were right
   size_t weight_bytes = 0;
   size_t kv_cache_bytes = 0;
   size_t workspace_bytes = 0;

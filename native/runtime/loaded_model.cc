@@ -89,6 +89,7 @@ MemoryBudget budget_of(const EngineOptions& options) {
   budget.max_prefill_token_num = options.max_prefill_token_num;
   budget.block_size = options.block_size;
   budget.cache_max_entry_count = options.cache_max_entry_count;
+  budget.max_drafts = options.max_drafts;
   if (options.spec.vision) budget.tokens_per_tile = options.spec.vision->tokens_per_tile();
   return budget;
 }
@@ -108,7 +109,7 @@ size_t reserve_workspace(Backend& backend, const ModelSpec& spec, const MemoryPl
                          int session_len) {
   const DType dtype = backend.activation_dtype();
   Backend::WorkspaceSpec workspace = Decoder::workspace(
-      spec.decoder, steps.max_tokens, steps.max_sequences, steps.max_sequences, session_len);
+      spec.decoder, steps.max_tokens, steps.max_sequences, steps.max_rows, session_len);
   size_t bytes = Decoder::activation_bytes(spec.decoder, dtype, steps.max_tokens);
   if (spec.vision) {
     const int hidden = spec.decoder.hidden_size;
@@ -145,6 +146,7 @@ EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> ba
   parts.session_len = budget.session_len;
   parts.max_prefill_token_num = options.max_prefill_token_num;
   parts.block_size = options.block_size;
+  parts.max_drafts = options.max_drafts;
   parts.stats.weight_bytes = model->weight_bytes();
   parts.stats.kv_cache_bytes = parts.memory.kv_cache_bytes;
   parts.stats.device_name = info.name;

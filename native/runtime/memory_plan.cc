@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "base/types.h"
+#include "runtime/speculation.h"
 
 namespace turbomind {
 namespace {
@@ -31,6 +32,7 @@ MemoryPlan plan_steps(const MemoryBudget& budget) {
   check_range("maxBatchSize", budget.max_batch_size, 1, kMaxSequences);
   check_range("maxPrefillTokenNum", budget.max_prefill_token_num, 1, kMaxPrefillTokens);
   check_range("blockSize", budget.block_size, 1, kMaxBlockSize);
+  check_range("numSpeculativeTokens", budget.max_drafts, 0, kMaxDrafts);
   if (!std::has_single_bit(static_cast<unsigned>(budget.block_size))) {
     throw Error(
         ErrorCode::invalid_argument,
@@ -40,6 +42,10 @@ MemoryPlan plan_steps(const MemoryBudget& budget) {
   plan.blocks_per_session = ceil_div(budget.session_len, budget.block_size);
   plan.max_sequences = budget.max_batch_size;
   plan.max_tokens = budget.max_prefill_token_num + budget.max_batch_size;
+  // Drafts run in steps without prefill and take its room.
+  const int64_t drafts = std::min<int64_t>({kMaxDraftRows, budget.max_prefill_token_num,
+                                            int64_t{budget.max_drafts} * budget.max_batch_size});
+  plan.max_rows = budget.max_batch_size + static_cast<int>(drafts);
   if (budget.tokens_per_tile > 0) {
     plan.max_tiles = std::max(1, budget.max_prefill_token_num / budget.tokens_per_tile);
   }

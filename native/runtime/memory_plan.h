@@ -10,6 +10,7 @@ struct MemoryBudget {
   int session_len = 0;                 // tokens
   int max_batch_size = 0;              // sequences
   int max_prefill_token_num = 0;       // tokens
+  int max_drafts = 0;                  // speculated tokens of a sequence in a step
   int block_size = 0;                  // tokens
   double cache_max_entry_count = 0.8;  // share of free_bytes for KV blocks, (0, 1]
   size_t free_bytes = 0;               // after weights and workspace
@@ -22,7 +23,8 @@ struct MemoryPlan {
   int blocks_per_session = 0;
   size_t kv_cache_bytes = 0;
   int max_tokens = 0;     // T of a step: max_prefill_token_num and a decode row for each sequence
-  int max_sequences = 0;  // S of a step, and R
+  int max_sequences = 0;  // S of a step
+  int max_rows = 0;       // R of a step: one for each sequence, and drafts
   int max_tiles = 1;      // encoded in a step: as many as its prefill tokens can use
 };
 

@@ -5,11 +5,13 @@
 namespace turbomind {
 
 ModelRunner::ModelRunner(Model& model, const MemoryPlan& memory) : model_(model) {
-  batch_.reserve(memory.max_tokens, memory.max_sequences, memory.blocks_per_session);
-  results_.reserve(static_cast<size_t>(memory.max_sequences));
+  batch_.reserve(memory.max_tokens, memory.max_sequences, memory.max_rows,
+                 memory.blocks_per_session);
+  results_.reserve(static_cast<size_t>(memory.max_rows));
 }
 
 StepResults ModelRunner::run(const StepPlan& plan) {
+  const Clock::time_point begin = Clock::now();
   forward(plan);
   results_.resize(static_cast<size_t>(plan.num_samples));
   for (SampleResult& result : results_) {
@@ -17,15 +19,16 @@ StepResults ModelRunner::run(const StepPlan& plan) {
     result.logprob = 0.0F;
     result.top_logprobs.clear();
   }
+  std::optional<Error> failure;
   try {
     model_.sample(batch_.sample_rows(), results_);
   } catch (const Error& error) {
     // Not-a-number logits or a ban of all tokens are one sequence's misfortune. A device that is
     // really lost fails the next forward too.
     if (results_.empty()) throw;
-    return {results_, error};
+    failure = error;
   }
-  return {results_, std::nullopt};
+  return {results_, failure, ms_between(begin, Clock::now())};
 }
 
 void ModelRunner::run_logits(const StepPlan& plan, std::span<float> out) {

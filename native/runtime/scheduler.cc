@@ -1,13 +1,14 @@
 #include "runtime/scheduler.h"
 
 #include <algorithm>
+#include <array>
 
 #include "base/error.h"
 
 namespace turbomind {
 
 Scheduler::Scheduler(const SchedulerLimits& limits, BlockManager& blocks)
-    : limits_(limits), blocks_(blocks) {
+    : limits_(limits), blocks_(blocks), drafts_(limits.speculation) {
   TM_CHECK(limits.session_len >= 2 && limits.max_batch_size >= 1 &&
                limits.max_prefill_token_num >= 1 && limits.max_tiles >= 1,
            "scheduler limits: session_len %d, max_batch_size %d, max_prefill_token_num %d, "
@@ -53,6 +54,7 @@ const StepPlan& Scheduler::plan() {
   const bool enough_blocks = plan_decode();
   plan_prefill(budget);
   if (enough_blocks) admit_waiting(budget);
+  drafts_.add_drafts(plan_);
   TM_CHECK(!plan_.empty() || idle(), "nothing to run with %d running and %d waiting sequences",
            num_running(), num_waiting());
   const Clock::time_point now = Clock::now();
@@ -117,11 +119,14 @@ std::vector<Event> Scheduler::commit(const StepPlan& plan, const StepResults& re
   const Clock::time_point now = Clock::now();
   std::vector<Event> events;
   events.reserve(results.rows.size());
+  drafts_.ran(plan, results.ms);
+  size_t next = 0;  // of results.rows
   for (const ScheduledRow& row : plan.rows) {
-    row.sequence->advance(row.num_tokens);
-    if (row.num_samples == 0) continue;
-    const SampleResult& result = results.rows[events.size()];
-    events.push_back(commit_row(*row.sequence, result, results.failure, now));
+    const auto samples = static_cast<size_t>(row.num_samples);
+    row.sequence->advance(row.num_tokens - row.num_drafts());
+    if (samples == 0) continue;
+    events.push_back(commit_row(row, results.rows.subspan(next, samples), results.failure, now));
+    next += samples;
     num_completion_tokens_ += events.back().tokens.size();
   }
   num_prompt_tokens_ += static_cast<uint64_t>(plan.num_prefill_tokens);
@@ -130,17 +135,36 @@ std::vector<Event> Scheduler::commit(const StepPlan& plan, const StepResults& re
   return events;
 }
 
-Event Scheduler::commit_row(Sequence& sequence, const SampleResult& result,
+// Takes the token of each position while the draft behind it was that token: exactly what decoding
+// one by one draws. What was computed for a wrong draft is computed again in its place.
+Event Scheduler::commit_row(const ScheduledRow& row, std::span<const SampleResult> results,
                             const std::optional<Error>& failure, Clock::time_point now) {
-  if (result.token < 0) {
-    sequence.fail();
-    return error_event(sequence,
-                       failure.value_or(Error(ErrorCode::internal, "no token was drawn")));
+  Sequence& sequence = *row.sequence;
+  std::array<TokenId, kMaxDrafts> drafts{};
+  std::copy(sequence.drafts().begin(), sequence.drafts().end(), drafts.begin());
+  std::vector<TokenEvent> tokens;
+  FinishReason reason = FinishReason::none;
+  int accepted = 0;
+  for (size_t i = 0; i < results.size(); ++i) {
+    const SampleResult& result = results[i];
+    if (result.token < 0) {
+      sequence.fail();
+      Event event =
+          error_event(sequence, failure.value_or(Error(ErrorCode::internal, "no token was drawn")));
+      event.tokens = std::move(tokens);
+      return event;
+    }
+    reason = sequence.append(result.token, now);
+    tokens.push_back({result.token, result.logprob, result.top_logprobs});
+    if (reason != FinishReason::none || i + 1 == results.size()) break;
+    if (drafts[i] != result.token) break;
+    sequence.advance(1);
+    ++accepted;
   }
-  const FinishReason reason = sequence.append(result.token, now);
+  drafts_.committed(sequence, row.num_drafts(), accepted);
   Event event = final_event(sequence, reason);
-  event.tokens.push_back({result.token, result.logprob, result.top_logprobs});
-  if (reason == FinishReason::stop) event.matched_stop = result.token;
+  event.tokens = std::move(tokens);
+  if (reason == FinishReason::stop) event.matched_stop = event.tokens.back().token;
   return event;
 }
 

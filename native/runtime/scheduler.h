@@ -19,15 +19,17 @@
 
 #include "base/sampling.h"
 #include "runtime/block_manager.h"
+#include "runtime/draft_planner.h"
 #include "runtime/step_plan.h"
 
 namespace turbomind {
 
 struct SchedulerLimits {
-  int session_len = 0;            // tokens
-  int max_batch_size = 0;         // sequences that hold blocks
-  int max_prefill_token_num = 0;  // prefill tokens of a step
-  int max_tiles = 1;              // image tiles encoded in a step
+  int session_len = 0;              // tokens
+  int max_batch_size = 0;           // sequences that hold blocks
+  int max_prefill_token_num = 0;    // prefill tokens of a step
+  int max_tiles = 1;                // image tiles encoded in a step
+  SpeculationLimits speculation{};  // none unless asked for
 };
 
 // What a step drew: one result for each sampling row of its plan, in order. A row whose token is -1
@@ -35,6 +37,7 @@ struct SchedulerLimits {
 struct StepResults {
   std::span<const SampleResult> rows;  // [R]
   std::optional<Error> failure;
+  double ms = 0;  // the step took, planning not counted; 0: not measured
 };
 
 enum class Admit : uint8_t { ok, never };
@@ -72,6 +75,7 @@ class Scheduler {
   uint64_t num_preemptions() const { return num_preemptions_; }
   uint64_t num_prompt_tokens() const { return num_prompt_tokens_; }
   uint64_t num_completion_tokens() const { return num_completion_tokens_; }
+  const DraftPlanner& drafts() const { return drafts_; }
   // Throws unless queue order, limits and block tables are consistent. Linear in everything.
   void check_invariants() const;
 
@@ -84,8 +88,8 @@ class Scheduler {
   void preempt_youngest();
   int growing_sequences() const;
   int max_sequence_tokens() const;
-  static Event commit_row(Sequence& sequence, const SampleResult& result,
-                          const std::optional<Error>& failure, Clock::time_point now);
+  Event commit_row(const ScheduledRow& row, std::span<const SampleResult> results,
+                   const std::optional<Error>& failure, Clock::time_point now);
   static Event final_event(const Sequence& sequence, FinishReason reason);
   static Event error_event(const Sequence& sequence, const Error& error);
 
@@ -94,6 +98,7 @@ class Scheduler {
   std::deque<Owner> waiting_;   // in order of arrival, all younger than the running ones
   std::vector<Owner> running_;  // in order of arrival; these hold blocks
   StepPlan plan_;
+  DraftPlanner drafts_;
   uint64_t num_preemptions_ = 0;
   uint64_t num_prompt_tokens_ = 0;
   uint64_t num_completion_tokens_ = 0;

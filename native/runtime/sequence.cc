@@ -18,8 +18,9 @@ Sequence::Sequence(Request request, Clock::time_point submitted, int max_tokens,
                    BlockManager& blocks)
     : request_(std::move(request)),
       tokens_(std::move(request_.prompt_tokens)),
+      num_tokens_(static_cast<int>(tokens_.size())),
       blocks_(blocks),
-      num_prompt_tokens_(static_cast<int>(tokens_.size())),
+      num_prompt_tokens_(num_tokens_),
       max_new_tokens_(std::min(request_.max_new_tokens, max_tokens - num_prompt_tokens_)),
       submitted_(submitted) {
   TM_CHECK(num_prompt_tokens_ >= 1 && max_new_tokens_ >= 1,
@@ -37,8 +38,21 @@ Sequence::Sequence(Request request, Clock::time_point submitted, int max_tokens,
   }
 }
 
-std::span<const TokenId> Sequence::banned() const {
-  if (num_completion_tokens() >= request_.min_new_tokens) return {};
+void Sequence::set_drafts(std::span<const TokenId> drafts) {
+  tokens_.resize(static_cast<size_t>(num_tokens_));
+  TM_CHECK(tokens_.size() + drafts.size() <= tokens_.capacity(),
+           "%zu drafts behind %d of %d tokens", drafts.size(), num_tokens_,
+           num_prompt_tokens_ + max_new_tokens_);
+  tokens_.insert(tokens_.end(), drafts.begin(), drafts.end());
+}
+
+Drafter& Sequence::drafter() {
+  if (!drafter_) drafter_ = std::make_unique<Drafter>(num_prompt_tokens_ + max_new_tokens_);
+  return *drafter_;
+}
+
+std::span<const TokenId> Sequence::banned(int completion_idx) const {
+  if (completion_idx >= request_.min_new_tokens) return {};
   return request_.stop_token_ids;
 }
 
@@ -56,8 +70,10 @@ void Sequence::advance(int count) {
 
 FinishReason Sequence::append(TokenId token, Clock::time_point now) {
   TM_CHECK(num_pending() == 0, "a token was drawn while %d were not computed", num_pending());
-  const bool may_stop = banned().empty();
+  const bool may_stop = num_completion_tokens() >= request_.min_new_tokens;
+  tokens_.resize(static_cast<size_t>(num_tokens_));
   tokens_.push_back(token);
+  ++num_tokens_;
   last_token_ = now;
   if (!first_token_) {
     first_token_ = now;

@@ -10,6 +10,7 @@
 
 #include "runtime/block_manager.h"
 #include "runtime/request.h"
+#include "runtime/speculation.h"
 
 namespace turbomind {
 
@@ -48,9 +49,11 @@ class Sequence {
   Sequence(Request request, Clock::time_point submitted, int max_tokens, BlockManager& blocks);
 
   RequestId id() const { return request_.id; }
-  const Request& request() const { return request_; }          // without its prompt tokens
-  std::span<const TokenId> tokens() const { return tokens_; }  // prompt, then completion
-  int num_tokens() const { return static_cast<int>(tokens_.size()); }
+  const Request& request() const { return request_; }  // without its prompt tokens
+  std::span<const TokenId> tokens() const {
+    return std::span(tokens_).first(static_cast<size_t>(num_tokens_));
+  }  // prompt, then completion
+  int num_tokens() const { return num_tokens_; }
   int num_prompt_tokens() const { return num_prompt_tokens_; }
   int num_completion_tokens() const { return num_tokens() - num_prompt_tokens_; }
   int max_new_tokens() const { return max_new_tokens_; }  // the request's, capped by max_tokens
@@ -58,8 +61,18 @@ class Sequence {
   int num_pending() const { return num_tokens() - num_computed_; }
   // One row of decode: everything is computed but the token drawn last.
   bool decoding() const { return num_completion_tokens() > 0 && num_pending() == 1; }
-  // Stop ids that must not be drawn yet.
-  std::span<const TokenId> banned() const;
+  // Tokens that the running step tries behind the known ones; they are gone when one is appended.
+  std::span<const TokenId> drafts() const {
+    return std::span(tokens_).subspan(static_cast<size_t>(num_tokens_));
+  }
+  // The known ones and their drafts.
+  std::span<const TokenId> tokens_and_drafts() const { return tokens_; }
+  void set_drafts(std::span<const TokenId> drafts);
+  // Guesses drafts; made when it is first asked for.
+  Drafter& drafter();
+  bool has_drafter() const { return drafter_ != nullptr; }
+  // Stop ids that must not be drawn as token `completion_idx` of the completion.
+  std::span<const TokenId> banned(int completion_idx) const;
   std::vector<SequenceImage>& images() { return images_; }
   const std::vector<SequenceImage>& images() const { return images_; }
   BlockTable& blocks() { return blocks_; }
@@ -71,7 +84,7 @@ class Sequence {
   void add_vision_ms(double ms) { vision_ms_ += ms; }
   // `count` more tokens are in the cache. Embeddings are dropped once the prompt is.
   void advance(int count);
-  // Appends a drawn token; answers why the sequence ended, or none.
+  // Appends a drawn token and drops the drafts; answers why the sequence ended, or none.
   FinishReason append(TokenId token, Clock::time_point now);
   void fail() { finish_reason_ = FinishReason::error; }
   // Gives its blocks back; everything is computed again later. Embeddings of an unfinished prompt
@@ -82,9 +95,11 @@ class Sequence {
 
  private:
   Request request_;
-  std::vector<TokenId> tokens_;
+  std::vector<TokenId> tokens_;  // known ones, then drafts; never reallocated
+  int num_tokens_ = 0;           // known
   std::vector<SequenceImage> images_;
   BlockTable blocks_;
+  std::unique_ptr<Drafter> drafter_;
   int num_prompt_tokens_ = 0;
   int max_new_tokens_ = 0;
   int num_computed_ = 0;

@@ -102,6 +102,7 @@ void Drafter::judge(std::span<const TokenId> tokens, int num_drafts) {
   while (right < compared && guessed[right] == drawn[right]) ++right;
   acceptance_.observe(match_.length, static_cast<int>(std::min(right + 1, compared)),
                       static_cast<int>(right));
+  match_ = {};  // judged once
 }
 
 }  // namespace turbomind

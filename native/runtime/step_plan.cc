@@ -16,6 +16,15 @@ void StepPlan::add_decode(Sequence& sequence) {
   ++num_samples;
 }
 
+void StepPlan::add_drafts(size_t row, std::span<const TokenId> drafts) {
+  const auto count = static_cast<int>(drafts.size());
+  rows[row].sequence->set_drafts(drafts);
+  rows[row].num_tokens += count;
+  rows[row].num_samples += count;
+  num_tokens += count;
+  num_samples += count;
+}
+
 int StepPlan::add_prefill(Sequence& sequence, StepBudget& budget) {
   const int begin = sequence.num_computed();
   int end = begin + std::min(sequence.num_pending(), budget.tokens);

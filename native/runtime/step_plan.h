@@ -2,6 +2,7 @@
 // were granted under. Made by the scheduler, run by the model runner. Engine thread.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "runtime/sequence.h"
@@ -18,6 +19,9 @@ struct ScheduledRow {
   Sequence* sequence = nullptr;
   int num_tokens = 0;   // from num_computed() on
   int num_samples = 0;  // the last so many of them are sampled; 0: a chunk inside the prompt
+
+  // All sampled tokens but the first are drafts, behind the sequence's known tokens.
+  int num_drafts() const { return num_samples > 1 ? num_samples - 1 : 0; }
 };
 
 // Tiles to encode before the rows run.
@@ -39,6 +43,8 @@ struct StepPlan {
   bool empty() const { return rows.empty(); }
   void clear();
   void add_decode(Sequence& sequence);
+  // Appends drafts to the decode row rows[row]; their blocks must have been granted.
+  void add_drafts(size_t row, std::span<const TokenId> drafts);
   // The next prefill chunk of `sequence` and the tiles it needs; answers its tokens, 0 if the budget
   // allows none. A chunk may end anywhere, but not in a tile that is not encoded yet.
   int add_prefill(Sequence& sequence, StepBudget& budget);

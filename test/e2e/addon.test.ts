@@ -38,6 +38,7 @@ const OPEN_OPTIONS: NativeOpenOptions = {
   sessionLen: 0,
   maxBatchSize: 4,
   maxPrefillTokenNum: 32,
+  numSpeculativeTokens: 0,
   blockSize: 16,
   cacheMaxEntryCount: 0.5,
   cpuIsa: '',

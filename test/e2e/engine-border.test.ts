@@ -34,6 +34,7 @@ const OPTIONS: NativeOpenOptions = {
   sessionLen: 0,
   maxBatchSize: 4,
   maxPrefillTokenNum: 64,
+  numSpeculativeTokens: 0,
   blockSize: 16,
   cacheMaxEntryCount: 0.1,
   cpuIsa: '',

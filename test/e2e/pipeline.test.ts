@@ -254,6 +254,38 @@ describe('other settings', () => {
     },
   );
 
+  test('speculation changes no token and no log probability, and saves steps', async () => {
+    const asked = [
+      { text: 'Spell the word house.' },
+      { text: 'Count: one two three one two three one two three one two' },
+      prompt,
+    ];
+    const settings = { ignoreEos: true, maxNewTokens: 150, logprobs: 2 } as const;
+    const sampled = { ...settings, doSample: true, temperature: 0.3, randomSeed: 5 } as const;
+    const penalised = { ...settings, repetitionPenalty: 1.05, minNewTokens: 20 } as const;
+    const answers = async (method: 'ngram' | 'none') => {
+      await using other = await pipeline({
+        device: 'cpu',
+        sessionLen: 1024,
+        speculativeConfig: { method },
+      });
+      const responses = [];
+      for (const options of [settings, sampled, penalised]) {
+        responses.push(...(await other(asked, options)), await other('Hello!', options));
+      }
+      const { steps, draftedTokens, acceptedTokens } = other.stats();
+      const lines = responses.map(({ tokenIds, logprobs, text }) => ({ tokenIds, logprobs, text }));
+      return { lines, steps, draftedTokens, acceptedTokens };
+    };
+    const plain = await answers('none');
+    const drafted = await answers('ngram');
+    expect(drafted.lines).toEqual(plain.lines);
+    expect(plain.draftedTokens).toBe(0);
+    expect(drafted.acceptedTokens).toBeGreaterThan(0);
+    expect(drafted.draftedTokens).toBeGreaterThanOrEqual(drafted.acceptedTokens);
+    expect(drafted.steps).toBeLessThan(plain.steps);
+  });
+
   test('few tiles make a short prompt', async () => {
     const wide = {
       text: 'How many shapes are there?',

@@ -369,6 +369,17 @@ describe('opening', () => {
     expect(shares).toEqual([1]);
   });
 
+  test('speculates on the CPU unless told otherwise', async () => {
+    const drafts = async (options: PipelineOptions) =>
+      (await open(saying('a'), options)).addon.opened[0]?.numSpeculativeTokens;
+    expect(await drafts({})).toBe(7);
+    expect(await drafts({ speculativeConfig: { method: 'ngram' } })).toBe(7);
+    expect(await drafts({ speculativeConfig: { method: 'ngram', numSpeculativeTokens: 2 } })).toBe(
+      2,
+    );
+    expect(await drafts({ speculativeConfig: { method: 'none' } })).toBe(0);
+  });
+
   test('an aborted load rejects with the reason', async () => {
     const options = { signal: AbortSignal.abort('not now') };
     await expect(open(saying('a'), options)).rejects.toBe('not now');

@@ -26,6 +26,7 @@ struct Run {
   int max_prefill_token_num = 512;
   int block_size = 64;
   int num_blocks = 0;  // 0: as planned
+  int max_drafts = 0;
 };
 
 EngineOptions options_of(const TinyCheckpoint& checkpoint, const Run& run) {
@@ -37,6 +38,7 @@ EngineOptions options_of(const TinyCheckpoint& checkpoint, const Run& run) {
   options.max_prefill_token_num = run.max_prefill_token_num;
   options.block_size = run.block_size;
   options.cache_max_entry_count = 0.5;
+  options.max_drafts = run.max_drafts;
   return options;
 }
 
@@ -97,6 +99,7 @@ Outcome run(const TinyCheckpoint& checkpoint, const std::vector<Request>& reques
   EngineParts parts =
       load_model(options_of(checkpoint, how), make_cpu_backend(how.isa, how.threads), nullptr);
   if (how.num_blocks > 0) parts.memory.num_blocks = how.num_blocks;
+  parts.measure_drafts = false;
   Outcome outcome;
   const EventSink sink = [&outcome](const std::vector<Event>& events) {
     for (const Event& event : events) {
@@ -173,6 +176,47 @@ void expect_same_bits(QuantMethod method, const std::string& isa) {
   }
 }
 
+// Prompts of repeated phrases, so that there is something to draft from the first token on.
+std::vector<Request> make_repetitive_requests(const ModelSpec& spec) {
+  std::vector<Request> requests = make_requests(spec);
+  for (Request& request : requests) {
+    std::vector<TokenId>& prompt = request.prompt_tokens;
+    for (int i = 0; i < 30; ++i) prompt.push_back(static_cast<TokenId>(11 + i % 6));
+    if (request.id == 4) request.sampling.temperature = 0.05F;
+    if (request.id == 7) {
+      request.sampling.bad_words = {{12, 13}, {100}};
+      request.stop_token_ids = {17, 18, 19, 20};
+      request.min_new_tokens = 25;
+    }
+  }
+  return requests;
+}
+
+void expect_drafts_change_nothing(QuantMethod method, const std::string& isa) {
+  const TinyCheckpoint checkpoint(method);
+  const std::vector<Request> requests = make_repetitive_requests(checkpoint.spec);
+  const Outcome plain = run(checkpoint, requests, {.isa = isa, .threads = 2});
+  EXPECT_EQ(plain.stats.drafted_tokens, 0U);
+  for (int max_drafts : {1, 3, 7}) {
+    const Outcome drafted =
+        run(checkpoint, requests, {.isa = isa, .threads = 2, .max_drafts = max_drafts});
+    expect_equal(drafted, plain, "drafts");
+    EXPECT(drafted.stats.accepted_tokens > 0);
+    EXPECT(drafted.stats.drafted_tokens > drafted.stats.accepted_tokens);
+    EXPECT(drafted.stats.steps < plain.stats.steps);
+  }
+  const Outcome preempted = run(checkpoint, requests,
+                                {.isa = isa,
+                                 .threads = 2,
+                                 .max_prefill_token_num = 64,
+                                 .block_size = 16,
+                                 .num_blocks = 16,
+                                 .max_drafts = 7});
+  EXPECT(preempted.stats.preemptions >= 1);
+  EXPECT(preempted.stats.accepted_tokens > 0);
+  expect_equal(preempted, plain, "drafts and preemption");
+}
+
 }  // namespace
 
 // Each instruction set has bits of its own; what must agree is every way to run on one of them. The
@@ -189,6 +233,13 @@ TEST("bf16: the same bits alone and in any batch, chunk, thread count and preemp
 
 TEST("awq: the same bits alone and in any batch, chunk, thread count and preemption") {
   for (const std::string& isa : fast_isas()) expect_same_bits(QuantMethod::awq, isa);
+}
+
+TEST("drafts change neither tokens nor log probabilities: greedy, sampled, penalised, with bans") {
+  for (const std::string& isa : fast_isas()) {
+    expect_drafts_change_nothing(QuantMethod::none, isa);
+    expect_drafts_change_nothing(QuantMethod::awq, isa);
+  }
 }
 
 TEST("the scalar kernels, too, give the same bits in a batch of chunks as alone") {

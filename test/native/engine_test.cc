@@ -73,6 +73,7 @@ struct Options {
   int session_len = 128;
   int max_batch_size = 4;
   int max_prefill_token_num = 8;
+  int max_drafts = 0;
 };
 
 struct Setup {
@@ -84,6 +85,7 @@ struct Setup {
     parts.memory = plan_steps({.session_len = options.session_len,
                                .max_batch_size = options.max_batch_size,
                                .max_prefill_token_num = options.max_prefill_token_num,
+                               .max_drafts = options.max_drafts,
                                .block_size = options.spec.block_size,
                                .tokens_per_tile = options.spec.tokens_per_tile});
     parts.memory.num_blocks = options.spec.num_blocks;
@@ -91,6 +93,8 @@ struct Setup {
     parts.session_len = options.session_len;
     parts.max_prefill_token_num = options.max_prefill_token_num;
     parts.block_size = options.spec.block_size;
+    parts.max_drafts = options.max_drafts;
+    parts.measure_drafts = false;
     parts.stats.device_name = "fake";
     engine = make_engine(std::move(parts), events.sink(), stepping);
   }
@@ -166,6 +170,20 @@ TEST("requests run together and each gets what it gets alone") {
   EXPECT_EQ(stats.steps, static_cast<uint64_t>(s.model->forwards));
   EXPECT(stats.device_name == "fake");
   EXPECT_EQ(stats.session_len, 128);
+}
+
+TEST("events carry several tokens where drafts were right, and stats count them") {
+  Setup s(Stepping::manual,
+          {.spec = {.num_blocks = 64, .loops = true}, .max_batch_size = 2, .max_drafts = 7});
+  const Request request = text_request(1, 6, 100);
+  s.engine->submit(request);
+  s.run_all();
+  s.expect_same_as_alone(request);
+  const EngineStats stats = s.engine->stats();
+  EXPECT(stats.steps < 90);
+  EXPECT(stats.accepted_tokens > 0 && stats.drafted_tokens >= stats.accepted_tokens);
+  EXPECT_EQ(stats.completion_tokens, 100U);
+  EXPECT_EQ(stats.steps + stats.accepted_tokens, 100U);
 }
 
 TEST("a bad prompt is answered with an error that names it") {

@@ -25,6 +25,8 @@ struct FakeSpec {
   TokenId image_token_id = 49;
   int tokens_per_tile = 3;
   int tile_size = 2;
+  // Most tokens follow from the one before them, so that texts repeat themselves.
+  bool loops = false;
 };
 
 inline RequestRules rules_of(const FakeSpec& spec) {
@@ -41,6 +43,13 @@ inline int32_t fake_embedding(const uint8_t* tile, size_t bytes, int token_idx) 
   uint64_t hash = 7;
   for (size_t i = 0; i < bytes; ++i) hash = mix(hash, tile[i]);
   return static_cast<int32_t>(mix(hash, static_cast<uint64_t>(token_idx)) | 0x40000000U);
+}
+
+// What the token after `values` (ids and embeddings) is drawn from.
+inline uint64_t fake_hash(std::span<const int32_t> values, const FakeSpec& spec) {
+  uint64_t all = 1;
+  for (int32_t value : values) all = mix(all, static_cast<uint64_t>(value));
+  return spec.loops && all % 12 != 0 ? mix(2, static_cast<uint64_t>(values.back())) : all;
 }
 
 inline TokenId fake_draw(uint64_t hash, std::span<const TokenId> banned, const FakeSpec& spec) {
@@ -113,11 +122,14 @@ class FakeModel final : public Model {
     TM_CHECK(rows.size() == batch_.sample_rows.size() && rows.size() == results.size(),
              "%zu rows to sample, %zu results", rows.size(), results.size());
     for (size_t r = 0; r < rows.size(); ++r) {
-      const int s = sequence_of(batch_.sample_rows[r]);
-      TM_CHECK(static_cast<int>(rows[r].tokens.size()) == batch_.kv_len[s],
-               "row %zu: %zu tokens, kv_len %d", r, rows[r].tokens.size(), batch_.kv_len[s]);
+      const int row = batch_.sample_rows[r];
+      TM_CHECK(static_cast<int>(rows[r].tokens.size()) ==
+                       batch_.positions[static_cast<size_t>(row)] + 1 &&
+                   rows[r].tokens.back() == batch_.token_ids[static_cast<size_t>(row)],
+               "row %zu: %zu tokens, position %d", r, rows[r].tokens.size(),
+               batch_.positions[static_cast<size_t>(row)]);
       if (unsampled == rows[r].params->seed && unsampled != 0) continue;
-      results[r].token = fake_draw(hash_of(s), rows[r].banned, spec_);
+      results[r].token = fake_draw(hash_of(row), rows[r].banned, spec_);
     }
     if (unsampled != 0) throw Error(ErrorCode::device_error, "scripted row failure");
   }
@@ -126,7 +138,7 @@ class FakeModel final : public Model {
   void logits(int first_row, std::span<float> out) override {
     const auto vocab = static_cast<size_t>(spec_.vocab_size);
     for (size_t r = 0; r * vocab < out.size(); ++r) {
-      const TokenId best = fake_draw(hash_at(first_row + static_cast<int>(r)), {}, spec_);
+      const TokenId best = fake_draw(hash_of(first_row + static_cast<int>(r)), {}, spec_);
       for (size_t i = 0; i < vocab; ++i) {
         out[r * vocab + i] = static_cast<TokenId>(i) == best ? 1.0F : 0.0F;
       }
@@ -156,9 +168,9 @@ class FakeModel final : public Model {
   }
   int sequence_of(int row) const {
     for (int s = 0; s < batch_.num_sequences(); ++s) {
-      if (batch_.query_start[s + 1] == row + 1) return s;
+      if (row >= batch_.query_start[s] && row < batch_.query_start[s + 1]) return s;
     }
-    TM_CHECK(false, "row %d is nobody's last", row);
+    TM_CHECK(false, "row %d is nobody's", row);
     return -1;
   }
   int slot_of(int s, int position) const {
@@ -167,19 +179,14 @@ class FakeModel final : public Model {
             .block_table[static_cast<size_t>(s * batch_.max_blocks + position / spec_.block_size)];
     return block * spec_.block_size + position % spec_.block_size;
   }
-  // What the tokens of row `row` and before it hash to.
-  uint64_t hash_at(int row) const {
-    int s = 0;
-    while (batch_.query_start[static_cast<size_t>(s) + 1] <= row) ++s;
-    return hash_of(s, batch_.positions[static_cast<size_t>(row)] + 1);
-  }
-  uint64_t hash_of(int s) const { return hash_of(s, batch_.kv_len[s]); }
-  uint64_t hash_of(int s, int num_tokens) const {
-    uint64_t hash = 1;
-    for (int i = 0; i < num_tokens; ++i) {
-      hash = mix(hash, static_cast<uint64_t>(cache_.at(static_cast<size_t>(slot_of(s, i)))));
+  // Of everything up to row `row`, as its block table finds it.
+  uint64_t hash_of(int row) const {
+    const int s = sequence_of(row);
+    std::vector<int32_t> values;
+    for (int i = 0; i <= batch_.positions[static_cast<size_t>(row)]; ++i) {
+      values.push_back(cache_.at(static_cast<size_t>(slot_of(s, i))));
     }
-    return hash;
+    return fake_hash(values, spec_);
   }
 
   FakeSpec spec_;
@@ -207,17 +214,16 @@ inline Completion expected_completion(const Request& request, const FakeSpec& sp
           fake_embedding(tile, tile_bytes, i % spec.tokens_per_tile);
     }
   }
-  uint64_t hash = 1;
-  for (int32_t value : values) hash = mix(hash, static_cast<uint64_t>(value));
   const int max_new = std::min(request.max_new_tokens, max_tokens - static_cast<int>(prompt_len));
   Completion completion;
   const std::vector<TokenId>& stops = request.stop_token_ids;
   while (completion.reason == FinishReason::none) {
     const bool may_stop = static_cast<int>(completion.tokens.size()) >= request.min_new_tokens;
-    const TokenId token = fake_draw(
-        hash, may_stop ? std::span<const TokenId>() : std::span<const TokenId>(stops), spec);
+    const TokenId token =
+        fake_draw(fake_hash(values, spec),
+                  may_stop ? std::span<const TokenId>() : std::span<const TokenId>(stops), spec);
     completion.tokens.push_back(token);
-    hash = mix(hash, static_cast<uint64_t>(token));
+    values.push_back(token);
     if (may_stop && std::find(stops.begin(), stops.end(), token) != stops.end()) {
       completion.reason = FinishReason::stop;
     } else if (static_cast<int>(completion.tokens.size()) >= max_new) {

@@ -48,6 +48,23 @@ TEST("a step holds a prefill and a decode row of each sequence, and the tiles th
   EXPECT_EQ(plan_steps(small).max_tiles, 1);
 }
 
+TEST("drafts add rows to a step, no more than the prefill they stand in for has tokens") {
+  MemoryBudget b = budget();
+  EXPECT_EQ(plan_steps(b).max_rows, 4);
+  b.max_drafts = 3;
+  EXPECT_EQ(plan_steps(b).max_rows, 4 + 12);
+  EXPECT_EQ(plan_steps(b).max_tokens, 516);
+  b.max_drafts = 7;
+  b.max_batch_size = 100;
+  EXPECT_EQ(plan_steps(b).max_rows, 100 + 32);
+  b.max_prefill_token_num = 10;
+  EXPECT_EQ(plan_steps(b).max_rows, 100 + 10);
+  for (int bad : {-1, 8}) {
+    b.max_drafts = bad;
+    EXPECT_ERROR(plan_steps(b), ErrorCode::invalid_argument);
+  }
+}
+
 TEST("a pool that cannot hold one session is refused with the numbers and the remedy") {
   MemoryBudget b = budget();
   b.free_bytes = 31 * 1000;  // 15.5 blocks of the 16 needed

@@ -1,4 +1,5 @@
-// More than ten thousand random steps: arrivals, aborts, images, tiny pools that force preemption.
+// More than ten thousand random steps: arrivals, aborts, images, drafts, tiny pools that force
+// preemption.
 // After every step the pool's books balance; every request ends once, in time, and with the tokens
 // it gets when it runs alone.
 #include <map>
@@ -39,6 +40,8 @@ class Scenario {
 
   uint64_t steps() const { return steps_; }
   uint64_t preemptions() const { return scheduler_.num_preemptions(); }
+  uint64_t drafted() const { return scheduler_.drafts().num_drafted(); }
+  uint64_t accepted() const { return scheduler_.drafts().num_accepted(); }
   size_t num_requests() const { return requests_.size(); }
   size_t num_stopped() const { return num_stopped_; }
   size_t num_images() const { return num_images_; }
@@ -52,13 +55,17 @@ class Scenario {
     spec.block_size = 1 << between(0, 3);
     spec.num_blocks = std::max(2, between(12, 60) / spec.block_size);
     spec.tokens_per_tile = between(1, 4);
+    spec.loops = one_in(2);
     return spec;
   }
   SchedulerLimits random_limits() {
     return {.session_len = between(8, 50),
             .max_batch_size = between(1, 6),
             .max_prefill_token_num = between(1, 20),
-            .max_tiles = between(1, 3)};
+            .max_tiles = between(1, 3),
+            .speculation = {.max_drafts = one_in(3) ? 0 : between(1, kMaxDrafts),
+                            .max_rows = between(0, 12),
+                            .measured = one_in(4)}};
   }
   MemoryPlan memory() const {
     MemoryPlan plan;
@@ -110,7 +117,11 @@ class Scenario {
     EXPECT_EQ(plan.empty(), in_flight_.empty());
     if (plan.empty()) return false;
     check_plan(plan);
-    answers_.take(scheduler_.commit(plan, runner_.run(plan)));
+    StepResults results = runner_.run(plan);
+    std::vector<SampleResult> drawn(results.rows.begin(), results.rows.end());
+    spoil_unused(plan, drawn);
+    results.rows = drawn;
+    answers_.take(scheduler_.commit(plan, results));
     ++steps_;
     scheduler_.check_invariants();
     std::erase_if(in_flight_, [&](const auto& entry) { return answers_.ended(entry.first); });
@@ -119,7 +130,7 @@ class Scenario {
   }
 
   void check_plan(const StepPlan& plan) {
-    int prefill = 0, decode = 0, samples = 0, tiles = 0;
+    int prefill = 0, decode = 0, samples = 0, tiles = 0, drafts = 0;
     std::set<const Sequence*> seen;
     for (const ScheduledRow& row : plan.rows) {
       EXPECT(row.num_tokens >= 1);
@@ -127,6 +138,13 @@ class Scenario {
       if (row.sequence->decoding()) {
         EXPECT_EQ(prefill, 0);  // decode rows first
         ++decode;
+        drafts += row.num_drafts();
+        EXPECT_EQ(row.num_tokens, 1 + row.num_drafts());
+        EXPECT_EQ(static_cast<size_t>(row.num_drafts()), row.sequence->drafts().size());
+        EXPECT(row.num_drafts() <= limits_.speculation.max_drafts);
+        // Every drawn token could be the last one that there is room for.
+        EXPECT(row.sequence->num_completion_tokens() + row.num_samples <=
+               row.sequence->max_new_tokens());
       } else {
         prefill += row.num_tokens;
       }
@@ -141,8 +159,24 @@ class Scenario {
     EXPECT(prefill <= limits_.max_prefill_token_num);
     EXPECT(static_cast<int>(plan.rows.size()) <= limits_.max_batch_size);
     EXPECT_EQ(plan.num_prefill_tokens, prefill);
-    EXPECT_EQ(plan.num_tokens, prefill + decode);
+    EXPECT(drafts <= limits_.speculation.max_rows);
+    EXPECT(drafts == 0 || prefill == 0);
+    EXPECT_EQ(plan.num_tokens, prefill + decode + drafts);
     EXPECT_EQ(plan.num_samples, samples);
+  }
+
+  // What is drawn behind a wrong draft must not matter, not even that it failed.
+  static void spoil_unused(const StepPlan& plan, std::vector<SampleResult>& drawn) {
+    size_t next = 0;
+    for (const ScheduledRow& row : plan.rows) {
+      const auto drafts = row.sequence->drafts();
+      bool right = true;
+      for (size_t i = 0; i < static_cast<size_t>(row.num_samples); ++i, ++next) {
+        const TokenId token = drawn[next].token;
+        if (!right) drawn[next].token = -1;
+        right = right && i < drafts.size() && drafts[i] == token;
+      }
+    }
   }
 
   void check_answer(const Request& request) {
@@ -186,7 +220,7 @@ class Scenario {
 TEST("random steps keep the books, end every request in time and never mix sequences up") {
   constexpr uint32_t kFirstSeed = 20260101;
   constexpr int kScenarios = 100;
-  uint64_t steps = 0, preemptions = 0;
+  uint64_t steps = 0, preemptions = 0, drafted = 0, accepted = 0;
   size_t requests = 0, stopped = 0, images = 0;
   for (uint32_t seed = kFirstSeed; seed < kFirstSeed + kScenarios; ++seed) {
     const int before = failures();
@@ -195,19 +229,25 @@ TEST("random steps keep the books, end every request in time and never mix seque
     if (failures() != before) std::printf("    seed %u\n", seed);
     steps += scenario.steps();
     preemptions += scenario.preemptions();
+    drafted += scenario.drafted();
+    accepted += scenario.accepted();
     requests += scenario.num_requests();
     stopped += scenario.num_stopped();
     images += scenario.num_images();
   }
   std::printf(
-      "    seeds %u..%u: %llu steps, %zu requests, %llu preemptions, %zu stopped, %zu images\n",
+      "    seeds %u..%u: %llu steps, %zu requests, %llu preemptions, %zu stopped, %zu images, %llu "
+      "of "
+      "%llu drafts right\n",
       kFirstSeed, kFirstSeed + kScenarios - 1, static_cast<unsigned long long>(steps), requests,
-      static_cast<unsigned long long>(preemptions), stopped, images);
+      static_cast<unsigned long long>(preemptions), stopped, images,
+      static_cast<unsigned long long>(accepted), static_cast<unsigned long long>(drafted));
   // The scenarios must reach what they are meant to test.
   EXPECT(steps >= 10000);
   EXPECT(preemptions >= 500);
   EXPECT(stopped >= 200);
   EXPECT(images >= 500);
+  EXPECT(accepted >= 1000 && drafted - accepted >= 500);
 }
 
 TEST_MAIN()

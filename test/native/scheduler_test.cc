@@ -244,7 +244,7 @@ TEST("a steady state of decoding reuses the batch's memory") {
   h.add(text_request(1, 8, 24));
   h.add(text_request(2, 8, 24));
   Batch batch;
-  batch.reserve(h.memory(kLimits).max_tokens, kLimits.max_batch_size, 8);
+  batch.reserve(h.memory(kLimits).max_tokens, kLimits.max_batch_size, kLimits.max_batch_size, 8);
   const auto build = [&] {
     batch.build(h.scheduler.plan());
     const StepBatch view = batch.view();
@@ -254,6 +254,81 @@ TEST("a steady state of decoding reuses the batch's memory") {
   };
   const std::vector<const void*> first = build();
   for (int i = 0; i < 20; ++i) EXPECT(build() == first);
+}
+
+TEST("drafts make a repetitive completion of fewer steps, with the same tokens and blocks") {
+  const FakeSpec spec{.num_blocks = 64, .loops = true};
+  SchedulerLimits limits = kLimits;
+  limits.session_len = 200;
+  limits.max_batch_size = 2;
+  const Request request = text_request(1, 6, 120);
+  Harness plain(spec, limits);
+  plain.add(request);
+  const int plain_steps = plain.run_all();
+  limits.speculation = {.max_drafts = 7, .max_rows = 7, .measured = false};
+  Harness h(spec, limits);
+  h.add(request);
+  int most_tokens = 0;
+  int steps = 0;
+  for (;; ++steps) {
+    const StepPlan& plan = h.scheduler.plan();
+    if (plan.empty()) break;
+    most_tokens = std::max(most_tokens, plan.num_tokens);
+    h.answers.take(h.scheduler.commit(plan, h.runner.run(plan)));
+    h.scheduler.check_invariants();
+  }
+  h.expect_same_as_alone(request);
+  EXPECT_EQ(most_tokens, 8);
+  EXPECT(steps < plain_steps * 3 / 4);
+  EXPECT_EQ(h.scheduler.num_completion_tokens(), 120U);
+  EXPECT(h.scheduler.drafts().num_accepted() >= static_cast<uint64_t>(plain_steps - steps));
+  EXPECT_EQ(h.blocks.num_free(), 64);
+}
+
+TEST(
+    "a stop token among the drafts ends the sequence there, and below min_new_tokens it does not") {
+  FakeSpec spec{.num_blocks = 64, .loops = true};
+  SchedulerLimits limits = kLimits;
+  limits.session_len = 200;
+  limits.speculation = {.max_drafts = 7, .max_rows = 32, .measured = false};
+  for (RequestId id = 1; id <= 20; ++id) {
+    Request request = text_request(id, 6, 100);
+    const std::vector<TokenId> free_run = expected_completion(request, spec, 200).tokens;
+    for (size_t at : {20, 40, 60}) {
+      Request stopped = request;
+      stopped.stop_token_ids = {free_run[at]};
+      stopped.min_new_tokens = static_cast<int>(at) - 3;
+      Harness h(spec, limits);
+      h.add(stopped);
+      h.run_all();
+      h.expect_same_as_alone(stopped);
+      const Event& last = h.answers.at(id).last;
+      if (last.finish_reason == FinishReason::stop) EXPECT_EQ(last.matched_stop, free_run[at]);
+    }
+  }
+}
+
+TEST("drafts take no blocks that are not free, and no more rows than a step has") {
+  const FakeSpec spec{.num_blocks = 12, .loops = true};
+  SchedulerLimits limits = kLimits;
+  limits.session_len = 44;
+  limits.speculation = {.max_drafts = 7, .max_rows = 5, .measured = false};
+  Harness h(spec, limits);
+  std::vector<Request> requests;
+  for (RequestId id = 1; id <= 4; ++id) requests.push_back(text_request(id, 6, 40));
+  for (const Request& request : requests) h.add(request);
+  int most_drafts = 0;
+  for (;;) {
+    const StepPlan& plan = h.scheduler.plan();
+    if (plan.empty()) break;
+    if (plan.num_prefill_tokens == 0) {
+      most_drafts = std::max(most_drafts, plan.num_samples - static_cast<int>(plan.rows.size()));
+    }
+    h.answers.take(h.scheduler.commit(plan, h.runner.run(plan)));
+    h.scheduler.check_invariants();
+  }
+  EXPECT_EQ(most_drafts, 5);
+  for (const Request& request : requests) h.expect_same_as_alone(request);
 }
 
 TEST("timings are ordered and only the last event carries them") {

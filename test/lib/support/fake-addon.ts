@@ -84,6 +84,8 @@ export class FakeEngine implements NativeEngine {
       preemptions: 0,
       promptTokens: 0,
       completionTokens: 0,
+      draftedTokens: 0,
+      acceptedTokens: 0,
       weightBytes: 0,
       kvCacheBytes: 0,
       workspaceBytes: 0,

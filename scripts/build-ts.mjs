@@ -1,6 +1,6 @@
 // lib/*.ts → dist/: ES modules and types by tsc, and one line of CommonJS that requires them, so
 // that both worlds share one copy of every class.
-import { chmodSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { chmodSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { root, run } from './lib.mjs';
 
@@ -13,7 +13,30 @@ writeFileSync(join(dist, 'index.cjs'), "module.exports = require('./index.js');\
 // The same declarations, seen from CommonJS: `import type` of an ES module needs its mode named.
 const names = exportedNames(readFileSync(join(dist, 'index.d.ts'), 'utf8'));
 writeFileSync(join(dist, 'index.d.cts'), commonJsTypes(names));
+vendorMatcher();
 chmodSync(join(dist, 'cli', 'main.js'), 0o755);
+
+// The grammar matcher is published as CommonJS text in a package that says it holds ES modules, so
+// Node cannot import it from there. Its file is copied as it is, less the name of its source map.
+function vendorMatcher() {
+  const folder = join(root, 'node_modules', '@mlc-ai', 'web-xgrammar');
+  const { version, license } = JSON.parse(readFileSync(join(folder, 'package.json'), 'utf8'));
+  if (license !== 'Apache-2.0') throw new Error(`web-xgrammar: its licence is ${license} now`);
+  const text = readFileSync(join(folder, 'lib', 'index.js'), 'utf8');
+  const vendor = join(dist, 'vendor');
+  mkdirSync(vendor, { recursive: true });
+  const code = text.replace(/\n\/\/# sourceMappingURL=.*\n?$/, '\n');
+  writeFileSync(join(vendor, 'web-xgrammar.cjs'), code);
+  writeFileSync(join(vendor, 'NOTICE.txt'), notice(version));
+}
+
+function notice(version) {
+  return `web-xgrammar.cjs is lib/index.js of @mlc-ai/web-xgrammar ${version}
+(https://github.com/mlc-ai/xgrammar), by the XGrammar contributors, renamed so that Node takes it for
+CommonJS; the comment with its source map's name was taken out, nothing else was changed. It is
+licensed under the Apache License, Version 2.0, whose text is the file LICENSE of this package.
+`;
+}
 
 function exportedNames(text) {
   const names = { types: [], values: [] };

@@ -1,0 +1,215 @@
+// Owns the matcher: compiled grammars, one matcher a session, masks. Everything here may take long
+// (a mask up to some ms, a grammar up to seconds), so it runs on a worker's thread; tests run it in
+// place. Compiled grammars cannot cross threads, hence the masks do.
+import type { FromWorker, MaskStatus, SessionStep, ToWorker, Vocabulary } from './protocol.js';
+import type { XCompiler, XHandle, XInstance, XLoader, XMatcher } from './xgrammar.js';
+
+/** Grammars kept though no session uses them; each holds some MB for a large vocabulary. */
+const MOST_GRAMMARS = 32;
+/** Matchers kept for a grammar's next sessions. */
+const MOST_SPARE = 64;
+/** Masks are sent on at least this often, so that the first of many does not wait for the last. */
+const FLUSH_MS = 1;
+
+interface Compiled {
+  readonly grammar: XHandle;
+  readonly spare: Map<string, XMatcher[]>;
+  numSessions: number;
+}
+
+interface Session {
+  readonly compiled: Compiled;
+  readonly matcher: XMatcher;
+  readonly stops: string;
+  readonly mask: Int32Array;
+}
+
+/** Bytes that UTF-8 never uses: their tokens must not reach the matcher (see grammar-writer). */
+function isImpossible(byte: number): boolean {
+  return byte === 0xc0 || byte === 0xc1 || byte >= 0xf5;
+}
+
+export class GrammarHost {
+  readonly #load: XLoader;
+  readonly #vocabulary: Vocabulary;
+  readonly #post: (message: FromWorker) => void;
+  readonly #sessions = new Map<number, Session>();
+  /** By grammar text, the last used at the end. */
+  readonly #grammars = new Map<string, Compiled>();
+  #instance: XInstance | undefined;
+  #compiler: XCompiler | undefined;
+  #trial: XInstance | undefined;
+  #work: Promise<void> = Promise.resolve();
+
+  constructor(load: XLoader, vocabulary: Vocabulary, post: (message: FromWorker) => void) {
+    this.#load = load;
+    this.#vocabulary = vocabulary;
+    this.#post = post;
+  }
+
+  /** Messages are worked on one behind the other. */
+  handle(message: ToWorker): Promise<void> {
+    this.#work = this.#work.then(() => this.#handle(message));
+    return this.#work;
+  }
+
+  async #handle(message: ToWorker): Promise<void> {
+    switch (message.type) {
+      case 'open':
+        return await this.#open(message);
+      case 'advance':
+        return await this.#advance(message.steps);
+      case 'close':
+        return this.#close(message.session);
+    }
+  }
+
+  async #open(message: ToWorker & { type: 'open' }): Promise<void> {
+    const { session, ebnf, isForeign, stopIds, mask, accepted } = message;
+    try {
+      if (isForeign && !this.#grammars.has(ebnf)) {
+        const problem = await this.#problemOf(ebnf);
+        if (problem !== undefined) {
+          return this.#post({ type: 'refused', session, reason: problem });
+        }
+      }
+      const compiled = await this.#compiled(ebnf, session);
+      const matcher = await this.#matcherOf(compiled, stopIds);
+      compiled.numSessions += 1;
+      this.#sessions.set(session, {
+        compiled,
+        matcher,
+        stops: stopIds.join(),
+        mask: new Int32Array(mask),
+      });
+      const status = await this.#step({ session, tokens: accepted });
+      this.#post({ type: 'masks', results: [{ session, status }] });
+    } catch (error) {
+      this.#break(session, error);
+    }
+  }
+
+  /** Why a caller's grammar cannot be used. A bad one costs an instance that nobody uses. */
+  async #problemOf(ebnf: string): Promise<string | undefined> {
+    this.#trial ??= this.#load();
+    const trial = this.#trial;
+    try {
+      (await trial.api.Grammar.fromEBNF(ebnf)).dispose();
+      return undefined;
+    } catch (error) {
+      this.#trial = undefined;
+      return trial.lastReason() || String(error);
+    }
+  }
+
+  async #compiled(ebnf: string, session: number): Promise<Compiled> {
+    const known = this.#grammars.get(ebnf);
+    if (known !== undefined) {
+      this.#grammars.delete(ebnf);
+      this.#grammars.set(ebnf, known);
+      return known;
+    }
+    this.#post({ type: 'compiling', session });
+    const compiler = await this.#ready();
+    const compiled = {
+      grammar: await compiler.compileGrammar(ebnf),
+      spare: new Map<string, XMatcher[]>(),
+      numSessions: 0,
+    };
+    this.#grammars.set(ebnf, compiled);
+    this.#evict();
+    return compiled;
+  }
+
+  async #ready(): Promise<XCompiler> {
+    if (this.#compiler !== undefined) return this.#compiler;
+    this.#instance = this.#load();
+    const { TokenizerInfo, GrammarCompiler } = this.#instance.api;
+    const tokens = tokensOf(this.#vocabulary);
+    const info = await TokenizerInfo.createTokenizerInfo(tokens, 'raw', false, tokens.length, []);
+    // Our own cache is bounded; the compiler's is not.
+    this.#compiler = await GrammarCompiler.createGrammarCompiler(info, false);
+    return this.#compiler;
+  }
+
+  // Matchers are used again: making one leaves a few bytes behind in the WebAssembly heap.
+  async #matcherOf(compiled: Compiled, stopIds: readonly number[]): Promise<XMatcher> {
+    const spare = compiled.spare.get(stopIds.join())?.pop();
+    if (spare !== undefined) return spare;
+    const instance = this.#instance;
+    if (instance === undefined) throw new Error('no matcher is loaded');
+    return await instance.api.GrammarMatcher.createGrammarMatcher(compiled.grammar, stopIds);
+  }
+
+  #evict(): void {
+    let extra = this.#grammars.size - MOST_GRAMMARS;
+    for (const [ebnf, compiled] of this.#grammars) {
+      if (extra <= 0) return;
+      if (compiled.numSessions > 0) continue;
+      this.#grammars.delete(ebnf);
+      for (const matcher of [...compiled.spare.values()].flat()) matcher.dispose();
+      compiled.grammar.dispose();
+      extra -= 1;
+    }
+  }
+
+  async #advance(steps: readonly SessionStep[]): Promise<void> {
+    let results: { session: number; status: MaskStatus }[] = [];
+    let flushed = performance.now();
+    for (const step of steps) {
+      if (!this.#sessions.has(step.session)) continue; // closed meanwhile
+      try {
+        results.push({ session: step.session, status: await this.#step(step) });
+      } catch (error) {
+        return this.#break(step.session, error);
+      }
+      if (performance.now() - flushed > FLUSH_MS) {
+        this.#post({ type: 'masks', results });
+        results = [];
+        flushed = performance.now();
+      }
+    }
+    if (results.length > 0) this.#post({ type: 'masks', results });
+  }
+
+  async #step({ session, tokens }: SessionStep): Promise<MaskStatus> {
+    const found = this.#sessions.get(session);
+    if (found === undefined) return 'ended';
+    const { matcher, mask } = found;
+    for (const token of tokens) {
+      if (matcher.isTerminated()) return 'ended';
+      if (!matcher.acceptToken(token)) return 'rejected';
+    }
+    if (matcher.isTerminated()) return 'ended';
+    const next = await matcher.getNextTokenBitmask();
+    mask.set(next);
+    return next.some((word) => word !== 0) ? 'ready' : 'stuck';
+  }
+
+  #close(session: number): void {
+    const found = this.#sessions.get(session);
+    if (found === undefined) return;
+    this.#sessions.delete(session);
+    const { compiled, matcher, stops } = found;
+    compiled.numSessions -= 1;
+    const spare = compiled.spare.get(stops) ?? [];
+    compiled.spare.set(stops, spare);
+    if (spare.length >= MOST_SPARE) return matcher.dispose();
+    matcher.reset();
+    spare.push(matcher);
+  }
+
+  #break(session: number, error: unknown): void {
+    const reason = this.#instance?.lastReason() || String(error);
+    this.#post({ type: 'broken', session, reason });
+  }
+}
+
+/** The matcher's tokens; one with a byte that no text holds becomes one that is never drawn. */
+function tokensOf({ bytes, offsets }: Vocabulary): Uint8Array[] {
+  const none = new Uint8Array(0);
+  return Array.from({ length: offsets.length - 1 }, (_, id) => {
+    const token = bytes.slice(offsets[id], offsets[id + 1]);
+    return token.some(isImpossible) ? none : token;
+  });
+}

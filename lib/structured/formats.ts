@@ -9,8 +9,10 @@ const DATE =
 const TIME =
   '(?:[01]\\d|2[0-3]):[0-5]\\d:[0-5]\\d(?:\\.\\d{1,6})?(?:Z|[+\\-](?:[01]\\d|2[0-3]):[0-5]\\d)';
 const OCTET = '(?:25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)';
-const LABEL = '[A-Za-z0-9](?:[A-Za-z0-9\\-]{0,30}[A-Za-z0-9])?';
-const HOST = `${LABEL}(?:\\.${LABEL}){0,3}`;
+// Never two hyphens together (they announce Punycode), never a number last (it announces IPv4).
+const LABEL = '[A-Za-z0-9]{1,15}(?:-[A-Za-z0-9]{1,15}){0,2}';
+const TOP = '[A-Za-z]{2,10}';
+const HOST = `(?:${LABEL}\\.){0,3}${TOP}`;
 const HEX = '[0-9a-fA-F]';
 const PATH_CHAR = "[A-Za-z0-9._~\\-!$&'()*+,;=:@/]";
 
@@ -19,7 +21,7 @@ const SOURCES: ReadonlyMap<string, string> = new Map([
   ['time', TIME],
   ['date-time', `${DATE}T${TIME}`],
   ['duration', 'P(?:\\d{1,4}W|\\d{1,4}D|(?:\\d{1,4}D)?T\\d{1,4}[HMS])'],
-  ['email', `[A-Za-z0-9_+\\-]+(?:\\.[A-Za-z0-9_+\\-]+){0,3}@${LABEL}(?:\\.${LABEL}){1,3}`],
+  ['email', `[A-Za-z0-9_+\\-]+(?:\\.[A-Za-z0-9_+\\-]+){0,3}@(?:${LABEL}\\.){1,3}${TOP}`],
   ['hostname', HOST],
   ['ipv4', `${OCTET}(?:\\.${OCTET}){3}`],
   ['ipv6', `${HEX}{1,4}(?::${HEX}{1,4}){7}`],

@@ -13,14 +13,14 @@ const FLUSH_MS = 1;
 
 interface Compiled {
   readonly grammar: XHandle;
-  readonly spare: Map<string, XMatcher[]>;
+  readonly spare: XMatcher[];
   numSessions: number;
 }
 
 interface Session {
   readonly compiled: Compiled;
   readonly matcher: XMatcher;
-  readonly stops: string;
+  readonly stopIds: readonly number[];
   readonly mask: Int32Array;
 }
 
@@ -74,12 +74,12 @@ export class GrammarHost {
         }
       }
       const compiled = await this.#compiled(ebnf, session);
-      const matcher = await this.#matcherOf(compiled, stopIds);
+      const matcher = await this.#matcherOf(compiled);
       compiled.numSessions += 1;
       this.#sessions.set(session, {
         compiled,
         matcher,
-        stops: stopIds.join(),
+        stopIds,
         mask: new Int32Array(mask),
       });
       const status = await this.#step({ session, tokens: accepted });
@@ -113,7 +113,7 @@ export class GrammarHost {
     const compiler = await this.#ready();
     const compiled = {
       grammar: await compiler.compileGrammar(ebnf),
-      spare: new Map<string, XMatcher[]>(),
+      spare: [],
       numSessions: 0,
     };
     this.#grammars.set(ebnf, compiled);
@@ -126,19 +126,23 @@ export class GrammarHost {
     this.#instance = this.#load();
     const { TokenizerInfo, GrammarCompiler } = this.#instance.api;
     const tokens = tokensOf(this.#vocabulary);
-    const info = await TokenizerInfo.createTokenizerInfo(tokens, 'raw', false, tokens.length, []);
+    // One token more than there are stands for the end: which tokens end an answer differs from
+    // session to session, and the matcher leaves out stop tokens that it learns of later.
+    const end = tokens.length;
+    tokens.push(new Uint8Array(0));
+    const info = await TokenizerInfo.createTokenizerInfo(tokens, 'raw', false, end + 1, [end]);
     // Our own cache is bounded; the compiler's is not.
     this.#compiler = await GrammarCompiler.createGrammarCompiler(info, false);
     return this.#compiler;
   }
 
   // Matchers are used again: making one leaves a few bytes behind in the WebAssembly heap.
-  async #matcherOf(compiled: Compiled, stopIds: readonly number[]): Promise<XMatcher> {
-    const spare = compiled.spare.get(stopIds.join())?.pop();
+  async #matcherOf(compiled: Compiled): Promise<XMatcher> {
+    const spare = compiled.spare.pop();
     if (spare !== undefined) return spare;
     const instance = this.#instance;
     if (instance === undefined) throw new Error('no matcher is loaded');
-    return await instance.api.GrammarMatcher.createGrammarMatcher(compiled.grammar, stopIds);
+    return await instance.api.GrammarMatcher.createGrammarMatcher(compiled.grammar);
   }
 
   #evict(): void {
@@ -147,7 +151,7 @@ export class GrammarHost {
       if (extra <= 0) return;
       if (compiled.numSessions > 0) continue;
       this.#grammars.delete(ebnf);
-      for (const matcher of [...compiled.spare.values()].flat()) matcher.dispose();
+      for (const matcher of compiled.spare) matcher.dispose();
       compiled.grammar.dispose();
       extra -= 1;
     }
@@ -175,34 +179,42 @@ export class GrammarHost {
   async #step({ session, tokens }: SessionStep): Promise<MaskStatus> {
     const found = this.#sessions.get(session);
     if (found === undefined) return 'ended';
-    const { matcher, mask } = found;
+    const { matcher, mask, stopIds } = found;
     for (const token of tokens) {
-      if (matcher.isTerminated()) return 'ended';
+      if (stopIds.includes(token)) return 'ended';
       if (!matcher.acceptToken(token)) return 'rejected';
     }
-    if (matcher.isTerminated()) return 'ended';
     const next = await matcher.getNextTokenBitmask();
-    mask.set(next);
-    return next.some((word) => word !== 0) ? 'ready' : 'stuck';
+    const end = this.#vocabulary.offsets.length - 1;
+    const mayEnd = isSet(next, end);
+    next[end >> 5] = (next[end >> 5] ?? 0) & ~(1 << (end & 31));
+    mask.set(next.subarray(0, mask.length));
+    if (mayEnd) for (const id of stopIds) mask[id >> 5] = (mask[id >> 5] ?? 0) | (1 << (id & 31));
+    return mask.some((word) => word !== 0) ? 'ready' : 'stuck';
   }
 
   #close(session: number): void {
     const found = this.#sessions.get(session);
     if (found === undefined) return;
     this.#sessions.delete(session);
-    const { compiled, matcher, stops } = found;
+    const { compiled, matcher } = found;
     compiled.numSessions -= 1;
-    const spare = compiled.spare.get(stops) ?? [];
-    compiled.spare.set(stops, spare);
-    if (spare.length >= MOST_SPARE) return matcher.dispose();
+    if (compiled.spare.length >= MOST_SPARE) {
+      matcher.dispose();
+      return;
+    }
     matcher.reset();
-    spare.push(matcher);
+    compiled.spare.push(matcher);
   }
 
   #break(session: number, error: unknown): void {
     const reason = this.#instance?.lastReason() || String(error);
     this.#post({ type: 'broken', session, reason });
   }
+}
+
+function isSet(mask: Int32Array, bit: number): boolean {
+  return (((mask[bit >> 5] ?? 0) >>> (bit & 31)) & 1) === 1;
 }
 
 /** The matcher's tokens; one with a byte that no text holds becomes one that is never drawn. */

@@ -7,6 +7,7 @@ import {
   asJsonString,
   choice,
   EMPTY,
+  JSON_CHAR,
   JSON_SAFE,
   type Pattern,
   repeat,
@@ -188,6 +189,7 @@ export class ObjectCompiler {
 
 /** Unescaped keys that are none of these: a walk down the tree of their letters. */
 function keysExcept(names: readonly string[]): Pattern {
+  if (names.length === 0) return repeat(JSON_CHAR, 0, Number.POSITIVE_INFINITY);
   const plain: CharSet = intersect(ANY, JSON_SAFE);
   const anything = repeat(set(plain), 0, Number.POSITIVE_INFINITY);
   const walk = (rests: readonly (readonly string[])[]): Pattern => {
@@ -201,5 +203,5 @@ function keysExcept(names: readonly string[]): Pattern {
     const other = sequence(set(without(plain, charsOf(letters.join('')))), anything);
     return choice(...(isTaken ? [] : [EMPTY]), other, ...branches);
   };
-  return names.length === 0 ? anything : walk(names.map((name) => [...name]));
+  return walk(names.map((name) => [...name]));
 }

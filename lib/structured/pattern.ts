@@ -180,12 +180,13 @@ export const JSON_CHAR: Pattern = choice(
 export function asJsonString(pattern: Pattern): Pattern {
   switch (pattern.kind) {
     case 'set': {
-      if (pattern.set.length === ANY.length && pattern.set === ANY) return JSON_CHAR;
+      if (pattern.set === ANY) return JSON_CHAR;
       const escapes = SHORT_ESCAPES.filter(
         ([char]) => intersect(pattern.set, charsOf(char)).length,
       );
       const safe = intersect(pattern.set, JSON_SAFE);
-      return choice(set(safe), ...escapes.map(([, spelled]) => text(spelled)));
+      const plain = safe.length > 0 ? [set(safe)] : [];
+      return choice(...plain, ...escapes.map(([, spelled]) => text(spelled)));
     }
     case 'text':
       return text(JSON.stringify(pattern.text).slice(1, -1));

@@ -13,8 +13,6 @@ export interface XMatcher extends XHandle {
   acceptToken(token: number): boolean;
   /** One bit a token, [ceil(vocabSize / 32)]. */
   getNextTokenBitmask(): Promise<Int32Array>;
-  /** True after the stop token. */
-  isTerminated(): boolean;
   reset(): void;
 }
 
@@ -37,7 +35,7 @@ export interface Xgrammar {
     createGrammarCompiler(info: XHandle, isCached: boolean): Promise<XCompiler>;
   };
   readonly GrammarMatcher: {
-    createGrammarMatcher(grammar: XHandle, stopIds: readonly number[]): Promise<XMatcher>;
+    createGrammarMatcher(grammar: XHandle): Promise<XMatcher>;
   };
 }
 

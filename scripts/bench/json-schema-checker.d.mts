@@ -1,0 +1,1 @@
+export function problemsOf(schema: unknown, value: unknown): string[];

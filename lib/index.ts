@@ -21,6 +21,7 @@ export type {
   ImageFetchOptions,
   LogitBias,
   PipelineOptions,
+  QuantPolicy,
   SpeculativeConfig,
 } from './options.js';
 export type { PipelineInfo } from './pipeline.js';

@@ -77,6 +77,8 @@ export interface NativeOpenOptions {
   /** Drafts of a sequence in a step, 0 to 7; 0: none. */
   readonly numSpeculativeTokens: number;
   readonly cacheMaxEntryCount: number;
+  /** Bits of the KV cache: 8 or 4; 0: the device's unquantised format. */
+  readonly quantPolicy: number;
   /** '' or a cap for tests: 'scalar' | 'avx2' | 'avx512' | 'amx'. */
   readonly cpuIsa: string;
   /** Path of the CUDA backend library; '' when there is none. */

@@ -15,6 +15,9 @@ export interface ImageFetchOptions {
   readonly maxBytes?: number | undefined;
 }
 
+/** LMDeploy's `quant_policy`. */
+export type QuantPolicy = 0 | 4 | 8;
+
 /** Speculative decoding. It never changes results, only the time they take. */
 export interface SpeculativeConfig {
   /**
@@ -43,8 +46,11 @@ export interface PipelineOptions {
   readonly cacheMaxEntryCount?: number | undefined;
   /** Tokens in a KV block. 64 is the only size implemented. */
   readonly cacheBlockSeqLen?: number | undefined;
-  /** Bits of the KV cache: 0 (unquantised) is the only policy implemented. */
-  readonly quantPolicy?: number | undefined;
+  /**
+   * Bits of a KV cache entry, 8 or 4, quantised per token and head; 0: not quantised (16 bit on a
+   * GPU, 32 on the CPU). Defaults to 0.
+   */
+  readonly quantPolicy?: QuantPolicy | undefined;
   /** Defaults to `{ method: 'ngram' }` on the CPU and `{ method: 'none' }` on a GPU. */
   readonly speculativeConfig?: SpeculativeConfig | undefined;
   /** Devices a model is split over: 1 is the only number implemented. */
@@ -144,6 +150,7 @@ export interface ResolvedPipelineOptions {
   /** undefined: what suits the device. */
   readonly maxPrefillTokenNum: number | undefined;
   readonly cacheMaxEntryCount: number;
+  readonly quantPolicy: QuantPolicy;
   readonly blockSize: number;
   /** 0: no speculation; undefined: what suits the device. */
   readonly numSpeculativeTokens: number | undefined;
@@ -236,7 +243,8 @@ const PIPELINE_RULES: check.Rules<PipelineOptions> = {
   maxPrefillTokenNum: check.integer(1, 2 ** 20),
   cacheMaxEntryCount: check.number('above 0 and at most 1', (value) => value > 0 && value <= 1),
   cacheBlockSeqLen: check.exactly(64, '64: other block sizes are not implemented'),
-  quantPolicy: check.exactly(0, '0: a KV cache of 4 or 8 bits is not implemented'),
+  quantPolicy: (value) =>
+    value === 0 || value === 4 || value === 8 ? undefined : '0 (not quantised), 8 or 4 bits',
   speculativeConfig,
   tp: check.exactly(1, '1: splitting a model over devices is not implemented'),
   minDynamicPatch: check.integer(1, MAX_TILES),
@@ -320,6 +328,7 @@ export function resolvePipelineOptions(options: PipelineOptions = {}): ResolvedP
     maxBatchSize: options.maxBatchSize ?? 128,
     maxPrefillTokenNum: options.maxPrefillTokenNum,
     cacheMaxEntryCount: options.cacheMaxEntryCount ?? 0.8,
+    quantPolicy: options.quantPolicy ?? 0,
     blockSize: options.cacheBlockSeqLen ?? 64,
     numSpeculativeTokens: resolveSpeculation(options.speculativeConfig),
     tiling: resolveTiling(options),

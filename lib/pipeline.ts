@@ -338,6 +338,7 @@ function nativeOptions(
       options.numSpeculativeTokens ??
       (device === 'cpu' ? CPU_SPECULATIVE_TOKENS : GPU_SPECULATIVE_TOKENS),
     cacheMaxEntryCount: options.cacheMaxEntryCount,
+    quantPolicy: options.quantPolicy,
     cpuIsa: options.cpuIsa,
     cudaLibrary,
   };

@@ -330,6 +330,8 @@ EngineOptions to_engine_options(const Field& f) {
   options.block_size = f["blockSize"].int32(1);
   options.max_drafts = f["numSpeculativeTokens"].int32(0);
   options.cache_max_entry_count = f["cacheMaxEntryCount"].number();
+  const int quant_policy = f["quantPolicy"].int32(0);
+  options.kv_bits = quant_policy == 0 ? 16 : quant_policy;
   return options;
 }
 

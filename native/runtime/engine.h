@@ -24,6 +24,7 @@ struct EngineOptions {
   double cache_max_entry_count = 0.8;  // share of free memory after weights for KV blocks; the
                                        // pool never exceeds max_batch_size full sessions
   int max_drafts = 0;                  // speculated tokens of a sequence in a step, 0 to 7; 0: none
+  int kv_bits = 16;                    // 16: the backend's unquantised cache; 8 | 4
   bool manual_stepping = false;        // tests: no thread; the owner calls step()
 };
 

@@ -106,10 +106,12 @@ RequestRules rules_of(const ModelSpec& spec) {
 
 // Bytes of activations and of the backend's scratch, all allocated here or in load().
 size_t reserve_workspace(Backend& backend, const ModelSpec& spec, const MemoryPlan& steps,
-                         int session_len) {
+                         const KvCacheSpec& cache, int session_len) {
   const DType dtype = backend.activation_dtype();
   Backend::WorkspaceSpec workspace = Decoder::workspace(
       spec.decoder, steps.max_tokens, steps.max_sequences, steps.max_rows, session_len);
+  workspace.kv_bits = cache.bits;
+  workspace.kv_block_size = cache.block_size;
   size_t bytes = Decoder::activation_bytes(spec.decoder, dtype, steps.max_tokens);
   if (spec.vision) {
     const int hidden = spec.decoder.hidden_size;
@@ -133,8 +135,10 @@ EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> ba
 
   EngineParts parts;
   Backend& device = model->backend();
-  parts.stats.workspace_bytes = reserve_workspace(device, options.spec, steps, budget.session_len);
-  KvCacheSpec cache = Decoder::kv_cache_spec(options.spec.decoder, options.block_size, 1);
+  KvCacheSpec cache =
+      Decoder::kv_cache_spec(options.spec.decoder, options.block_size, 1, options.kv_bits);
+  parts.stats.workspace_bytes =
+      reserve_workspace(device, options.spec, steps, cache, budget.session_len);
   budget.block_bytes = device.kv_block_bytes(cache);
   const DeviceInfo info = device.info();
   budget.free_bytes = info.free_bytes;

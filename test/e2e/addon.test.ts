@@ -41,6 +41,7 @@ const OPEN_OPTIONS: NativeOpenOptions = {
   numSpeculativeTokens: 0,
   blockSize: 16,
   cacheMaxEntryCount: 0.5,
+  quantPolicy: 0,
   cpuIsa: '',
   cudaLibrary: '',
 };

@@ -37,6 +37,7 @@ const OPTIONS: NativeOpenOptions = {
   numSpeculativeTokens: 0,
   blockSize: 16,
   cacheMaxEntryCount: 0.1,
+  quantPolicy: 0,
   cpuIsa: '',
   cudaLibrary: '',
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <map>
 #include <memory>
@@ -20,6 +21,7 @@ struct Shape {
   int dim = 64;
   int block_size = 64;
   bool qk_norm = false;
+  int bits = 16;
   int row() const { return (heads + 2 * kv_heads) * dim; }
 };
 
@@ -52,7 +54,8 @@ class AttentionFixture {
                                                            .num_kv_heads = shape.kv_heads,
                                                            .head_dim = shape.dim,
                                                            .block_size = shape.block_size,
-                                                           .num_blocks = num_blocks});
+                                                           .num_blocks = num_blocks,
+                                                           .bits = shape.bits});
     std::vector<int> ids(num_blocks);
     for (int i = 0; i < num_blocks; ++i) ids[i] = i;
     std::shuffle(ids.begin(), ids.end(), std::mt19937(7));
@@ -66,7 +69,9 @@ class AttentionFixture {
                         .max_sequences = 8,
                         .max_kv_len = 2048,
                         .max_heads = shape.heads,
-                        .max_head_dim = shape.dim});
+                        .max_head_dim = shape.dim,
+                        .block_size = shape.block_size,
+                        .quantized = shape.bits != 16});
   }
 
   // Rows of y, [tokens of the pieces, heads * dim], for layer 1.
@@ -123,7 +128,7 @@ class AttentionFixture {
       const auto q = head(sequence, position, h, &q_weight_);
       std::vector<double> scores;
       for (int j = 0; j <= position; ++j) {
-        const auto k = head(sequence, j, shape_.heads + h / group, &k_weight_);
+        const auto k = key(sequence, j, shape_.heads + h / group);
         double dot = 0;
         for (int d = 0; d < shape_.dim; ++d) dot += q[d] * k[d];
         scores.push_back(dot / std::sqrt(static_cast<double>(shape_.dim)));
@@ -134,7 +139,7 @@ class AttentionFixture {
       for (int j = 0; j <= position; ++j) {
         const double p = std::exp(scores[j] - max);
         sum += p;
-        const float* v = raw(sequence, j, shape_.heads + shape_.kv_heads + h / group);
+        const auto v = value(sequence, j, shape_.heads + shape_.kv_heads + h / group);
         for (int d = 0; d < shape_.dim; ++d) out[d] += p * v[d];
       }
       for (double value : out) y.push_back(value / sum);
@@ -146,7 +151,39 @@ class AttentionFixture {
   void fill_cache(float value) {
     const KvCacheSpec& spec = cache_->spec();
     const size_t floats = cpu::CpuKvCache::block_bytes(spec) / sizeof(float) * spec.num_blocks;
-    std::fill_n(cache_->keys(0, 0, 0), floats, value);
+    std::fill_n(reinterpret_cast<float*>(cache_->block(0)), floats, value);
+  }
+  // Layer 1's keys and values of a sequence as the cache gives them back, then used in expected().
+  void read_back(int sequence) {
+    const KvCacheSpec& spec = cache_->spec();
+    const int dim = shape_.dim;
+    for (int p = 0; p < lengths_[sequence]; ++p) {
+      const BlockId block = block_table_[static_cast<size_t>(sequence) * max_blocks_ +
+                                         static_cast<size_t>(p / spec.block_size)];
+      for (int h = 0; h < shape_.kv_heads; ++h) {
+        const auto chunk = cache_->chunk(1, block, h, p % spec.block_size, 1);
+        std::vector<float> keys(static_cast<size_t>(dim) * cpu::kChunkKeys);
+        std::vector<float> values(dim);
+        const auto& kernels = cpu::kAttentionReference;
+        (spec.bits == 8 ? kernels.dequantize8 : kernels.dequantize4)(chunk, keys.data(),
+                                                                     values.data());
+        std::vector<double>& key = stored_[{sequence, p, shape_.heads + h}];
+        key.clear();
+        for (int d = 0; d < dim; ++d) key.push_back(keys[static_cast<size_t>(d) * cpu::kChunkKeys]);
+        stored_[{sequence, p, shape_.heads + shape_.kv_heads + h}].assign(values.begin(),
+                                                                          values.end());
+      }
+    }
+  }
+  // What was written and what is read back, [0] key and [1] value of one head.
+  std::array<std::vector<double>, 2> written(int sequence, int position, int kv_head) const {
+    const float* v = raw(sequence, position, shape_.heads + shape_.kv_heads + kv_head);
+    return {head(sequence, position, shape_.heads + kv_head, &k_weight_),
+            std::vector<double>(v, v + shape_.dim)};
+  }
+  std::array<std::vector<double>, 2> stored(int sequence, int position, int kv_head) const {
+    return {stored_.at({sequence, position, shape_.heads + kv_head}),
+            stored_.at({sequence, position, shape_.heads + shape_.kv_heads + kv_head})};
   }
   float* qkv_row(int sequence, int position) {
     return &qkv_[sequence][static_cast<size_t>(position) * shape_.row()];
@@ -160,6 +197,16 @@ class AttentionFixture {
   }
   const float* raw(int sequence, int position, int head) const {
     return &qkv_[sequence][static_cast<size_t>(position) * shape_.row() + head * shape_.dim];
+  }
+  std::vector<double> key(int sequence, int position, int index) const {
+    const auto found = stored_.find({sequence, position, index});
+    return found != stored_.end() ? found->second : head(sequence, position, index, &k_weight_);
+  }
+  std::vector<double> value(int sequence, int position, int index) const {
+    const auto found = stored_.find({sequence, position, index});
+    if (found != stored_.end()) return found->second;
+    const float* v = raw(sequence, position, index);
+    return {v, v + shape_.dim};
   }
   // Normed and rotated. The angle is a float32 product by definition; the rest is float64.
   std::vector<double> head(int sequence, int position, int index,
@@ -189,6 +236,8 @@ class AttentionFixture {
   std::unique_ptr<cpu::CpuKvCache> cache_;
   std::vector<std::vector<float>> qkv_;  // per sequence [length, row]
   std::vector<int32_t> block_table_;     // [sequences, max_blocks]
+  std::map<std::array<int, 3>, std::vector<double>>
+      stored_;  // (sequence, position, head) read back
   int max_blocks_ = 1;
   std::vector<float> inv_freq_, q_weight_, k_weight_;
 };

@@ -20,6 +20,12 @@ float softmax_scale(const AttentionArgs& args) {
                                    : 1.0F / std::sqrt(static_cast<float>(args.head_dim));
 }
 
+// Whether keys and values are copied together before they are read: blocks that do not hold whole
+// chunks, and quantised ones.
+bool gathers(int block_size, bool quantized) { return quantized || block_size % kChunkKeys != 0; }
+
+bool gathers(const KvCacheSpec& spec) { return gathers(spec.block_size, spec.bits != 16); }
+
 // x * cos + rotate_half(x) * sin, each product rounded, as Hugging Face computes it.
 void rotate(float* head, const float* cosine, const float* sine, int half) {
   for (int i = 0; i < half; ++i) {
@@ -41,15 +47,15 @@ struct PagedAttention::Scratch {
   float* sum;
   float* total_max;
   float* total_sum;
-  float* gathered;  // [kMaxChunks, 2, D * kChunkKeys] when blocks do not hold whole chunks
+  float* gathered;  // [kMaxChunks, 2, D * kChunkKeys] where keys are not read in place
 };
 
 PagedAttention::PagedAttention(Isa isa, ThreadPool& pool)
     : isa_(isa), kernels_(attention_kernels(isa)), pool_(pool) {}
 
-size_t PagedAttention::scratch_floats(int head_dim, int block_size) const {
+size_t PagedAttention::scratch_floats(int head_dim, bool gathers) const {
   const int fixed = kMaxTileRows * (2 * head_dim + 2 * kRowStride + 4);
-  const int gathered = block_size % kChunkKeys == 0 ? 0 : kMaxChunks * 2 * head_dim * kChunkKeys;
+  const int gathered = gathers ? kMaxChunks * 2 * head_dim * kChunkKeys : 0;
   return round_up(static_cast<size_t>(fixed + gathered), size_t{16});
 }
 
@@ -61,7 +67,9 @@ PagedAttention::ScratchBytes PagedAttention::sizes(const AttentionLimits& limits
   const auto threads = static_cast<size_t>(pool_.size());
   const auto dim = static_cast<size_t>(limits.max_head_dim);
   return {static_cast<size_t>(limits.max_tokens) * dim * sizeof(float),
-          threads * scratch_floats(limits.max_head_dim, limits.block_size) * sizeof(float),
+          threads *
+              scratch_floats(limits.max_head_dim, gathers(limits.block_size, limits.quantized)) *
+              sizeof(float),
           AttentionPlan::max_partials(limits.max_kv_len, pool_.size()) *
               partial_floats(limits.max_head_dim) * sizeof(float)};
 }
@@ -176,6 +184,14 @@ void PagedAttention::rotate_and_store(const AttentionArgs& args, int token) cons
   for (int h = 0; h < args.num_kv_heads; ++h) {
     const float* k = row + (args.num_heads + h) * dim;
     const float* v = k + args.num_kv_heads * dim;
+    if (cache.quantized()) {
+      QuantizedVector key;
+      QuantizedVector value;
+      kernels_.quantize(k, dim, cache.spec().bits, key);
+      kernels_.quantize(v, dim, cache.spec().bits, value);
+      cache.store(args.layer, block, h, offset, key, value);
+      continue;
+    }
     float* keys = cache.keys(args.layer, block, h) + offset;
     for (int d = 0; d < dim; ++d) keys[d * block_size] = k[d];
     std::copy(v, v + dim, cache.values(args.layer, block, h) + offset * dim);
@@ -189,9 +205,10 @@ void PagedAttention::plan(int num_heads, int num_kv_heads) {
   planned_kv_heads_ = num_kv_heads;
 }
 
-PagedAttention::Scratch PagedAttention::scratch_of(int thread, int head_dim, int block_size) const {
+PagedAttention::Scratch PagedAttention::scratch_of(int thread, const AttentionArgs& args) const {
+  const int head_dim = args.head_dim;
   Scratch s{};
-  float* next = scratch_.floats() + thread * scratch_floats(head_dim, block_size);
+  float* next = scratch_.floats() + thread * scratch_floats(head_dim, gathers(args.cache->spec()));
   const auto take = [&next](int floats) {
     float* taken = next;
     next += floats;
@@ -214,6 +231,29 @@ float* PagedAttention::partial(const AttentionArgs& args, const AttentionTile& t
                                int split) const {
   const size_t slot = static_cast<size_t>(tile.partial + split) * args.num_kv_heads + kv_head;
   return partials_.floats() + slot * partial_floats(args.head_dim);
+}
+
+// A quantised cache: the split's keys and values as f32, run by run of tokens in one block and one
+// chunk.
+void PagedAttention::dequantize_chunks(const CpuKvCache& cache, int layer, int kv_head,
+                                       const AttentionTile& tile, int first_key, int num_keys,
+                                       const Scratch& scratch) const {
+  const KvCacheSpec& spec = cache.spec();
+  // Whole vectors of tokens would cross a run's end where blocks do not hold them.
+  const AttentionKernels& kernels = spec.block_size % kLanes == 0 ? kernels_ : kAttentionReference;
+  const auto dequantize = spec.bits == 8 ? kernels.dequantize8 : kernels.dequantize4;
+  const int32_t* blocks = &batch_.block_table[int64_t{tile.sequence} * batch_.max_blocks];
+  for (int j = 0; j < num_keys;) {
+    const int key = first_key + j;
+    const int slot = key % spec.block_size;
+    const int column = j % kChunkKeys;
+    const int run = std::min({num_keys - j, spec.block_size - slot, kChunkKeys - column});
+    float* keys = scratch.gathered + j / kChunkKeys * 2 * spec.head_dim * kChunkKeys;
+    float* values = keys + spec.head_dim * kChunkKeys;
+    dequantize(cache.chunk(layer, blocks[key / spec.block_size], kv_head, slot, run), keys + column,
+               values + column * spec.head_dim);
+    j += run;
+  }
 }
 
 // Blocks that do not hold whole chunks: copies the split's keys and values side by side.
@@ -252,14 +292,16 @@ void PagedAttention::compute_split(const AttentionArgs& args, const AttentionTil
   }
   std::array<const float*, kMaxChunks> keys;
   std::array<const float*, kMaxChunks> values;
-  const bool whole_chunks = block_size % kChunkKeys == 0;
-  if (!whole_chunks) {
+  const bool in_place = !gathers(cache.spec());
+  if (cache.quantized()) {
+    dequantize_chunks(cache, args.layer, kv_head, tile, first_key, num_keys, scratch);
+  } else if (!in_place) {
     gather_chunks(cache, args.layer, kv_head, tile, first_key, num_keys, scratch);
   }
   const int32_t* blocks = &batch_.block_table[int64_t{tile.sequence} * batch_.max_blocks];
   for (int c = 0; c * kChunkKeys < num_keys; ++c) {
     const int key = first_key + c * kChunkKeys;
-    if (whole_chunks) {
+    if (in_place) {
       const BlockId block = blocks[key / block_size];
       keys[c] = cache.keys(args.layer, block, kv_head) + key % block_size;
       values[c] = cache.values(args.layer, block, kv_head) + key % block_size * dim;
@@ -274,7 +316,7 @@ void PagedAttention::compute_split(const AttentionArgs& args, const AttentionTil
   task.head_dim = dim;
   task.keys = keys.data();
   task.values = values.data();
-  task.key_stride = whole_chunks ? block_size : kChunkKeys;
+  task.key_stride = in_place ? block_size : kChunkKeys;
   task.limits = limits.data();
   task.num_keys = num_keys;
   task.scale = softmax_scale(args);
@@ -291,7 +333,7 @@ void PagedAttention::run_item(const AttentionArgs& args, const AttentionItem& it
   const int dim = args.head_dim;
   const int group = args.num_heads / args.num_kv_heads;
   const int heads = args.num_heads + 2 * args.num_kv_heads;
-  const Scratch s = scratch_of(thread, dim, args.cache->spec().block_size);
+  const Scratch s = scratch_of(thread, args);
   for (int r = 0; r < tile.rows; ++r) {
     const int row = tile.row_begin + r;
     const float* q =
@@ -322,7 +364,7 @@ void PagedAttention::merge_partials(const AttentionArgs& args, const AttentionTi
                                     int kv_head, int thread) {
   const int dim = args.head_dim;
   const int group = args.num_heads / args.num_kv_heads;
-  const Scratch s = scratch_of(thread, dim, args.cache->spec().block_size);
+  const Scratch s = scratch_of(thread, args);
   std::fill(s.total_max, s.total_max + tile.rows, kMinusInfinity);
   for (int split = 0; split < num_splits(tile.num_keys); ++split) {
     const float* slot = partial(args, tile, kv_head, split);
@@ -358,7 +400,7 @@ void PagedAttention::run(const AttentionArgs& args) {
   });
   plan(args.num_heads, kv_heads);
   scratch_.reserve(
-      pool_.size() * scratch_floats(args.head_dim, args.cache->spec().block_size) * sizeof(float),
+      pool_.size() * scratch_floats(args.head_dim, gathers(args.cache->spec())) * sizeof(float),
       "attention scratch");
   partials_.reserve(static_cast<size_t>(plan_.num_partials()) * kv_heads *
                         partial_floats(args.head_dim) * sizeof(float),

@@ -24,6 +24,7 @@ struct AttentionLimits {
   int max_heads = 0;
   int max_head_dim = 0;
   int block_size = kChunkKeys;  // tokens of a KV block
+  bool quantized = false;       // a cache of 8 or 4 bits
 };
 
 class PagedAttention {
@@ -50,14 +51,16 @@ class PagedAttention {
   void make_rope_table(const AttentionArgs& args);
   void rotate_and_store(const AttentionArgs& args, int token) const;
   void plan(int num_heads, int num_kv_heads);
-  Scratch scratch_of(int thread, int head_dim, int block_size) const;
-  size_t scratch_floats(int head_dim, int block_size) const;
+  Scratch scratch_of(int thread, const AttentionArgs& args) const;
+  size_t scratch_floats(int head_dim, bool gathers) const;
   size_t partial_floats(int head_dim) const;
   float* partial(const AttentionArgs& args, const AttentionTile& tile, int kv_head,
                  int split) const;
   void run_item(const AttentionArgs& args, const AttentionItem& item, int kv_head, int thread);
   void compute_split(const AttentionArgs& args, const AttentionTile& tile, int kv_head, int split,
                      const Scratch& scratch, float* max, float* sum, float* out) const;
+  void dequantize_chunks(const CpuKvCache& cache, int layer, int kv_head, const AttentionTile& tile,
+                         int first_key, int num_keys, const Scratch& scratch) const;
   void gather_chunks(const CpuKvCache& cache, int layer, int kv_head, const AttentionTile& tile,
                      int first_key, int num_keys, const Scratch& scratch) const;
   void finish(const AttentionArgs& args, const AttentionTile& tile, int kv_head,

@@ -196,7 +196,8 @@ AttentionLimits attention_limits(const Backend::WorkspaceSpec& spec) {
           .max_kv_len = spec.max_kv_len,
           .max_heads = spec.max_heads,
           .max_head_dim = spec.max_head_dim,
-          .block_size = spec.kv_block_size};
+          .block_size = spec.kv_block_size,
+          .quantized = spec.kv_bits != 16};
 }
 
 }  // namespace

@@ -1,12 +1,15 @@
-// The CPU backend's paged KV cache: one f32 pool, laid out [block][layer][kv head], each entry
+// The CPU backend's paged KV cache: one pool, laid out [block][layer][kv head], each entry in f32
 //   K [D, block_size] (transposed: scores of neighbouring tokens are one vector) then
-//   V [block_size, D].
+//   V [block_size, D],
+// or quantised (KvCacheSpec::bits 8 or 4): the codes of K and of V laid out alike (see
+// QuantizedChunk), then f16 [4, block_size]: K scale, K zero, V scale, V zero.
 // Block-major, so that a block is one run of memory in which huge pages fit, and a block that no
 // sequence ever used is never touched and costs no RAM. Engine thread writes, its team reads.
 #pragma once
 
 #include "backend/backend.h"
 #include "backend/cpu/host_memory.h"
+#include "backend/cpu/kernels/attention_kernels.h"
 
 namespace turbomind::cpu {
 
@@ -17,26 +20,37 @@ class CpuKvCache : public KvCache {
   static size_t block_bytes(const KvCacheSpec& spec);
 
   const KvCacheSpec& spec() const override { return spec_; }
+  bool quantized() const { return spec_.bits != 16; }
   // All of one block: block_bytes(spec) bytes.
   char* block(BlockId block) const;
-  // [D, block_size]
+  // Not quantised: [D, block_size].
   float* keys(int layer, BlockId block, int kv_head) const {
-    return memory_.floats() + offset(layer, block, kv_head);
+    return reinterpret_cast<float*>(entry(layer, block, kv_head));
   }
-  // [block_size, D]
+  // Not quantised: [block_size, D].
   float* values(int layer, BlockId block, int kv_head) const {
-    return memory_.floats() + offset(layer, block, kv_head) + entry_ / 2;
+    return reinterpret_cast<float*>(entry(layer, block, kv_head) + entry_ / 2);
   }
+  // Quantised: `tokens` tokens of a block from slot `first` on.
+  QuantizedChunk chunk(int layer, BlockId block, int kv_head, int first, int tokens) const;
+  // Quantised: one token's key and value.
+  void store(int layer, BlockId block, int kv_head, int slot, const QuantizedVector& key,
+             const QuantizedVector& value) const;
 
  private:
-  size_t offset(int layer, BlockId block, int kv_head) const {
-    return ((static_cast<size_t>(block) * spec_.num_layers + layer) * spec_.num_kv_heads +
+  char* entry(int layer, BlockId block, int kv_head) const {
+    return static_cast<char*>(memory_.data()) +
+           ((static_cast<size_t>(block) * spec_.num_layers + layer) * spec_.num_kv_heads +
             kv_head) *
-           entry_;
+               entry_;
+  }
+  // Bytes of the codes of K, or of V, in an entry.
+  size_t code_bytes() const {
+    return static_cast<size_t>(spec_.head_dim) * spec_.block_size * spec_.bits / 8;
   }
 
   KvCacheSpec spec_;
-  size_t entry_ = 0;  // floats of one (block, layer, kv head)
+  size_t entry_ = 0;  // bytes of one (block, layer, kv head)
   HostMemory memory_;
   Metered metered_;
 };

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "backend/cpu/kernels/attention_kernels.h"
+#include "backend/cpu/kernels/kv_parameters.h"
 
 #include "backend/cpu/kernels/isa_avx2_begin.h"
 namespace turbomind::cpu {
@@ -19,9 +20,12 @@ constexpr int kStreamVectors = 2;
 
 #include "backend/cpu/kernels/attention_split.inl"
 
+#include "backend/cpu/kernels/kv_quant.inl"
+
 }  // namespace
 
-const AttentionKernels kAttentionAvx2 = {split_kernel, transpose16_kernel};
+const AttentionKernels kAttentionAvx2 = {split_kernel, quantize_kernel, dequantize8_kernel,
+                                         dequantize4_kernel, transpose16_kernel};
 
 }  // namespace turbomind::cpu
 #include "backend/cpu/kernels/isa_end.h"

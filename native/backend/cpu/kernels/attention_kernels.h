@@ -6,6 +6,8 @@
 // Leaves to its callers: where keys live, what a row may see, and the merging of splits.
 #pragma once
 
+#include <cstdint>
+
 #include "backend/cpu/isa.h"
 
 namespace turbomind::cpu {
@@ -39,8 +41,36 @@ struct SplitTask {
   float* out = nullptr;     // [rows, D]
 };
 
+// A run of up to kChunkKeys tokens of one head in a quantised cache; see KvCacheSpec::bits.
+//   keys 8 bit: [D, key_stride] codes, one token a column; 4 bit: [D / 2, key_stride], the low
+//   nibble of row i is dimension 2 i, the high one 2 i + 1.
+//   values 8 bit: [tokens, D]; 4 bit: [tokens, D / 2], low nibble j, high nibble j + D / 2.
+struct QuantizedChunk {
+  const uint8_t* keys = nullptr;
+  const uint8_t* values = nullptr;
+  const uint16_t* key_scale = nullptr;  // [tokens] f16, and so on
+  const uint16_t* key_zero = nullptr;
+  const uint16_t* value_scale = nullptr;
+  const uint16_t* value_zero = nullptr;
+  int key_stride = 0;
+  int tokens = 0;    // parameters and codes up to a multiple of kLanes may be read
+  int head_dim = 0;  // D, a multiple of kLanes, at least 2 kLanes for 4 bit
+};
+
+// One head's vector as codes, one a byte, and the f16 bits of scale and zero.
+struct QuantizedVector {
+  uint8_t codes[kSplitKeys];
+  uint16_t scale;
+  uint16_t zero;
+};
+
 struct AttentionKernels {
   void (*split)(const SplitTask& task);
+  // x [dim] to codes of `bits` bits. A vector that is not finite gets NaN parameters.
+  void (*quantize)(const float* x, int dim, int bits, QuantizedVector& out);
+  // keys [D, kChunkKeys], values [tokens, D] in f32: what SplitTask reads.
+  void (*dequantize8)(const QuantizedChunk& chunk, float* keys, float* values);
+  void (*dequantize4)(const QuantizedChunk& chunk, float* keys, float* values);
   // to[c * to_stride + r] = from[r * from_stride + c] for r < kLanes, c < columns (a multiple of 8)
   void (*transpose16)(const float* from, int from_stride, int columns, float* to, int to_stride);
 };

@@ -51,6 +51,10 @@ template <int kBits>
 inline I i_sar(I x) {
   return {_mm256_srai_epi32(x.a, kBits), _mm256_srai_epi32(x.b, kBits)};
 }
+inline I i_load_u8(const uint8_t* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepu8_epi32(raw), _mm256_cvtepu8_epi32(_mm_srli_si128(raw, 8))};
+}
 // The low 16 bits of each lane, in order.
 inline __m256i low_halves(I x) {
   const __m256i mask = _mm256_set1_epi32(0xffff);

@@ -42,6 +42,9 @@ template <int kBits>
 inline I i_sar(I a) {
   return {_mm512_srai_epi32(a.v, kBits)};
 }
+inline I i_load_u8(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 inline void i_store_s8(int8_t* p, I a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }

@@ -87,6 +87,9 @@ template <int kBits>
 inline I i_sar(I a) {
   return i_map([&](int i) { return a.v[i] >> kBits; });
 }
+inline I i_load_u8(const uint8_t* p) {
+  return i_map([=](int i) { return int32_t{p[i]}; });
+}
 inline void i_store_s8(int8_t* p, I a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "backend/cpu/kernels/attention_kernels.h"
+#include "backend/cpu/kernels/kv_parameters.h"
 
 namespace turbomind::cpu {
 namespace {
@@ -60,6 +61,54 @@ void split_reference(const SplitTask& task) {
   for (int row = 0; row < task.rows; ++row) attend_row(task, row);
 }
 
+void quantize_reference(const float* x, int dim, int bits, QuantizedVector& out) {
+  const auto [least, most] = std::minmax_element(x, x + dim);
+  const bool finite = std::all_of(x, x + dim, [](float v) { return std::isfinite(v); });
+  const float levels = static_cast<float>((1 << bits) - 1);
+  set_parameters(finite, *least, *most, levels, out);
+  const float scale = f16_to_f32(out.scale);
+  const float zero = f16_to_f32(out.zero);
+  for (int d = 0; d < dim; ++d) {
+    const float q = scale > 0.0F ? std::nearbyint((x[d] - zero) / scale) : 0.0F;
+    out.codes[d] = static_cast<uint8_t>(std::clamp(q, 0.0F, levels));
+  }
+}
+
+// `code(token, dimension)` of keys, then of values.
+template <class KeyCode, class ValueCode>
+void dequantize(const QuantizedChunk& chunk, float* keys, float* values, KeyCode&& key_code,
+                ValueCode&& value_code) {
+  const int dim = chunk.head_dim;
+  for (int j = 0; j < chunk.tokens; ++j) {
+    const float key_scale = f16_to_f32(chunk.key_scale[j]);
+    const float key_zero = f16_to_f32(chunk.key_zero[j]);
+    const float value_scale = f16_to_f32(chunk.value_scale[j]);
+    const float value_zero = f16_to_f32(chunk.value_zero[j]);
+    for (int d = 0; d < dim; ++d) {
+      keys[d * kChunkKeys + j] = std::fma(key_code(j, d), key_scale, key_zero);
+      values[j * dim + d] = std::fma(value_code(j, d), value_scale, value_zero);
+    }
+  }
+}
+
+void dequantize8_reference(const QuantizedChunk& chunk, float* keys, float* values) {
+  dequantize(
+      chunk, keys, values,
+      [&](int j, int d) { return static_cast<float>(chunk.keys[d * chunk.key_stride + j]); },
+      [&](int j, int d) { return static_cast<float>(chunk.values[j * chunk.head_dim + d]); });
+}
+
+void dequantize4_reference(const QuantizedChunk& chunk, float* keys, float* values) {
+  const int half = chunk.head_dim / 2;
+  const auto nibble = [](uint8_t byte, bool high) {
+    return static_cast<float>(high ? byte >> 4 : byte & 15);
+  };
+  dequantize(
+      chunk, keys, values,
+      [&](int j, int d) { return nibble(chunk.keys[d / 2 * chunk.key_stride + j], d % 2 == 1); },
+      [&](int j, int d) { return nibble(chunk.values[j * half + d % half], d >= half); });
+}
+
 void transpose16_reference(const float* from, int from_stride, int columns, float* to,
                            int to_stride) {
   for (int c = 0; c < columns; ++c) {
@@ -69,7 +118,9 @@ void transpose16_reference(const float* from, int from_stride, int columns, floa
 
 }  // namespace
 
-const AttentionKernels kAttentionReference = {split_reference, transpose16_reference};
+const AttentionKernels kAttentionReference = {split_reference, quantize_reference,
+                                              dequantize8_reference, dequantize4_reference,
+                                              transpose16_reference};
 
 float exp_nonpositive(float x) {
   using namespace exp_constants;

@@ -133,9 +133,38 @@ export interface NativeRequest {
     readonly numTokens: number;
   }[];
   readonly sampling: NativeSampling;
+  /** 0: the prompt is only computed, for its `outputs`. */
   readonly maxNewTokens: number;
   readonly minNewTokens: number;
   readonly stopTokenIds: readonly number[];
+  /** Each token is drawn only once `setMask` was called for it. Defaults to false. */
+  readonly guided?: boolean;
+  /** The logits of each token come in an event and go back by `setLogits`. Defaults to false. */
+  readonly editsLogits?: boolean;
+  /** Defaults to none. */
+  readonly outputs?: NativeOutputSpec;
+}
+
+/** native/runtime/request.h `OutputSpec`. */
+export interface NativeOutputSpec {
+  readonly logits: 'none' | 'generation' | 'all';
+  readonly hiddenStates: 'none' | 'generation' | 'all';
+  readonly pooling: 'none' | 'last' | 'mean';
+  readonly promptNll: boolean;
+}
+
+/** native/runtime/request.h `RequestOutputs`. */
+export interface NativeOutputs {
+  /** [positions, V]; absent when there are none. */
+  readonly logits?: Float32Array;
+  /** [positions, H], after the last norm; absent when there are none. */
+  readonly hiddenStates?: Float32Array;
+  /** [H]; empty without pooling. */
+  readonly pooled: readonly number[];
+  /** -log p of the prompt's tokens from the second on, summed; natural logarithm. */
+  readonly nll: number;
+  /** How many tokens `nll` is the sum of. */
+  readonly numNllTokens: number;
 }
 
 export interface NativeTimings {
@@ -158,11 +187,17 @@ export interface NativeTokenEvent {
 export interface NativeEvent {
   readonly id: number;
   readonly tokens: readonly NativeTokenEvent[];
+  /** With `logits`: the token they are to be drawn from waits for `setLogits`. */
+  readonly completionIdx?: number;
+  /** [V]; `editsLogits` only. */
+  readonly logits?: Float32Array;
   readonly finishReason?: 'stop' | 'length' | 'abort' | 'error';
   /** The stop id that ended it. */
   readonly matchedStop?: number;
   readonly timings?: NativeTimings;
   readonly numPreemptions?: number;
+  /** With the last event, when the request has `outputs`. */
+  readonly outputs?: NativeOutputs;
   /** finishReason 'error' only: an ERR_TM_ code and its message. */
   readonly errorCode?: string;
   readonly errorMessage?: string;
@@ -194,6 +229,15 @@ export interface NativeEngine {
   /** Answers a bad request with an error event; throws ERR_TM_DISPOSED after close. */
   submit(request: NativeRequest): void;
   abort(id: number): void;
+  /**
+   * Which tokens a `guided` request may draw as token `completionIdx` of its completion: bit i % 32
+   * of word i / 32 allows token i, ids past the end are not allowed; null: all are. Copied. Call it
+   * for 0 right after submit, and for i + 1 once token i was reported; the sooner, the less the
+   * request waits. Passed over when the request has ended or the index is not its next one.
+   */
+  setMask(id: number, completionIdx: number, mask: Uint32Array | null): void;
+  /** Answers an event with `logits`: [V], copied; a token is drawn from them at once. */
+  setLogits(id: number, completionIdx: number, logits: Float32Array): void;
   stats(): NativeStats;
   /** Aborts what runs, waits for native work, frees everything. Idempotent. */
   close(): Promise<void>;

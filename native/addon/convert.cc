@@ -168,6 +168,64 @@ ImageInput to_image(const Field& f) {
   return image;
 }
 
+OutputRange to_range(const Field& f) {
+  const std::string name = f.string();
+  if (name == "none") return OutputRange::none;
+  if (name == "generation") return OutputRange::generation;
+  if (name != "all") f.fail("'none', 'generation' or 'all'");
+  return OutputRange::all;
+}
+
+OutputSpec to_outputs(const Field& f) {
+  OutputSpec spec;
+  spec.logits = to_range(f["logits"]);
+  spec.hidden_states = to_range(f["hiddenStates"]);
+  const std::string pooling = f["pooling"].string();
+  if (pooling == "last") spec.pooling = Pooling::last;
+  if (pooling == "mean") spec.pooling = Pooling::mean;
+  if (pooling != "none" && spec.pooling == Pooling::none) {
+    f["pooling"].fail("'none', 'last' or 'mean'");
+  }
+  spec.prompt_nll = f["promptNll"].boolean();
+  return spec;
+}
+
+// The owner lives until JavaScript has let go of the array.
+template <class Owner>
+JsValue float_array(napi_env env, const std::shared_ptr<const Owner>& owner,
+                    const std::vector<float>& values) {
+  napi_value buffer = nullptr;
+  const size_t bytes = values.size() * sizeof(float);
+  auto* keep = new std::shared_ptr<const Owner>(owner);
+  const napi_status status = napi_create_external_arraybuffer(
+      env, const_cast<float*>(values.data()), bytes,
+      [](napi_env, void*, void* kept) { delete static_cast<std::shared_ptr<const Owner>*>(kept); },
+      keep, &buffer);
+  if (status != napi_ok) {  // Electron forbids memory that is not V8's
+    delete keep;
+    void* data = nullptr;
+    if (napi_create_arraybuffer(env, bytes, &data, &buffer) != napi_ok) return JsValue(nullptr);
+    std::copy(values.begin(), values.end(), static_cast<float*>(data));
+  }
+  napi_value array = nullptr;
+  napi_create_typedarray(env, napi_float32_array, values.size(), buffer, 0, &array);
+  return JsValue(array);
+}
+
+JsValue to_js(napi_env env, const std::shared_ptr<const RequestOutputs>& outputs) {
+  JsObject object(env);
+  if (!outputs->logits.empty()) object.set("logits", float_array(env, outputs, outputs->logits));
+  if (!outputs->hidden_states.empty()) {
+    object.set("hiddenStates", float_array(env, outputs, outputs->hidden_states));
+  }
+  JsArray pooled(env);
+  for (double value : outputs->pooled) pooled.push(value);
+  object.set("pooled", pooled.value());
+  object.set("nll", outputs->nll);
+  object.set("numNllTokens", outputs->num_nll_tokens);
+  return object.value();
+}
+
 JsValue to_js(napi_env env, const TokenEvent& token) {
   JsObject object(env);
   object.set("token", token.token);
@@ -217,11 +275,16 @@ JsValue to_js(napi_env env, const Event& event) {
   JsArray tokens(env);
   for (const TokenEvent& token : event.tokens) tokens.push(to_js(env, token));
   object.set("tokens", tokens.value());
+  if (event.offer) {
+    object.set("completionIdx", static_cast<double>(event.offer->completion_idx));
+    object.set("logits", float_array(env, event.offer, event.offer->logits));
+  }
   if (event.finish_reason == FinishReason::none) return object.value();
   object.set("finishReason", to_string(event.finish_reason));
   if (event.matched_stop >= 0) object.set("matchedStop", event.matched_stop);
   object.set("timings", to_js(env, event.timings));
   object.set("numPreemptions", event.num_preemptions);
+  if (event.outputs) object.set("outputs", to_js(env, event.outputs));
   if (event.finish_reason == FinishReason::error) {
     object.set("errorCode", turbomind::to_string(event.error_code));
     object.set("errorMessage", event.error_message);
@@ -304,6 +367,24 @@ Napi::Uint8Array Field::bytes() const {
   return value_.As<Napi::Uint8Array>();
 }
 
+std::vector<uint32_t> Field::words() const {
+  if (!value_.IsTypedArray() ||
+      value_.As<Napi::TypedArray>().TypedArrayType() != napi_uint32_array) {
+    fail("a Uint32Array");
+  }
+  const Napi::Uint32Array array = value_.As<Napi::Uint32Array>();
+  return {array.Data(), array.Data() + array.ElementLength()};
+}
+
+std::vector<float> Field::floats() const {
+  if (!value_.IsTypedArray() ||
+      value_.As<Napi::TypedArray>().TypedArrayType() != napi_float32_array) {
+    fail("a Float32Array");
+  }
+  const Napi::Float32Array array = value_.As<Napi::Float32Array>();
+  return {array.Data(), array.Data() + array.ElementLength()};
+}
+
 Napi::Function Field::function() const {
   if (!value_.IsFunction()) fail("a function");
   return value_.As<Napi::Function>();
@@ -351,6 +432,9 @@ Request to_request(const Field& f) {
   request.max_new_tokens = f["maxNewTokens"].int32();
   request.min_new_tokens = f["minNewTokens"].int32();
   request.stop_token_ids = to_tokens(f["stopTokenIds"]);
+  if (const auto guided = f.optional("guided")) request.guided = guided->boolean();
+  if (const auto edits = f.optional("editsLogits")) request.edits_logits = edits->boolean();
+  if (const auto outputs = f.optional("outputs")) request.outputs = to_outputs(*outputs);
   const Field images = f["images"];
   for (uint32_t i = 0; i < images.length(); ++i) request.images.push_back(to_image(images.at(i)));
   request.prompt_tokens = to_prompt(f["promptTokens"]);

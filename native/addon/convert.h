@@ -34,6 +34,8 @@ class Field {
   uint64_t unsigned_bigint() const;
   Napi::Uint8Array bytes() const;
   Napi::Function function() const;
+  std::vector<uint32_t> words() const;  // of a Uint32Array
+  std::vector<float> floats() const;    // of a Float32Array
 
  private:
   Napi::Value value_;

@@ -126,6 +126,14 @@ void EngineSession::abort(RequestId id) {
   if (state_ == State::open) engine_->abort(id);
 }
 
+void EngineSession::set_mask(RequestId id, uint32_t completion_idx, TokenMask mask) {
+  if (state_ == State::open) engine_->set_mask(id, completion_idx, std::move(mask));
+}
+
+void EngineSession::set_logits(RequestId id, uint32_t completion_idx, std::vector<float> logits) {
+  if (state_ == State::open) engine_->set_logits(id, completion_idx, std::move(logits));
+}
+
 EngineStats EngineSession::stats() const {
   require_open();
   return engine_->stats();

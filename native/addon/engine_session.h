@@ -34,6 +34,8 @@ class EngineSession : public std::enable_shared_from_this<EngineSession> {
 
   void submit(Request request);
   void abort(RequestId id);
+  void set_mask(RequestId id, uint32_t completion_idx, TokenMask mask);
+  void set_logits(RequestId id, uint32_t completion_idx, std::vector<float> logits);
   EngineStats stats() const;
   void prompt_logits(Request request, Deferred deferred);
   void close(Deferred deferred);

@@ -10,6 +10,8 @@ Napi::Function EngineWrap::define(Napi::Env env) {
   return DefineClass(
       env, "NativeEngine",
       {InstanceMethod<&EngineWrap::submit>("submit"), InstanceMethod<&EngineWrap::abort>("abort"),
+       InstanceMethod<&EngineWrap::set_mask>("setMask"),
+       InstanceMethod<&EngineWrap::set_logits>("setLogits"),
        InstanceMethod<&EngineWrap::stats>("stats"), InstanceMethod<&EngineWrap::close>("close"),
        InstanceMethod<&EngineWrap::prompt_logits>("promptLogits")});
 }
@@ -45,6 +47,27 @@ Napi::Value EngineWrap::abort(const Napi::CallbackInfo& info) {
   return guard(info.Env(), [&] {
     const int64_t id = Field(info[0], "abort: id").integer(0, (1LL << 53) - 1);
     session_->abort(static_cast<RequestId>(id));
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value EngineWrap::set_mask(const Napi::CallbackInfo& info) {
+  return guard(info.Env(), [&] {
+    const int64_t id = Field(info[0], "setMask: id").integer(0, (1LL << 53) - 1);
+    const int idx = Field(info[1], "setMask: completionIdx").int32(0);
+    TokenMask mask;
+    if (!info[2].IsNull()) mask = Field(info[2], "setMask: mask").words();
+    session_->set_mask(static_cast<RequestId>(id), static_cast<uint32_t>(idx), std::move(mask));
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value EngineWrap::set_logits(const Napi::CallbackInfo& info) {
+  return guard(info.Env(), [&] {
+    const int64_t id = Field(info[0], "setLogits: id").integer(0, (1LL << 53) - 1);
+    const int idx = Field(info[1], "setLogits: completionIdx").int32(0);
+    session_->set_logits(static_cast<RequestId>(id), static_cast<uint32_t>(idx),
+                         Field(info[2], "setLogits: logits").floats());
     return info.Env().Undefined();
   });
 }

@@ -384,6 +384,13 @@ TokenId HostSampler::first_equal(std::span<const float> logits, float max) const
   return static_cast<TokenId>(i);
 }
 
+double HostSampler::log_sum_exp(std::span<float> logits) {
+  bool finite = true;
+  const float max = scan(logits, &finite);
+  if (!finite) return std::numeric_limits<double>::quiet_NaN();
+  return max + std::log(exponentials(logits, max, 1.0F, block_sum_));
+}
+
 SampleStatus HostSampler::sample(std::span<float> logits, const SampleRow& row,
                                  SampleResult& result) {
   const SamplingParams& params = *row.params;

@@ -44,6 +44,9 @@ class HostSampler {
  public:
   // `logits` [V] is overwritten. On failure result.token is -1.
   SampleStatus sample(std::span<float> logits, const SampleRow& row, SampleResult& result);
+  // log(sum(exp(logits))), what a log-probability subtracts; `logits` is overwritten. NaN if one of
+  // them is NaN or +infinity.
+  double log_sum_exp(std::span<float> logits);
 
  private:
   struct Candidate {

@@ -68,6 +68,22 @@ void Batch::add_row(const ScheduledRow& row) {
   }
 }
 
+void Batch::take_masks(const StepPlan& plan) {
+  static const SamplingParams kPlain;
+  size_t r = 0;
+  for (const ScheduledRow& row : plan.rows) {
+    for (int i = 0; i < row.num_samples; ++i) {
+      SampleRow& sample = samples_[r++];
+      if (row.sequence->parked()) {
+        sample.params = &kPlain;
+        sample.banned = {};
+      } else {
+        sample.allowed = row.sequence->allowed();
+      }
+    }
+  }
+}
+
 void Batch::add_images(const Sequence& sequence, int begin, int end, int first_row) {
   for (const SequenceImage& image : sequence.images()) {
     int next = std::max(begin, image.token_offset);  // token to cover

@@ -26,6 +26,10 @@ class Batch {
 
   StepBatch view() const;
   std::span<const SampleRow> sample_rows() const { return samples_; }  // [R]
+  // Masks that came after build; what a parked row draws is thrown away.
+  void take_masks(const StepPlan& plan);
+  // Rows of T of the plan's sequences.
+  std::span<const int32_t> query_start() const { return query_start_; }
   std::span<const ImageRows> image_rows() const { return image_rows_; }
 
  private:

@@ -25,6 +25,7 @@ DraftPlanner::DraftPlanner(const SpeculationLimits& limits) : limits_(limits) {
 
 // Drafts that `sequence` should try, at most `most`.
 int DraftPlanner::wanted(Sequence& sequence, double row_share, int most) {
+  if (sequence.request().step_by_step()) return 0;
   sequence.drafter().look_up(sequence.tokens());
   // The last token of a completion is drawn behind its last draft at the latest.
   const int room = sequence.max_new_tokens() - sequence.num_completion_tokens() - 1;

@@ -3,6 +3,7 @@
 // requests with errors; a second failing step in a row, or a lost device, ends the engine.
 #include "runtime/engine.h"
 
+#include <algorithm>
 #include <exception>
 #include <future>
 #include <mutex>
@@ -13,10 +14,14 @@
 
 #include "runtime/engine_core.h"
 #include "runtime/inbox.h"
+#include "runtime/output_collector.h"
 #include "runtime/scheduler.h"
 
 namespace turbomind {
 namespace {
+
+// How long a step whose logits are there waits for the masks of its guided rows.
+constexpr auto kMaskPatience = std::chrono::milliseconds(2);
 
 Error to_error(const std::exception_ptr& exception) {
   try {
@@ -64,6 +69,7 @@ class EngineImpl final : public Engine {
                                     .measured = parts.measure_drafts}},
                    blocks_),
         runner_(std::in_place, *model_, parts.memory),
+        outputs_(*model_, parts.rules),
         sink_(std::move(sink)),
         stepping_(stepping),
         stats_(std::move(parts.stats)) {
@@ -83,6 +89,20 @@ class EngineImpl final : public Engine {
     (void)inbox_.push(AbortMessage{id});
   }
 
+  void set_mask(RequestId id, uint32_t completion_idx, TokenMask mask) override {
+    (void)inbox_.push(GuideMessage{id, completion_idx, std::move(mask)});
+  }
+
+  void set_logits(RequestId id, uint32_t completion_idx, std::vector<float> logits) override {
+    if (logits.size() != static_cast<size_t>(rules_.vocab_size)) {
+      throw Error(
+          ErrorCode::invalid_argument,
+          format("%zu logits for token %u of request %llu; the vocabulary has %d", logits.size(),
+                 completion_idx, static_cast<unsigned long long>(id), rules_.vocab_size));
+    }
+    (void)inbox_.push(GuideMessage{id, completion_idx, std::move(logits)});
+  }
+
   EngineStats stats() const override {
     const std::lock_guard lock(stats_mutex_);
     EngineStats stats = stats_;
@@ -98,6 +118,10 @@ class EngineImpl final : public Engine {
   void loop();
   void admit();
   void admit_one(SubmitMessage message, std::vector<Event>& events);
+  void take_guide(GuideMessage message, std::vector<Event>& events);
+  void await_masks(const StepPlan& plan);
+  void offer_logits(const StepPlan& plan, std::vector<Event>& events);
+  Event draw_edited(Sequence& sequence);
   bool recover(const std::exception_ptr& exception);
   void shut_down();
   void finish_step(std::vector<Event> events);
@@ -110,6 +134,10 @@ class EngineImpl final : public Engine {
   BlockManager blocks_;  // outlives the scheduler's sequences
   Scheduler scheduler_;
   std::optional<ModelRunner> runner_;
+  OutputCollector outputs_;
+  HostSampler host_sampler_;          // of edited logits
+  std::vector<RequestId> answered_;   // rows of the step whose logits came back before
+  std::vector<GuideMessage> guides_;  // the inbox's, reused
   EventSink sink_;
   Stepping stepping_;
   Inbox inbox_;
@@ -131,11 +159,110 @@ bool EngineImpl::step() {
     admit();
     const StepPlan& plan = scheduler_.plan();
     if (plan.empty()) return false;
-    finish_step(scheduler_.commit(plan, runner_->run(plan)));
+    runner_->forward(plan);
+    std::vector<Event> events;
+    await_masks(plan);
+    offer_logits(plan, events);
+    outputs_.collect(plan, *runner_);
+    StepResults results = runner_->sample(plan);
+    // What waits for JavaScript or hands things out says nothing about the price of a row.
+    const bool is_plain = std::none_of(plan.rows.begin(), plan.rows.end(), [](const auto& row) {
+      return row.sequence->request().step_by_step();
+    });
+    if (!is_plain) results.ms = 0;
+    for (Event& event : scheduler_.commit(plan, results)) events.push_back(std::move(event));
+    for (RequestId id : answered_) events.push_back(draw_edited(*scheduler_.find(id)));
+    finish_step(std::move(events));
     return true;
   } catch (...) {
     return recover(std::current_exception());
   }
+}
+
+// The forward runs while JavaScript computes masks. Once its logits are there, late masks get a
+// moment; a sequence without one is parked, so that the others need not wait any longer.
+void EngineImpl::await_masks(const StepPlan& plan) {
+  const auto waits = [](const ScheduledRow& row) {
+    return row.num_samples > 0 && row.sequence->needs_mask();
+  };
+  const auto missing = [&] { return std::any_of(plan.rows.begin(), plan.rows.end(), waits); };
+  if (!missing()) return;
+  model_->synchronize();
+  const Clock::time_point deadline =
+      Clock::now() + (stepping_ == Stepping::manual ? Clock::duration::zero() : kMaskPatience);
+  do {
+    inbox_.take_guides(guides_, deadline, [&](const GuideMessage& guide) {
+      return std::any_of(plan.rows.begin(), plan.rows.end(), [&](const ScheduledRow& row) {
+        return waits(row) && row.sequence->id() == guide.id;
+      });
+    });
+    std::vector<Event> none;  // nothing is parked yet, so nothing can be drawn
+    for (GuideMessage& guide : guides_) take_guide(std::move(guide), none);
+  } while (!guides_.empty() && missing());
+  for (const ScheduledRow& row : plan.rows) {
+    if (waits(row)) row.sequence->park();
+  }
+}
+
+// Rows whose logits JavaScript edits are parked in every step: their tokens are drawn when the
+// answer comes, without another forward.
+void EngineImpl::offer_logits(const StepPlan& plan, std::vector<Event>& events) {
+  answered_.clear();
+  for (size_t i = 0; i < plan.rows.size(); ++i) {
+    const ScheduledRow& row = plan.rows[i];
+    Sequence& sequence = *row.sequence;
+    if (row.num_samples == 0 || !sequence.request().edits_logits) continue;
+    sequence.park();
+    if (!sequence.needs_logits() && !sequence.needs_mask()) answered_.push_back(sequence.id());
+    if (std::exchange(sequence.guide().offered, true)) continue;  // before it was preempted
+    auto offer = std::make_shared<LogitsOffer>();
+    offer->completion_idx = static_cast<uint32_t>(sequence.num_completion_tokens());
+    offer->logits.resize(static_cast<size_t>(rules_.vocab_size));
+    model_->logits(runner_->first_row(i) + row.num_tokens - 1, offer->logits);
+    Event& event = events.emplace_back();
+    event.id = sequence.id();
+    event.offer = std::move(offer);
+  }
+}
+
+void EngineImpl::take_guide(GuideMessage message, std::vector<Event>& events) {
+  Sequence* sequence = scheduler_.find(message.id);
+  if (sequence == nullptr) return;  // it has ended
+  if (message.completion_idx != static_cast<uint32_t>(sequence->num_completion_tokens())) return;
+  const Request& request = sequence->request();
+  Guide& guide = sequence->guide();
+  if (auto* mask = std::get_if<TokenMask>(&message.answer)) {
+    if (!request.guided) return;
+    guide.mask = std::move(*mask);
+  } else {
+    if (!guide.offered) return;
+    guide.logits = std::move(std::get<std::vector<float>>(message.answer));
+  }
+  if (!sequence->parked() || sequence->needs_mask() || sequence->needs_logits()) return;
+  if (request.edits_logits) {
+    events.push_back(draw_edited(*sequence));
+  } else {
+    sequence->unpark();
+  }
+}
+
+Event EngineImpl::draw_edited(Sequence& sequence) {
+  SampleRow row;
+  row.params = &sequence.request().sampling;
+  row.tokens = sequence.tokens();
+  row.banned = sequence.banned(sequence.num_completion_tokens());
+  row.completion_idx = static_cast<uint32_t>(sequence.num_completion_tokens());
+  row.allowed = sequence.allowed();
+  SampleResult result;
+  std::optional<Error> failure;
+  const SampleStatus status = host_sampler_.sample(*sequence.guide().logits, row, result);
+  if (status != SampleStatus::ok) {
+    failure = Error(ErrorCode::invalid_argument,
+                    format("no token can be drawn from the logits that logitsProcessor left: %s",
+                           status == SampleStatus::not_finite ? "they hold NaN or infinity"
+                                                              : describe(status)));
+  }
+  return scheduler_.commit_parked(sequence, result, failure);
 }
 
 void EngineImpl::finish_step(std::vector<Event> events) {
@@ -172,6 +299,8 @@ void EngineImpl::admit() {
       admit_one(std::move(*submit), events);
     } else if (const auto* abort = std::get_if<AbortMessage>(&message)) {
       if (std::optional<Event> event = scheduler_.abort(abort->id)) events.push_back(*event);
+    } else if (auto* guide = std::get_if<GuideMessage>(&message)) {
+      take_guide(std::move(*guide), events);
     } else {
       std::get<CallMessage>(message).call(CallOutcome::run);
     }

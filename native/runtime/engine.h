@@ -60,6 +60,14 @@ class Engine {
   // Never throws for a bad request: it is answered by an error event. After close: Error{disposed}.
   virtual void submit(Request request) = 0;
   virtual void abort(RequestId id) = 0;
+  // Which tokens a guided request may draw as token `completion_idx` of its completion; nothing: all
+  // of them. The first may be said at once after submit, each later one once the token before it has
+  // been reported. Anything that is not about the next token of a guided request is passed over. A
+  // request whose mask is late is left out of steps until it is there.
+  virtual void set_mask(RequestId id, uint32_t completion_idx, TokenMask mask) = 0;
+  // The answer to an offer of Request::edits_logits: [V]; a token is drawn from them at once.
+  // Throws Error{invalid_argument} for another number of logits.
+  virtual void set_logits(RequestId id, uint32_t completion_idx, std::vector<float> logits) = 0;
   virtual EngineStats stats() const = 0;
   // Aborts what runs, joins the thread, frees everything. Idempotent.
   virtual void close() = 0;

@@ -37,6 +37,7 @@ class LoadedModel final : public Model {
   void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) override {
     decoder_->forward(batch, *cache_, overrides);
   }
+  void synchronize() override { backend_->synchronize(); }
   void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) override {
     decoder_->sample(rows, results);
     // Without a row nobody waited, and the step's host arrays are about to change.
@@ -97,6 +98,7 @@ MemoryBudget budget_of(const EngineOptions& options) {
 RequestRules rules_of(const ModelSpec& spec) {
   RequestRules rules;
   rules.vocab_size = spec.decoder.vocab_size;
+  rules.hidden_size = spec.decoder.hidden_size;
   if (!spec.vision) return rules;
   rules.image_token_id = spec.image_token_id;
   rules.tile_size = spec.vision->image_size;

@@ -10,9 +10,8 @@ ModelRunner::ModelRunner(Model& model, const MemoryPlan& memory) : model_(model)
   results_.reserve(static_cast<size_t>(memory.max_rows));
 }
 
-StepResults ModelRunner::run(const StepPlan& plan) {
-  const Clock::time_point begin = Clock::now();
-  forward(plan);
+StepResults ModelRunner::sample(const StepPlan& plan) {
+  batch_.take_masks(plan);
   results_.resize(static_cast<size_t>(plan.num_samples));
   for (SampleResult& result : results_) {
     result.token = -1;
@@ -28,7 +27,7 @@ StepResults ModelRunner::run(const StepPlan& plan) {
     if (results_.empty()) throw;
     failure = error;
   }
-  return {results_, failure, ms_between(begin, Clock::now())};
+  return {results_, failure, ms_between(begin_, Clock::now())};
 }
 
 void ModelRunner::run_logits(const StepPlan& plan, std::span<float> out) {
@@ -37,6 +36,7 @@ void ModelRunner::run_logits(const StepPlan& plan, std::span<float> out) {
 }
 
 void ModelRunner::forward(const StepPlan& plan) {
+  begin_ = Clock::now();
   for (const ScheduledTiles& tiles : plan.tiles) encode(tiles);
   batch_.build(plan);
   overrides_.clear();

@@ -32,33 +32,42 @@ class Model {
   virtual std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) = 0;
   // K and V of all rows are written; `batch` stays valid until sample() has returned.
   virtual void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) = 0;
+  virtual void synchronize() {}  // until the forward has run
   // Tokens of the step's sample_rows, [R], R may be 0. Waits for the step. If some rows cannot be
   // sampled, throws Error with their tokens left at -1 and the other rows drawn.
   virtual void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) = 0;
   // Of rows [first, first + n) of the step's T. Each waits.
   virtual void logits(int first_row, std::span<float> out) = 0;  // [n, V]
-  virtual void hidden_states(int first_row,
-                             std::span<float> out) = 0;  // [n, H], after the last norm
+  // [n, H] after the last norm.
+  virtual void hidden_states(int first_row, std::span<float> out) = 0;
 };
 
 class ModelRunner {
  public:
   ModelRunner(Model& model, const MemoryPlan& memory);
 
-  // What the plan's sampling rows drew; valid until the next run. Throws if the step failed as a
-  // whole; a failure of single rows is part of the results.
-  StepResults run(const StepPlan& plan);
+  // Starts the plan's step. Throws if it fails as a whole.
+  void forward(const StepPlan& plan);
+  // What its sampling rows drew; valid until the next forward. Masks and parked sequences are looked
+  // at now. A failure of single rows is part of the results.
+  StepResults sample(const StepPlan& plan);
+  StepResults run(const StepPlan& plan) {
+    forward(plan);
+    return sample(plan);
+  }
+  // First row of T of the i-th row of the plan.
+  int first_row(size_t plan_row) const { return batch_.query_start()[plan_row]; }
   // Like run, but answers the logits of the plan's last row: [V].
   void run_logits(const StepPlan& plan, std::span<float> out);
 
  private:
   void encode(const ScheduledTiles& scheduled);
-  void forward(const StepPlan& plan);
 
   Model& model_;
   Batch batch_;
   std::vector<EmbeddingOverride> overrides_;
   std::vector<SampleResult> results_;  // [R]
+  Clock::time_point begin_;            // of the last forward
 };
 
 }  // namespace turbomind

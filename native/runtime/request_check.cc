@@ -144,6 +144,12 @@ Problem check_sampling(const SamplingParams& sampling, int vocab_size) {
 }
 
 Problem check_lengths(const Request& request) {
+  if (request.max_new_tokens == 0 && request.outputs.any()) {
+    // What a completion would need, a prompt alone cannot have.
+    if (request.min_new_tokens == 0 && !request.guided && !request.edits_logits)
+      return std::nullopt;
+    return invalid("maxNewTokens is 0; a request without a completion takes no mask and no logits");
+  }
   if (request.max_new_tokens < 1) {
     return invalid("maxNewTokens is %d; expected 1 or more", request.max_new_tokens);
   }
@@ -152,6 +158,34 @@ Problem check_lengths(const Request& request) {
                    request.max_new_tokens);
   }
   return std::nullopt;
+}
+
+// Up to how many positions `range` covers.
+int64_t output_rows(OutputRange range, const Request& request) {
+  const auto prompt = static_cast<int64_t>(request.prompt_tokens.size());
+  const int64_t computed = prompt + std::max(request.max_new_tokens - 1, 0);
+  if (range == OutputRange::none) return 0;
+  return range == OutputRange::all ? computed : computed - prompt + 1;
+}
+
+Problem check_outputs(const Request& request, const RequestRules& rules) {
+  const auto check = [](const char* name, int64_t rows, int64_t columns, int64_t taken) -> Problem {
+    const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(float));
+    if (taken + bytes <= kMaxOutputBytes) return std::nullopt;
+    constexpr double kMib = 1024.0 * 1024.0;
+    return invalid(
+        "%s of up to %lld positions of %lld numbers each takes %.1f MiB, beside %.1f MiB of other "
+        "outputs; a request may take %.0f MiB: lower maxNewTokens, shorten the prompt or ask for "
+        "'generation'",
+        name, static_cast<long long>(rows), static_cast<long long>(columns),
+        static_cast<double>(bytes) / kMib, static_cast<double>(taken) / kMib,
+        static_cast<double>(kMaxOutputBytes) / kMib);
+  };
+  const int64_t logits = output_rows(request.outputs.logits, request);
+  const int64_t hidden = output_rows(request.outputs.hidden_states, request);
+  if (Problem problem = check("outputLogits", logits, rules.vocab_size, 0)) return problem;
+  const int64_t taken = logits * rules.vocab_size * static_cast<int64_t>(sizeof(float));
+  return check("outputLastHiddenState", hidden, rules.hidden_size, taken);
 }
 
 }  // namespace
@@ -173,6 +207,7 @@ std::optional<Error> check_request(const Request& request, const RequestRules& r
   }
   if (Problem problem = check_images(request, rules)) return problem;
   if (Problem problem = check_lengths(request)) return problem;
+  if (Problem problem = check_outputs(request, rules)) return problem;
   return check_sampling(request.sampling, rules.vocab_size);
 }
 

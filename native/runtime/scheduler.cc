@@ -55,8 +55,10 @@ const StepPlan& Scheduler::plan() {
   plan_prefill(budget);
   if (enough_blocks) admit_waiting(budget);
   drafts_.add_drafts(plan_);
-  TM_CHECK(!plan_.empty() || idle(), "nothing to run with %d running and %d waiting sequences",
-           num_running(), num_waiting());
+  const bool parked = std::any_of(running_.begin(), running_.end(),
+                                  [](const Owner& sequence) { return sequence->parked(); });
+  TM_CHECK(!plan_.empty() || idle() || parked,
+           "nothing to run with %d running and %d waiting sequences", num_running(), num_waiting());
   const Clock::time_point now = Clock::now();
   for (const ScheduledRow& row : plan_.rows) row.sequence->mark_scheduled(now);
   return plan_;
@@ -66,7 +68,7 @@ bool Scheduler::plan_decode() {
   const size_t before = running_.size();
   for (size_t i = 0; i < running_.size(); ++i) {
     Sequence& sequence = *running_[i];
-    if (!sequence.decoding()) continue;
+    if (!sequence.decoding() || sequence.parked()) continue;
     // The youngest is behind i or i itself, so it has no row in the plan yet.
     while (i < running_.size() && !sequence.blocks().grow_to(sequence.num_tokens())) {
       preempt_youngest();
@@ -78,7 +80,7 @@ bool Scheduler::plan_decode() {
 
 void Scheduler::plan_prefill(StepBudget& budget) {
   for (const Owner& sequence : running_) {
-    if (!sequence->decoding()) plan_.add_prefill(*sequence, budget);
+    if (!sequence->decoding() && !sequence->parked()) plan_.add_prefill(*sequence, budget);
   }
 }
 
@@ -122,17 +124,53 @@ std::vector<Event> Scheduler::commit(const StepPlan& plan, const StepResults& re
   drafts_.ran(plan, results.ms);
   size_t next = 0;  // of results.rows
   for (const ScheduledRow& row : plan.rows) {
+    Sequence& sequence = *row.sequence;
     const auto samples = static_cast<size_t>(row.num_samples);
-    row.sequence->advance(row.num_tokens - row.num_drafts());
-    if (samples == 0) continue;
-    events.push_back(commit_row(row, results.rows.subspan(next, samples), results.failure, now));
+    const auto drawn = results.rows.subspan(next, samples);
     next += samples;
-    num_completion_tokens_ += events.back().tokens.size();
+    if (sequence.parked()) {  // its last row will run once more
+      if (row.num_tokens > 1) sequence.advance(row.num_tokens - 1);
+      continue;
+    }
+    sequence.advance(row.num_tokens - row.num_drafts());
+    if (samples > 0) {
+      events.push_back(commit_row(row, drawn, results.failure, now));
+      num_completion_tokens_ += events.back().tokens.size();
+    } else if (sequence.max_new_tokens() == 0 && sequence.num_pending() == 0) {
+      events.push_back(final_event(sequence, sequence.end_prompt()));
+    }
   }
   num_prompt_tokens_ += static_cast<uint64_t>(plan.num_prefill_tokens);
   plan_.clear();
-  std::erase_if(running_, [](const Owner& s) { return s->finish_reason() != FinishReason::none; });
+  drop_finished();
   return events;
+}
+
+void Scheduler::drop_finished() {
+  std::erase_if(running_, [](const Owner& s) { return s->finish_reason() != FinishReason::none; });
+}
+
+Event Scheduler::commit_parked(Sequence& sequence, const SampleResult& result,
+                               const std::optional<Error>& failure) {
+  TM_CHECK(sequence.parked() && sequence.num_pending() == 1, "%d tokens pending of request %llu",
+           sequence.num_pending(), static_cast<unsigned long long>(sequence.id()));
+  plan_.clear();  // it may point to the sequence
+  sequence.unpark();
+  sequence.advance(1);
+  Event event = commit_row({&sequence, 1, 1}, {&result, 1}, failure, Clock::now());
+  num_completion_tokens_ += event.tokens.size();
+  drop_finished();
+  return event;
+}
+
+Sequence* Scheduler::find(RequestId id) {
+  for (const Owner& s : running_) {
+    if (s->id() == id) return s.get();
+  }
+  for (const Owner& s : waiting_) {
+    if (s->id() == id) return s.get();
+  }
+  return nullptr;
 }
 
 // Takes the token of each position while the draft behind it was that token: exactly what decoding
@@ -175,6 +213,7 @@ Event Scheduler::final_event(const Sequence& sequence, FinishReason reason) {
   if (reason == FinishReason::none) return event;
   event.timings = sequence.timings();
   event.num_preemptions = sequence.num_preemptions();
+  event.outputs = sequence.final_outputs();
   return event;
 }
 

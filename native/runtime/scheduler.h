@@ -61,6 +61,12 @@ class Scheduler {
   // Appends the drawn tokens and ends what is finished: its blocks are free again. Ends the plan.
   std::vector<Event> commit(const StepPlan& plan, const StepResults& results);
 
+  // A running or waiting one, or null.
+  Sequence* find(RequestId id);
+  // The token of a parked sequence, drawn outside of a plan; see commit.
+  Event commit_parked(Sequence& sequence, const SampleResult& result,
+                      const std::optional<Error>& failure);
+
   // Each ends sequences early: their blocks are free when it returns.
   std::optional<Event> abort(RequestId id);
   std::vector<Event> abort_all();
@@ -88,6 +94,7 @@ class Scheduler {
   void preempt_youngest();
   int growing_sequences() const;
   int max_sequence_tokens() const;
+  void drop_finished();
   Event commit_row(const ScheduledRow& row, std::span<const SampleResult> results,
                    const std::optional<Error>& failure, Clock::time_point now);
   static Event final_event(const Sequence& sequence, FinishReason reason);

@@ -23,12 +23,13 @@ Sequence::Sequence(Request request, Clock::time_point submitted, int max_tokens,
       num_prompt_tokens_(num_tokens_),
       max_new_tokens_(std::min(request_.max_new_tokens, max_tokens - num_prompt_tokens_)),
       submitted_(submitted) {
-  TM_CHECK(num_prompt_tokens_ >= 1 && max_new_tokens_ >= 1,
+  TM_CHECK(num_prompt_tokens_ >= 1 && (max_new_tokens_ >= 1 || request_.max_new_tokens == 0),
            "request %llu: %d prompt tokens leave %d of %d for the completion",
            static_cast<unsigned long long>(id()), num_prompt_tokens_, max_new_tokens_, max_tokens);
   request_.prompt_tokens.clear();
   tokens_.reserve(static_cast<size_t>(num_prompt_tokens_ + max_new_tokens_));
   blocks_.reserve(num_prompt_tokens_ + max_new_tokens_);
+  if (request_.outputs.any()) outputs_ = std::make_shared<RequestOutputs>();
   images_.reserve(request_.images.size());
   for (const ImageInput& input : request_.images) {
     SequenceImage& image = images_.emplace_back();
@@ -56,6 +57,16 @@ std::span<const TokenId> Sequence::banned(int completion_idx) const {
   return request_.stop_token_ids;
 }
 
+std::span<const uint32_t> Sequence::allowed() const {
+  if (!guide_.mask || !*guide_.mask) return {};
+  return **guide_.mask;
+}
+
+void Sequence::park() {
+  TM_CHECK(request_.guided || request_.edits_logits, "nothing would wake it up");
+  parked_ = true;
+}
+
 void Sequence::mark_scheduled(Clock::time_point now) {
   if (!scheduled_) scheduled_ = now;
 }
@@ -74,6 +85,8 @@ FinishReason Sequence::append(TokenId token, Clock::time_point now) {
   tokens_.resize(static_cast<size_t>(num_tokens_));
   tokens_.push_back(token);
   ++num_tokens_;
+  guide_.clear();
+  parked_ = false;
   last_token_ = now;
   if (!first_token_) {
     first_token_ = now;
@@ -91,6 +104,7 @@ FinishReason Sequence::append(TokenId token, Clock::time_point now) {
 void Sequence::preempt() {
   blocks_.clear();
   num_computed_ = 0;
+  parked_ = false;
   ++num_preemptions_;
 }
 

@@ -42,6 +42,14 @@ struct SequenceImage {
   int num_encoded() const;  // tiles
 };
 
+// What JavaScript has said about the next token of a sequence.
+struct Guide {
+  std::optional<TokenMask> mask;             // Request::guided
+  std::optional<std::vector<float>> logits;  // Request::edits_logits
+  bool offered = false;                      // the logits went out
+  void clear() { *this = Guide{}; }
+};
+
 class Sequence {
  public:
   // `max_tokens`: prompt and completion may not grow past it (session_len, the pool); at least
@@ -73,6 +81,18 @@ class Sequence {
   bool has_drafter() const { return drafter_ != nullptr; }
   // Stop ids that must not be drawn as token `completion_idx` of the completion.
   std::span<const TokenId> banned(int completion_idx) const;
+  // Masks and logits from outside.
+  Guide& guide() { return guide_; }
+  bool needs_mask() const { return request_.guided && !guide_.mask; }
+  bool needs_logits() const { return request_.edits_logits && !guide_.logits; }
+  std::span<const uint32_t> allowed() const;  // SampleRow::allowed
+  // Parked: its last row has run, but no token could be drawn from it. It is not planned until
+  // unpark(), and then its last row runs once more.
+  bool parked() const { return parked_; }
+  void park();
+  void unpark() { parked_ = false; }
+  RequestOutputs* outputs() { return outputs_.get(); }  // null: none were asked for
+  std::shared_ptr<const RequestOutputs> final_outputs() const { return outputs_; }
   std::vector<SequenceImage>& images() { return images_; }
   const std::vector<SequenceImage>& images() const { return images_; }
   BlockTable& blocks() { return blocks_; }
@@ -86,6 +106,8 @@ class Sequence {
   void advance(int count);
   // Appends a drawn token and drops the drafts; answers why the sequence ended, or none.
   FinishReason append(TokenId token, Clock::time_point now);
+  // Ends a sequence that draws no tokens.
+  FinishReason end_prompt() { return finish_reason_ = FinishReason::length; }
   void fail() { finish_reason_ = FinishReason::error; }
   // Gives its blocks back; everything is computed again later. Embeddings of an unfinished prompt
   // are kept, those of a finished one are encoded again: a tile's embeddings do not depend on what
@@ -100,6 +122,9 @@ class Sequence {
   std::vector<SequenceImage> images_;
   BlockTable blocks_;
   std::unique_ptr<Drafter> drafter_;
+  Guide guide_;
+  bool parked_ = false;
+  std::shared_ptr<RequestOutputs> outputs_;
   int num_prompt_tokens_ = 0;
   int max_new_tokens_ = 0;
   int num_computed_ = 0;

@@ -45,7 +45,7 @@ int StepPlan::add_prefill(Sequence& sequence, StepBudget& budget) {
   }
   const int count = end - begin;
   if (count == 0) return 0;
-  const int samples = count == sequence.num_pending() ? 1 : 0;
+  const int samples = count == sequence.num_pending() && sequence.max_new_tokens() > 0 ? 1 : 0;
   rows.push_back({&sequence, count, samples});
   num_tokens += count;
   num_prefill_tokens += count;

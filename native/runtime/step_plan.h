@@ -18,7 +18,8 @@ struct StepBudget {
 struct ScheduledRow {
   Sequence* sequence = nullptr;
   int num_tokens = 0;   // from num_computed() on
-  int num_samples = 0;  // the last so many of them are sampled; 0: a chunk inside the prompt
+  int num_samples = 0;  // the last so many of them are sampled; 0: a chunk inside the prompt, or
+                        // the end of one without a completion
 
   // All sampled tokens but the first are drafts, behind the sequence's known tokens.
   int num_drafts() const { return num_samples > 1 ? num_samples - 1 : 0; }

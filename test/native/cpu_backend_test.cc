@@ -226,6 +226,7 @@ TEST("tokens scored by best_logits equal those of the full logits, alone and in 
                      .temperature = 0.7F,
                      .top_k = i % 3 == 0 ? 0 : 1 + i,
                      .top_p = i % 5 == 0 ? 0.8F : 1.0F,
+                     .logit_bias = {},
                      .seed = static_cast<uint64_t>(i),
                      .bad_words = {}};
     if (i % 7 == 0) p.repetition_penalty = 1.3F;
@@ -325,8 +326,12 @@ TEST("a decode step allocates nothing once it has run") {
   std::vector<float> x(3 * kHidden), qkv(3 * 4 * kHidden), y(3 * 2 * kHidden);
   const Step step({1, 2, 3});
   std::vector<SamplingParams> params(3);
-  params[1] = {.do_sample = true, .top_k = 20, .bad_words = {{4}}};
-  params[2] = {.do_sample = true, .top_p = 0.9F, .repetition_penalty = 1.2F, .bad_words = {}};
+  params[1] = {.do_sample = true, .top_k = 20, .logit_bias = {}, .bad_words = {{4}}};
+  params[2] = {.do_sample = true,
+               .top_p = 0.9F,
+               .repetition_penalty = 1.2F,
+               .logit_bias = {},
+               .bad_words = {}};
   std::vector<SampleRow> rows;
   for (const SamplingParams& p : params) {
     rows.push_back({.params = &p, .tokens = step.ids, .banned = {}});

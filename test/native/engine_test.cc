@@ -50,6 +50,10 @@ class Collector {
     const std::lock_guard lock(mutex_);
     return answers_.at(id);
   }
+  bool known(RequestId id) {
+    const std::lock_guard lock(mutex_);
+    return answers_.known(id);
+  }
   bool ended(RequestId id) {
     const std::lock_guard lock(mutex_);
     return answers_.ended(id);
@@ -498,6 +502,308 @@ TEST("a caller waiting for logits is answered when the engine closes") {
   closer.join();
   EXPECT(refused || answered);
   EXPECT(s.events.ended(1));
+}
+
+Request guided_request(RequestId id, int prompt_len, int max_new_tokens) {
+  Request request = text_request(id, prompt_len, max_new_tokens);
+  request.guided = true;
+  return request;
+}
+
+// A mask of a few tokens that depends on request and index.
+std::vector<uint32_t> mask_of(RequestId id, uint32_t idx) {
+  std::vector<uint32_t> mask(2, 0);
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint32_t token = (static_cast<uint32_t>(id) * 7 + idx * 11 + i * 5) % 49;
+    mask[token / 32] |= 1U << (token % 32);
+  }
+  return mask;
+}
+
+bool allows(const std::vector<uint32_t>& mask, TokenId token) {
+  return (mask[static_cast<size_t>(token) / 32] >> (token % 32) & 1) != 0;
+}
+
+TEST("a guided request whose masks are there in time loses no step to them") {
+  Setup s(Stepping::manual);
+  s.engine->submit(guided_request(1, 12, 5));
+  s.engine->submit(text_request(2, 3, 8));
+  s.engine->set_mask(1, 0, mask_of(1, 0));
+  // later ones arrive while the forward runs
+  s.model->on_forward = [&] {
+    if (!s.events.known(1)) return;
+    const auto idx = static_cast<uint32_t>(s.events.at(1).tokens.size());
+    s.engine->set_mask(1, idx, mask_of(1, idx));
+  };
+  s.run_all();
+  const Answer answer = s.events.at(1);
+  EXPECT_EQ(answer.tokens.size(), size_t{5});
+  for (uint32_t i = 0; i < 5; ++i) EXPECT(allows(mask_of(1, i), answer.tokens[i]));
+  s.expect_same_as_alone(text_request(2, 3, 8));
+  EXPECT_EQ(s.model->forwards, int64_t{9});  // two for the prompts, the other's seven tokens
+}
+
+TEST("a late mask holds up its own request only, and changes nothing in what it draws") {
+  std::vector<TokenId> tokens[2];
+  for (const bool late : {false, true}) {
+    Setup s(Stepping::manual);
+    const Request free = text_request(2, 9, 30);
+    s.engine->submit(guided_request(1, 19, 6));
+    s.engine->submit(free);
+    uint32_t said = 0;
+    for (int step = 0; s.engine->step() || !s.events.ended(1); ++step) {
+      const auto idx = static_cast<uint32_t>(s.events.known(1) ? s.events.at(1).tokens.size() : 0);
+      if (said > idx || (late && step % 4 != 3)) continue;
+      s.engine->set_mask(1, idx, mask_of(1, idx));
+      said = idx + 1;
+    }
+    tokens[late ? 1 : 0] = s.events.at(1).tokens;
+    EXPECT(s.events.at(1).reason == FinishReason::length);
+    s.expect_same_as_alone(free);
+    EXPECT_EQ(s.engine->stats().free_blocks, s.options.spec.num_blocks);
+  }
+  EXPECT(tokens[0] == tokens[1]);
+  EXPECT_EQ(tokens[0].size(), size_t{6});
+}
+
+TEST("a mask of nothing allows everything; what is not about the next token is passed over") {
+  Setup s(Stepping::manual);
+  const Request request = guided_request(1, 6, 4);
+  s.engine->submit(request);
+  s.engine->set_mask(7, 0, mask_of(1, 0));  // nobody's
+  s.engine->set_mask(1, 3, mask_of(1, 0));  // not next
+  EXPECT(s.engine->step());                 // parks it
+  EXPECT(!s.engine->step());                // nothing to run: it waits
+  EXPECT(!s.events.known(1));
+  EXPECT_EQ(s.engine->stats().running, 1);
+  for (uint32_t i = 0; i < 4; ++i) {
+    s.engine->set_mask(1, i, std::nullopt);
+    EXPECT(s.engine->step());
+  }
+  Request plain = request;
+  plain.guided = false;
+  s.expect_same_as_alone(plain);
+}
+
+TEST("a parked request can be aborted, preempted and closed") {
+  {
+    Setup s(Stepping::manual);
+    s.engine->submit(guided_request(1, 6, 4));
+    s.run_all();
+    s.engine->abort(1);
+    s.run_all();
+    EXPECT(s.events.at(1).reason == FinishReason::abort);
+    EXPECT_EQ(s.engine->stats().free_blocks, s.options.spec.num_blocks);
+  }
+  {
+    Options options;
+    options.spec.num_blocks = 8;  // 32 tokens
+    Setup s(Stepping::manual, options);
+    const Request free = text_request(1, 6, 20);
+    s.engine->submit(free);
+    s.engine->submit(guided_request(2, 9, 3));
+    while (!s.events.ended(1)) s.engine->step();
+    EXPECT(s.engine->stats().preemptions > 0);  // the parked one gave its blocks
+    for (uint32_t i = 0; i < 3; ++i) {
+      s.engine->set_mask(2, i, mask_of(2, i));
+      s.run_all();
+    }
+    s.expect_same_as_alone(free);
+    for (uint32_t i = 0; i < 3; ++i) EXPECT(allows(mask_of(2, i), s.events.at(2).tokens[i]));
+    EXPECT(s.events.at(2).reason == FinishReason::length);
+  }
+  {
+    Setup s(Stepping::own_thread);
+    s.engine->submit(guided_request(1, 6, 4));
+    s.engine->submit(text_request(2, 6, 4));
+    s.events.wait_for_end(2);
+    s.engine->close();
+    EXPECT(s.events.at(1).reason == FinishReason::abort);
+  }
+}
+
+TEST("masks from another thread reach a running engine") {
+  Setup s(Stepping::own_thread);
+  for (RequestId id = 1; id <= 4; ++id) s.engine->submit(guided_request(id, 5 + int(id), 12));
+  s.engine->submit(text_request(5, 7, 60));
+  for (uint32_t i = 0; i < 12; ++i) {
+    for (RequestId id = 1; id <= 4; ++id) {
+      s.events.wait_for_tokens(id, i);
+      s.engine->set_mask(id, i, mask_of(id, i));
+    }
+  }
+  for (RequestId id = 1; id <= 5; ++id) s.events.wait_for_end(id);
+  s.expect_same_as_alone(text_request(5, 7, 60));
+  for (RequestId id = 1; id <= 4; ++id) {
+    const Answer answer = s.events.at(id);
+    for (uint32_t i = 0; i < 12; ++i) EXPECT(allows(mask_of(id, i), answer.tokens[i]));
+  }
+  EXPECT(s.events.ordered());
+}
+
+// Answers every offer by what `edit` makes of it.
+struct Editor {
+  Setup& s;
+  std::function<void(uint32_t, std::vector<float>&)> edit;
+  int num_offers = 0;
+  void run(RequestId id) {
+    uint32_t answered = 0;
+    while (s.engine->step() || !s.events.ended(id)) {
+      const Answer answer = s.events.known(id) ? s.events.at(id) : Answer{};
+      if (!answer.last.offer || answer.last.offer->completion_idx < answered) continue;
+      std::vector<float> logits = answer.last.offer->logits;
+      EXPECT_EQ(answer.last.offer->completion_idx, static_cast<uint32_t>(answer.tokens.size()));
+      edit(answered, logits);
+      s.engine->set_logits(id, answered++, std::move(logits));
+      ++num_offers;
+    }
+  }
+};
+
+TEST("edited logits decide the token, without another forward") {
+  Setup s(Stepping::manual);
+  Request request = text_request(1, 20, 5);
+  request.edits_logits = true;
+  const Request free = text_request(2, 4, 30);
+  s.engine->submit(request);
+  s.engine->submit(free);
+  Editor editor{s, [](uint32_t idx, std::vector<float>& logits) { logits[idx + 3] += 50.0F; }};
+  editor.run(1);
+  EXPECT(s.events.at(1).tokens == (std::vector<TokenId>{3, 4, 5, 6, 7}));
+  EXPECT_EQ(editor.num_offers, 5);
+  s.expect_same_as_alone(free);
+
+  Setup alone(Stepping::manual);
+  alone.engine->submit(request);
+  Editor same{alone, [](uint32_t, std::vector<float>&) {}};
+  same.run(1);
+  alone.expect_same_as_alone(request);               // what is not changed is drawn as ever
+  EXPECT_EQ(alone.model->forwards, int64_t{3 + 4});  // 20 prompt tokens by 8, then one a token
+}
+
+TEST("bad edits end their own request, a wrong number of them is refused") {
+  Setup s(Stepping::manual);
+  Request request = text_request(1, 4, 5);
+  request.edits_logits = true;
+  s.engine->submit(request);
+  s.run_all();
+  try {
+    s.engine->set_logits(1, 0, std::vector<float>(49));
+    EXPECT(!"an error was expected");
+  } catch (const Error& error) {
+    EXPECT(error.code() == ErrorCode::invalid_argument);
+  }
+  s.engine->set_logits(1, 0, std::vector<float>(50, std::numeric_limits<float>::quiet_NaN()));
+  s.run_all();
+  EXPECT(s.events.at(1).reason == FinishReason::error);
+  EXPECT(s.events.at(1).last.error_code == ErrorCode::invalid_argument);
+  EXPECT_EQ(s.engine->stats().free_blocks, s.options.spec.num_blocks);
+}
+
+TEST("edited logits obey the mask, whichever comes first, also after a preemption") {
+  for (const bool mask_first : {true, false}) {
+    Options options;
+    options.spec.num_blocks = 8;
+    Setup s(Stepping::manual, options);
+    Request request = guided_request(2, 9, 3);
+    request.edits_logits = true;
+    s.engine->submit(text_request(1, 6, 20));
+    s.engine->submit(request);
+    s.engine->step();
+    s.engine->step();
+    EXPECT(s.events.at(2).last.offer != nullptr);
+    if (!mask_first) s.engine->set_logits(2, 0, std::vector<float>(50, 1.0F));
+    if (mask_first) s.engine->set_mask(2, 0, mask_of(2, 0));
+    while (!s.events.ended(1)) s.engine->step();
+    EXPECT(s.engine->stats().preemptions > 0);
+    EXPECT(s.events.at(2).tokens.empty());
+    if (mask_first) s.engine->set_logits(2, 0, std::vector<float>(50, 1.0F));
+    if (!mask_first) s.engine->set_mask(2, 0, mask_of(2, 0));
+    s.run_all();
+    EXPECT_EQ(s.events.at(2).tokens.size(), size_t{1});
+    EXPECT(allows(mask_of(2, 0), s.events.at(2).tokens[0]));
+    EXPECT_EQ(s.events.at(2).last.offer->completion_idx, 1U);  // the first was not offered twice
+  }
+}
+
+Request output_request(RequestId id, int prompt_len, int max_new, OutputSpec outputs) {
+  Request request = text_request(id, prompt_len, max_new);
+  request.outputs = outputs;
+  return request;
+}
+
+TEST("outputs hold each position once: chunks, decode rows and preemptions change nothing") {
+  for (const int num_blocks : {64, 12}) {
+    Options options;
+    options.spec.num_blocks = num_blocks;
+    Setup s(Stepping::manual, options);
+    s.engine->submit(text_request(1, 4, 25));
+    const Request all =
+        output_request(2, 18, 6, {.logits = OutputRange::all, .hidden_states = OutputRange::all});
+    const Request late = output_request(
+        3, 10, 6, {.logits = OutputRange::generation, .hidden_states = OutputRange::generation});
+    s.engine->submit(all);
+    s.engine->submit(late);
+    s.run_all();
+    s.expect_same_as_alone(all);
+    s.expect_same_as_alone(late);
+    EXPECT((s.engine->stats().preemptions > 0) == (num_blocks == 12));
+    for (const Request* request : {&all, &late}) {
+      const Answer answer = s.events.at(request->id);
+      const auto outputs = answer.last.outputs;
+      std::vector<TokenId> tokens = request->prompt_tokens;
+      tokens.insert(tokens.end(), answer.tokens.begin(), answer.tokens.end());
+      const size_t first = request == &all ? 0 : request->prompt_tokens.size() - 1;
+      const size_t rows = tokens.size() - 1 - first;
+      EXPECT_EQ(outputs->logits.size(), rows * 50);
+      EXPECT_EQ(outputs->hidden_states.size(), rows * 2);
+      for (size_t r = 0; r < rows; ++r) {
+        EXPECT_EQ(outputs->hidden_states[2 * r], static_cast<float>(first + r));
+        EXPECT_EQ(outputs->hidden_states[2 * r + 1], static_cast<float>(tokens[first + r]));
+        if (first + r + 1 < request->prompt_tokens.size()) continue;
+        EXPECT_EQ(outputs->logits[r * 50 + static_cast<size_t>(tokens[first + r + 1])], 1.0F);
+      }
+    }
+    EXPECT(s.events.at(1).last.outputs == nullptr);
+  }
+}
+
+TEST("a request for its prompt alone ends without tokens: pooled states, likelihood") {
+  Setup s(Stepping::manual);
+  s.engine->submit(output_request(1, 21, 0, {.pooling = Pooling::mean, .prompt_nll = true}));
+  s.engine->submit(output_request(2, 5, 0, {.pooling = Pooling::last}));
+  s.engine->submit(output_request(3, 1, 0, {.prompt_nll = true}));
+  s.engine->submit(text_request(4, 5, 5));
+  s.run_all();
+  const Answer mean = s.events.at(1);
+  EXPECT(mean.tokens.empty());
+  EXPECT(mean.reason == FinishReason::length);
+  const Request request = text_request(1, 21, 0);
+  double sum = 0;
+  for (TokenId token : request.prompt_tokens) sum += token;
+  EXPECT_NEAR(mean.last.outputs->pooled[0], 10.0, 1e-12);  // positions 0 to 20
+  EXPECT_NEAR(mean.last.outputs->pooled[1], sum / 21, 1e-12);
+  // Scripted logits are 1 for one token and 0 for 49: log(49 + e) less 1 or 0.
+  EXPECT_EQ(mean.last.outputs->num_nll_tokens, 20);
+  const double normalizer = std::log(49.0 + std::exp(1.0));
+  const double hits = (20 * normalizer - mean.last.outputs->nll);
+  EXPECT_NEAR(hits, std::round(hits), 1e-4);
+  const Answer last = s.events.at(2);
+  EXPECT_EQ(last.last.outputs->pooled[0], 4.0);
+  EXPECT_EQ(s.events.at(3).last.outputs->num_nll_tokens, 0);
+  s.expect_same_as_alone(text_request(4, 5, 5));
+  EXPECT_EQ(s.engine->stats().free_blocks, s.options.spec.num_blocks);
+}
+
+TEST("outputs that cannot be held are refused with the numbers") {
+  const auto bad = ErrorCode::invalid_argument;
+  expect_refused(output_request(1, 5, 10'000'000, {.logits = OutputRange::generation}), bad,
+                 "outputLogits of up to 10000000 positions of 50 numbers");
+  expect_refused(output_request(1, 5, 200'000'000, {.hidden_states = OutputRange::all}), bad,
+                 "outputLastHiddenState of up to 200000004 positions of 2 numbers");
+  Request guided = output_request(1, 5, 0, {.prompt_nll = true});
+  guided.guided = true;
+  expect_refused(guided, bad, "maxNewTokens is 0");
 }
 
 TEST("destroying an engine closes it") {

@@ -30,7 +30,7 @@ struct FakeSpec {
 };
 
 inline RequestRules rules_of(const FakeSpec& spec) {
-  return {spec.vocab_size, spec.image_token_id, spec.tile_size, spec.tokens_per_tile};
+  return {spec.vocab_size, spec.image_token_id, spec.tile_size, spec.tokens_per_tile, 2};
 }
 
 inline uint64_t mix(uint64_t hash, uint64_t value) {
@@ -129,7 +129,13 @@ class FakeModel final : public Model {
                "row %zu: %zu tokens, position %d", r, rows[r].tokens.size(),
                batch_.positions[static_cast<size_t>(row)]);
       if (unsampled == rows[r].params->seed && unsampled != 0) continue;
-      results[r].token = fake_draw(hash_of(row), rows[r].banned, spec_);
+      std::vector<TokenId> banned(rows[r].banned.begin(), rows[r].banned.end());
+      for (TokenId id = 0; id < spec_.vocab_size && !rows[r].allowed.empty(); ++id) {
+        if ((rows[r].allowed[static_cast<size_t>(id) / 32] >> (id % 32) & 1) == 0) {
+          banned.push_back(id);
+        }
+      }
+      results[r].token = fake_draw(hash_of(row), banned, spec_);
     }
     if (unsampled != 0) throw Error(ErrorCode::device_error, "scripted row failure");
   }

@@ -254,6 +254,7 @@ TEST("draws come only from the tokens the filters leave, and reach all likely on
                                 .top_k = top_k,
                                 .top_p = top_p,
                                 .min_p = min_p,
+                                .logit_bias = {},
                                 .seed = 17,
                                 .bad_words = {}};
           const auto kept = allowed(logits, params);
@@ -272,7 +273,8 @@ TEST("draws come only from the tokens the filters leave, and reach all likely on
 
 TEST("equal logits: the nucleus takes the lowest ids") {
   const std::vector<float> flat(1000, 2.5F);
-  SamplingParams params{.do_sample = true, .top_p = 0.1F, .seed = 3, .bad_words = {}};
+  SamplingParams params{
+      .do_sample = true, .top_p = 0.1F, .logit_bias = {}, .seed = 3, .bad_words = {}};
   std::set<TokenId> drawn;
   for (uint32_t i = 0; i < 3000; ++i) drawn.insert(token(flat, params, {}, i));
   EXPECT_EQ(drawn.size(), size_t{100});
@@ -287,8 +289,12 @@ TEST("equal logits: the nucleus takes the lowest ids") {
 TEST("many draws follow the distribution (chi-square), with and without top-k") {
   const auto logits = random_logits(24, 5, 1.5F);
   for (const int top_k : {0, 12}) {
-    SamplingParams params{
-        .do_sample = true, .temperature = 0.8F, .top_k = top_k, .seed = 99, .bad_words = {}};
+    SamplingParams params{.do_sample = true,
+                          .temperature = 0.8F,
+                          .top_k = top_k,
+                          .logit_bias = {},
+                          .seed = 99,
+                          .bad_words = {}};
     const auto kept = allowed(logits, params);
     double total = 0;
     for (TokenId id : kept) total += std::exp(logits[id] / 0.8);
@@ -308,7 +314,8 @@ TEST("many draws follow the distribution (chi-square), with and without top-k") 
 
 TEST("a draw depends on seed, index and logits alone") {
   const auto logits = random_logits(3000, 8, 2.0F);
-  SamplingParams params{.do_sample = true, .top_k = 50, .seed = 7, .bad_words = {}};
+  SamplingParams params{
+      .do_sample = true, .top_k = 50, .logit_bias = {}, .seed = 7, .bad_words = {}};
   std::vector<TokenId> first;
   for (uint32_t i = 0; i < 50; ++i) first.push_back(token(logits, params, {}, i));
   for (uint32_t i = 50; i-- > 0;) EXPECT_EQ(token(logits, params, {1, 2, 3}, i), first[i]);
@@ -321,12 +328,13 @@ TEST("a draw depends on seed, index and logits alone") {
 TEST("a tiny temperature is greedy, a huge one is nearly uniform") {
   const auto logits = random_logits(500, 4, 1.0F);
   const TokenId best = token(logits, {});
-  SamplingParams params{.do_sample = true, .temperature = 1e-30F, .bad_words = {}};
+  SamplingParams params{
+      .do_sample = true, .temperature = 1e-30F, .logit_bias = {}, .bad_words = {}};
   for (const int top_k : {0, 10, 1000}) {
     params.top_k = top_k;
     for (uint32_t i = 0; i < 5; ++i) EXPECT_EQ(token(logits, params, {}, i), best);
   }
-  params = {.do_sample = true, .temperature = 1e30F, .bad_words = {}};
+  params = {.do_sample = true, .temperature = 1e30F, .logit_bias = {}, .bad_words = {}};
   std::set<TokenId> drawn;
   for (uint32_t i = 0; i < 4000; ++i) drawn.insert(token(logits, params, {}, i));
   EXPECT(drawn.size() > 490);

@@ -30,6 +30,8 @@ interface Running {
 export class FakeEngine implements NativeEngine {
   readonly submitted: NativeRequest[] = [];
   readonly aborted: number[] = [];
+  readonly masks: { id: number; completionIdx: number; mask: Uint32Array | null }[] = [];
+  readonly edited: { id: number; completionIdx: number; logits: Float32Array }[] = [];
   readonly running = new Map<number, Running>();
   isClosed = false;
   numCloses = 0;
@@ -60,6 +62,14 @@ export class FakeEngine implements NativeEngine {
   abort(id: number): void {
     this.aborted.push(id);
     if (this.running.delete(id)) this.#emit([{ id, tokens: [], finishReason: 'abort' }]);
+  }
+
+  setMask(id: number, completionIdx: number, mask: Uint32Array | null): void {
+    this.masks.push({ id, completionIdx, mask });
+  }
+
+  setLogits(id: number, completionIdx: number, logits: Float32Array): void {
+    this.edited.push({ id, completionIdx, logits });
   }
 
   /** One token for every running request. */

@@ -1,6 +1,6 @@
 // One call of a pipeline: a prompt or a batch, prepared, submitted together and collected. Shared
 // by the promise form and the stream form. Runs on the JS thread.
-import { Completion, type CompletionListener } from './completion.js';
+import { Completion, type CompletionListener, type OutputSizes } from './completion.js';
 import { TurbomindError } from './errors.js';
 import { type ChatMessage, normalizePrompts, type Prompt, type PromptInput } from './messages.js';
 import { fromNative } from './native.js';
@@ -21,6 +21,7 @@ export interface CallContext {
   readonly router: EventRouter;
   readonly preparer: RequestPreparer;
   readonly tokenizer: Tokenizer;
+  readonly sizes: OutputSizes;
 }
 
 interface Item {
@@ -50,10 +51,11 @@ export class Call implements StreamSource {
     return this.#isBatch;
   }
 
-  /** Prepares and submits all prompts; resolves with their number. Rejects for the whole call. */
+  /** Prepares and submits all prompts; resolves with the number of answers. Rejects for the whole call. */
   async start(listener: CompletionListener): Promise<number> {
     const items = this.#readItems();
-    this.#unfinished = items.length;
+    const total = items.reduce((sum, { options }) => sum + options.n, 0);
+    this.#unfinished = total;
     const watched: CompletionListener = {
       updated: (completion) => listener.updated(completion),
       finished: (completion) => {
@@ -67,7 +69,7 @@ export class Call implements StreamSource {
     };
     this.#listen(items, watched);
     await Promise.all(items.map((item, index) => this.#startItem(item, index, watched)));
-    return items.length;
+    return total;
   }
 
   /** Ends what still runs, without a response. */
@@ -101,19 +103,35 @@ export class Call implements StreamSource {
 
   async #startItem(item: Item, index: number, listener: CompletionListener): Promise<void> {
     const { options, conversation } = item;
-    const { router, preparer, tokenizer } = this.#context;
-    const completion = new Completion(index, this.#startedAt, tokenizer, options, listener);
+    const { router, preparer } = this.#context;
+    const completions = this.#completions(index, options, listener);
     try {
       if (conversation instanceof TurbomindError) throw conversation;
       const request = await preparer.prepare(conversation, options);
-      if (!this.#isAborted) this.#submitted.push(router.submit(completion, request));
+      for (const completion of completions) {
+        if (this.#isAborted) return;
+        const sampling = { ...request.sampling, seed: seedOf(options.seed, completion.choice) };
+        this.#submitted.push(router.submit(completion, { ...request, sampling }));
+      }
     } catch (error) {
       if (this.#isAborted) return;
       const known = fromNative(error);
       // A closed pipeline is not the fault of one prompt.
       if (known.code === 'ERR_TM_DISPOSED') listener.failed(known);
-      else completion.failWith(known);
+      else for (const completion of completions) completion.failWith(known);
     }
+  }
+
+  #completions(
+    index: number,
+    options: ResolvedGenerationOptions,
+    listener: CompletionListener,
+  ): Completion[] {
+    const { tokenizer, sizes } = this.#context;
+    return Array.from({ length: options.n }, (_, choice) => {
+      const place = { index, choice };
+      return new Completion(place, this.#startedAt, tokenizer, options, sizes, listener);
+    });
   }
 
   #noteEnd(): void {
@@ -141,6 +159,11 @@ function readConversations(prompt: PromptInput): {
     if (conversations.every((each) => each instanceof TurbomindError)) throw error;
     return { conversations, isBatch: true };
   }
+}
+
+// Choice i of a prompt is what the prompt alone answers with the seed + i.
+function seedOf(seed: bigint, choice: number): bigint {
+  return BigInt.asUintN(64, seed + BigInt(choice));
 }
 
 function isMessage(value: unknown): boolean {

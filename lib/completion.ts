@@ -5,8 +5,9 @@ import { TextStream } from './detokenizer.js';
 import { TurbomindError, type TurbomindErrorCode } from './errors.js';
 import { nativeErrorCode } from './native.js';
 import type { NativeEvent, NativeTimings, NativeTokenEvent } from './native-types.js';
-import type { ResolvedGenerationOptions } from './options.js';
-import type { FinishReason, Response, StreamPart, TokenLogprobs } from './response.js';
+import type { LogitsProcessor, OutputRange, ResolvedGenerationOptions } from './options.js';
+import type { FinishReason, FloatRows, Response, StreamPart, TokenLogprobs } from './response.js';
+import type { RequestHandler } from './router.js';
 import type { Tokenizer } from './tokenizer.js';
 
 /** Told when there is something to take, and once at the end. */
@@ -29,19 +30,41 @@ const NO_TIMINGS: NativeTimings = {
 /** What a completion needs to know of its request's options. */
 export type CompletionOptions = Pick<
   ResolvedGenerationOptions,
-  'skipSpecialTokens' | 'stopWords' | 'numLogprobs' | 'numTopLogprobs'
+  | 'skipSpecialTokens'
+  | 'stopWords'
+  | 'numLogprobs'
+  | 'numTopLogprobs'
+  | 'outputLogits'
+  | 'outputLastHiddenState'
+  | 'logitsProcessors'
 >;
 
-export class Completion {
+/** Which of the answers of a call it is. */
+export interface CompletionPlace {
+  /** Of the prompt in its batch. */
   readonly index: number;
+  /** Of the answer among those of its prompt. */
+  readonly choice: number;
+}
+
+/** Columns of logits and hidden states. */
+export interface OutputSizes {
+  readonly vocabSize: number;
+  readonly hiddenSize: number;
+}
+
+export class Completion implements RequestHandler {
+  readonly index: number;
+  readonly choice: number;
   response: Response | undefined;
   readonly #listener: CompletionListener;
   readonly #startedAt: number;
   readonly #textStream: TextStream;
   readonly #tokenIds: number[] = [];
   readonly #logprobs: TokenLogprobs[] | undefined;
-  readonly #numTopLogprobs: number;
-  #inputTokenLen = 0;
+  readonly #options: CompletionOptions;
+  readonly #sizes: OutputSizes;
+  #promptTokens: Int32Array = new Int32Array();
   #text = '';
   #untakenText = '';
   #takenTokens = 0;
@@ -51,17 +74,20 @@ export class Completion {
 
   /** @param startedAt when the caller called, by performance.now(). */
   constructor(
-    index: number,
+    { index, choice }: CompletionPlace,
     startedAt: number,
     tokenizer: Tokenizer,
     options: CompletionOptions,
+    sizes: OutputSizes,
     listener: CompletionListener,
   ) {
     this.index = index;
+    this.choice = choice;
+    this.#options = options;
+    this.#sizes = sizes;
     this.#startedAt = startedAt;
     this.#listener = listener;
     this.#logprobs = options.numLogprobs > 0 ? [] : undefined;
-    this.#numTopLogprobs = options.numTopLogprobs;
     this.#textStream = new TextStream(tokenizer, {
       skipSpecialTokens: options.skipSpecialTokens,
       stopStrings: options.stopWords,
@@ -73,8 +99,8 @@ export class Completion {
     return this.#stopWord !== undefined;
   }
 
-  submitted(inputTokenLen: number): void {
-    this.#inputTokenLen = inputTokenLen;
+  submitted(promptTokens: Int32Array): void {
+    this.#promptTokens = promptTokens;
     this.#submittedAt = performance.now();
   }
 
@@ -95,9 +121,21 @@ export class Completion {
     return true;
   }
 
+  /** What the request's logits processors make of `logits`, one after the other. */
+  edit(logits: Float32Array): Float32Array {
+    const ids = new Int32Array(this.#promptTokens.length + this.#tokenIds.length);
+    ids.set(this.#promptTokens);
+    ids.set(this.#tokenIds, this.#promptTokens.length);
+    let current = logits;
+    for (const processor of this.#options.logitsProcessors) {
+      current = processed(processor, ids, current);
+    }
+    return current;
+  }
+
   /** Ends it with an error that concerns this request alone. */
   failWith(error: TurbomindError): void {
-    this.#settle('error', undefined, NO_TIMINGS, error);
+    this.#settle('error', undefined, {}, error);
   }
 
   /** Ends it without a response. */
@@ -116,6 +154,7 @@ export class Completion {
       tokenIds: this.#tokenIds.slice(from),
       logprobs: this.#logprobs?.slice(from),
       index: this.index,
+      choice: this.choice,
       finishReason: this.response?.finishReason,
       response: this.response,
     };
@@ -130,7 +169,7 @@ export class Completion {
     this.#logprobs?.push({
       tokenId: event.token,
       logprob: event.logprob ?? 0,
-      topLogprobs: event.topLogprobs?.slice(0, this.#numTopLogprobs) ?? [],
+      topLogprobs: event.topLogprobs?.slice(0, this.#options.numTopLogprobs) ?? [],
     });
     if (isStopToken) return;
     const piece = this.#textStream.push(event.token);
@@ -145,16 +184,15 @@ export class Completion {
   }
 
   #finish(event: NativeEvent, reason: FinishReason): void {
-    const timings = event.timings ?? NO_TIMINGS;
     if (reason === 'error') {
       const message = event.errorMessage ?? 'the engine gave no reason';
       const error = new TurbomindError(errorCodeOf(event), message);
-      this.#settle('error', undefined, timings, error);
+      this.#settle('error', undefined, event, error);
       return;
     }
     if (this.#stopWord === undefined) this.#flush();
-    if (this.#stopWord !== undefined) this.#settle('stop', this.#stopWord, timings, undefined);
-    else this.#settle(reason, event.matchedStop, timings, undefined);
+    if (this.#stopWord !== undefined) this.#settle('stop', this.#stopWord, event, undefined);
+    else this.#settle(reason, event.matchedStop, event, undefined);
   }
 
   #flush(): void {
@@ -166,9 +204,11 @@ export class Completion {
   #settle(
     finishReason: FinishReason,
     matchedStop: string | number | undefined,
-    timings: NativeTimings,
+    { timings = NO_TIMINGS, outputs }: Pick<NativeEvent, 'timings' | 'outputs'>,
     error: TurbomindError | undefined,
   ): void {
+    const { outputLogits, outputLastHiddenState } = this.#options;
+    const { vocabSize, hiddenSize } = this.#sizes;
     const now = performance.now();
     const since = (time: number): number => (time === 0 ? 0 : time - this.#startedAt);
     this.response = {
@@ -176,9 +216,11 @@ export class Completion {
       tokenIds: this.#tokenIds,
       finishReason,
       matchedStop,
-      inputTokenLen: this.#inputTokenLen,
+      inputTokenLen: this.#promptTokens.length,
       generateTokenLen: this.#tokenIds.length,
       logprobs: this.#logprobs,
+      logits: this.#rows(outputs?.logits, outputLogits, vocabSize),
+      lastHiddenState: this.#rows(outputs?.hiddenStates, outputLastHiddenState, hiddenSize),
       timings: {
         preprocessMs: since(this.#submittedAt),
         queueMs: timings.queueMs,
@@ -189,10 +231,57 @@ export class Completion {
         totalMs: now - this.#startedAt,
       },
       index: this.index,
+      choice: this.choice,
+      choices: undefined,
       error,
     };
     this.#listener.finished(this);
   }
+
+  // The engine may have gone on behind a stop word: its rows are not part of the answer.
+  #rows(
+    data: Float32Array | undefined,
+    range: OutputRange,
+    columns: number,
+  ): FloatRows | undefined {
+    if (range === 'none') return undefined;
+    const numTokens = this.#tokenIds.length;
+    const numPrompt = range === 'all' ? this.#promptTokens.length - 1 : 0;
+    const available = (data?.length ?? 0) / columns;
+    const rows = Math.min(available, numPrompt + numTokens);
+    return {
+      data: data?.subarray(0, rows * columns) ?? new Float32Array(),
+      shape: [rows, columns],
+    };
+  }
+}
+
+function processed(
+  processor: LogitsProcessor,
+  ids: Int32Array,
+  logits: Float32Array,
+): Float32Array {
+  let result: unknown;
+  try {
+    result = processor(ids, logits);
+  } catch (error) {
+    const reason = error instanceof Error ? error.message : String(error);
+    throw new TurbomindError('ERR_TM_LOGITS_PROCESSOR', `logitsProcessor threw: ${reason}`, {
+      cause: error,
+    });
+  }
+  if (result === undefined) return logits;
+  if (result instanceof Float32Array && result.length === logits.length) return result;
+  throw new TurbomindError(
+    'ERR_TM_LOGITS_PROCESSOR',
+    `logitsProcessor returned ${describe(result)}; expected undefined, or a Float32Array of ` +
+      `${logits.length} logits, at once and not as a promise`,
+  );
+}
+
+function describe(value: unknown): string {
+  if (value instanceof Float32Array) return `${value.length} logits`;
+  return value instanceof Promise ? 'a promise' : `a value of type ${typeof value}`;
 }
 
 function errorCodeOf(event: NativeEvent): TurbomindErrorCode {

@@ -20,12 +20,21 @@ export type {
   GenerationOptions,
   ImageFetchOptions,
   LogitBias,
+  LogitsProcessor,
   PipelineOptions,
   QuantPolicy,
   SpeculativeConfig,
 } from './options.js';
 export type { PipelineInfo } from './pipeline.js';
 export { Pipeline, pipeline } from './pipeline.js';
-export type { FinishReason, Response, StreamPart, Timings, TokenLogprobs } from './response.js';
+export type { EmbedOptions, GetPplOptions, RawPrompt } from './prompt-job.js';
+export type {
+  FinishReason,
+  FloatRows,
+  Response,
+  StreamPart,
+  Timings,
+  TokenLogprobs,
+} from './response.js';
 export { ResponseStream } from './stream.js';
 export type { Tokenizer } from './tokenizer.js';

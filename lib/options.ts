@@ -80,6 +80,20 @@ export interface PipelineOptions {
 /** Token id → what is added to its score. */
 export type LogitBias = Readonly<Record<number, number>> | ReadonlyMap<number, number>;
 
+/** Positions whose logits or hidden states are wanted. */
+export type OutputRange = 'none' | 'generation' | 'all';
+
+/**
+ * Changes the scores that the next token is drawn from. `ids`: prompt and completion so far. `logits`
+ * may be changed in place, or others of the same length returned. It runs on the JS thread between
+ * two tokens, so it must be quick, and cannot wait.
+ */
+export type LogitsProcessor = (
+  ids: Int32Array,
+  logits: Float32Array,
+  // biome-ignore lint/suspicious/noConfusingVoidType: changing them in place returns nothing
+) => Float32Array | void;
+
 /** How one prompt, or one batch, is answered. */
 export interface GenerationOptions {
   /** Most tokens of a completion; null: as many as the session holds. Defaults to 512. */
@@ -129,6 +143,21 @@ export interface GenerationOptions {
    * `logprobs: true`: the chosen token's log probability only.
    */
   readonly topLogprobs?: number | undefined;
+  /** Answers to each prompt, which share its computation; above 1 needs doSample. Defaults to 1. */
+  readonly n?: number | undefined;
+  /**
+   * Keeps the model's scores of every token: 'generation' for the tokens of the completion, 'all'
+   * for those of the prompt too. At most 1 GiB a request. Defaults to none.
+   */
+  readonly outputLogits?: 'generation' | 'all' | undefined;
+  /** Keeps the hidden states that those scores are made of. Defaults to none. */
+  readonly outputLastHiddenState?: 'generation' | 'all' | undefined;
+  /**
+   * Changes the scores of each token before it is drawn, one function after the other. Clearly
+   * slower: every token's scores travel to JavaScript and back. Penalties, biases and bans come
+   * after it; `logprobs` are those of what it leaves. An exception ends its own request.
+   */
+  readonly logitsProcessor?: LogitsProcessor | readonly LogitsProcessor[] | undefined;
   /** Fewest tiles of a picture's grid. Defaults to the pipeline's. */
   readonly minDynamicPatch?: number | undefined;
   /** Most tiles of a picture's grid. Defaults to the pipeline's. */
@@ -195,6 +224,10 @@ export interface ResolvedGenerationOptions {
   readonly numLogprobs: number;
   /** Of these, how many are listed. */
   readonly numTopLogprobs: number;
+  readonly n: number;
+  readonly outputLogits: OutputRange;
+  readonly outputLastHiddenState: OutputRange;
+  readonly logitsProcessors: readonly LogitsProcessor[];
   readonly tiling: TilingOptions;
   readonly tileBudget: number | undefined;
   readonly signal: AbortSignal | undefined;
@@ -311,6 +344,10 @@ const GENERATION_RULES: check.Rules<GenerationOptions> = {
   skipSpecialTokens: check.boolean,
   logprobs: check.either(check.integer(0, 1024), check.boolean),
   topLogprobs: check.integer(0, 1024),
+  n: check.integer(1, 128),
+  outputLogits: check.oneOf('generation', 'all'),
+  outputLastHiddenState: check.oneOf('generation', 'all'),
+  logitsProcessor: check.either(check.callback, check.listOf(check.callback, 64)),
   minDynamicPatch: check.integer(1, MAX_TILES),
   maxDynamicPatch: check.integer(1, MAX_TILES),
   useThumbnail: check.boolean,
@@ -378,6 +415,10 @@ export function resolveGenerationOptions(
     ignoreEos: options.ignoreEos ?? false,
     skipSpecialTokens: options.skipSpecialTokens ?? true,
     ...resolveLogprobs(options),
+    n: resolveChoices(options.n ?? 1, sampled),
+    outputLogits: options.outputLogits ?? 'none',
+    outputLastHiddenState: options.outputLastHiddenState ?? 'none',
+    logitsProcessors: [options.logitsProcessor ?? []].flat(),
     tiling: resolveTiling(options),
     tileBudget: options.maxTiles,
     signal: options.signal,
@@ -391,6 +432,12 @@ function resolveBias(bias: LogitBias = {}): ResolvedGenerationOptions['logitBias
   return Array.from(entries, ([id, value]) => [Number(id), value] as const).filter(
     ([, value]) => value !== 0,
   );
+}
+
+function resolveChoices(n: number, sampled: boolean): number {
+  if (n === 1 || sampled) return n;
+  const message = `n: ${n} greedy answers are all the same; add doSample: true, or leave n out`;
+  throw new TurbomindError('ERR_TM_INVALID_OPTION', message);
 }
 
 function resolveLogprobs({

@@ -20,6 +20,15 @@ import {
   resolvePipelineOptions,
 } from './options.js';
 import { RequestPreparer } from './prepare.js';
+import {
+  type EmbedOptions,
+  embeddings,
+  type GetPplOptions,
+  isPromptList,
+  type PromptJobContext,
+  promptLikelihoods,
+  type RawPrompt,
+} from './prompt-job.js';
 import type { Response } from './response.js';
 import { EventRouter } from './router.js';
 import { ResponseStream } from './stream.js';
@@ -124,6 +133,45 @@ export class Pipeline extends Callable implements AsyncDisposable {
     }
   }
 
+  /**
+   * How well the model foresees each text: the mean of -ln p over its tokens from the second on, in
+   * nats (LMDeploy's `get_ppl`); `Math.exp` of it is the perplexity. Texts are taken as they are,
+   * without a chat template, and may be given as token ids. A list answers a list, in order.
+   *
+   * @throws TurbomindError ERR_TM_INVALID_PROMPT for fewer than two tokens, ERR_TM_PROMPT_TOO_LONG.
+   */
+  getPpl(prompt: RawPrompt, options?: GetPplOptions): Promise<number>;
+  getPpl(prompts: readonly RawPrompt[], options?: GetPplOptions): Promise<number[]>;
+  async getPpl(
+    prompts: RawPrompt | readonly RawPrompt[],
+    options: GetPplOptions = {},
+  ): Promise<number | number[]> {
+    if (isPromptList(prompts)) return await promptLikelihoods(this.#promptJobs(), prompts, options);
+    const [likelihood] = await promptLikelihoods(this.#promptJobs(), [prompts], options);
+    return likelihood ?? Number.NaN;
+  }
+
+  /**
+   * Vectors of texts: the last token's hidden state, or the mean of all, after the last norm. Texts
+   * are taken as they are, without a chat template, and may be given as token ids. A list answers a
+   * list, in order.
+   *
+   * @example
+   * const [query, document] = await pipe.embed(['a question', 'an answer']);
+   *
+   * @throws TurbomindError ERR_TM_INVALID_PROMPT for no tokens, ERR_TM_PROMPT_TOO_LONG.
+   */
+  embed(input: RawPrompt, options?: EmbedOptions): Promise<Float32Array>;
+  embed(inputs: readonly RawPrompt[], options?: EmbedOptions): Promise<Float32Array[]>;
+  async embed(
+    inputs: RawPrompt | readonly RawPrompt[],
+    options: EmbedOptions = {},
+  ): Promise<Float32Array | Float32Array[]> {
+    if (isPromptList(inputs)) return await embeddings(this.#promptJobs(), inputs, options);
+    const [vector] = await embeddings(this.#promptJobs(), [inputs], options);
+    return vector ?? new Float32Array();
+  }
+
   /** The model's prompt ids for this prompt, those of pictures included. */
   async promptIds(prompt: Prompt, options: GenerationOptions = {}): Promise<Int32Array> {
     const conversation = normalizePrompts(prompt).conversations[0] ?? [];
@@ -178,6 +226,11 @@ export class Pipeline extends Callable implements AsyncDisposable {
     return this.close();
   }
 
+  #promptJobs(): PromptJobContext {
+    const { router, tokenizer, checkpoint } = this.#parts;
+    return { router, tokenizer, vocabSize: checkpoint.spec.decoder.vocabSize };
+  }
+
   async #close(): Promise<void> {
     this.#parts.router.close();
     await this.#parts.engine.close();
@@ -185,12 +238,14 @@ export class Pipeline extends Callable implements AsyncDisposable {
 
   #call(prompt: PromptInput, options: CallOptions): Call {
     const { router, tokenizer } = this.#parts;
-    return new Call({ router, tokenizer, preparer: this.#preparer }, prompt, options);
+    const { vocabSize, hiddenSize } = this.#parts.checkpoint.spec.decoder;
+    const sizes = { vocabSize, hiddenSize };
+    return new Call({ router, tokenizer, preparer: this.#preparer, sizes }, prompt, options);
   }
 
   async #run(prompt: PromptInput, options: CallOptions): Promise<Response | Response[]> {
     const call = this.#call(prompt, options);
-    const responses = await collect(call);
+    const responses = byPrompt(await collect(call));
     if (call.isBatch()) return responses;
     const [response] = responses;
     if (response === undefined) throw new TurbomindError('ERR_TM_INTERNAL', 'no response');
@@ -199,10 +254,19 @@ export class Pipeline extends Callable implements AsyncDisposable {
   }
 }
 
-// All responses of a call, in the order of its prompts.
-function collect(call: Call): Promise<Response[]> {
+// One response a prompt. That of several choices is the first that failed, or else the first.
+function byPrompt(choices: readonly (readonly Response[])[]): Response[] {
+  return choices.flatMap((answers) => {
+    const first = answers.find(({ error }) => error !== undefined) ?? answers[0];
+    if (first === undefined) return [];
+    return [answers.length > 1 ? { ...first, choices: answers } : first];
+  });
+}
+
+// All responses of a call: those of each prompt in order.
+function collect(call: Call): Promise<Response[][]> {
   return new Promise((resolve, reject) => {
-    const responses: Response[] = [];
+    const responses: Response[][] = [];
     let numFinished = 0;
     let total: number | undefined;
     const settle = (): void => {
@@ -211,7 +275,10 @@ function collect(call: Call): Promise<Response[]> {
     const listener: CompletionListener = {
       updated: () => undefined,
       finished: (completion: Completion) => {
-        if (completion.response !== undefined) responses[completion.index] = completion.response;
+        const { index, choice, response } = completion;
+        const answers = responses[index] ?? [];
+        responses[index] = answers;
+        if (response !== undefined) answers[choice] = response;
         numFinished += 1;
         settle();
       },

@@ -3,6 +3,7 @@
 // runs on the JS thread.
 import { availableParallelism } from 'node:os';
 import { setImmediate as nextTurn } from 'node:timers/promises';
+import { BadWordSpeller } from './bad-words.js';
 import type { PromptBuilder } from './chat.js';
 import type { ImageSettings } from './checkpoint/checkpoint.js';
 import { TurbomindError } from './errors.js';
@@ -42,10 +43,12 @@ export class RequestPreparer {
   readonly #pictures = new Limiter(Math.max(2, availableParallelism()));
   // Prompts of a batch are encoded one behind the other, with pauses for events.
   readonly #encoding = new Limiter(1);
+  readonly #badWords: BadWordSpeller;
   #yieldedAt = 0;
 
   constructor(context: PrepareContext) {
     this.#context = context;
+    this.#badWords = new BadWordSpeller(context.tokenizer, context.vocabSize);
   }
 
   /** @throws TurbomindError for this prompt alone; `signal.reason` when the caller aborts. */
@@ -57,7 +60,8 @@ export class RequestPreparer {
     return await this.#encoding.run(async () => {
       await this.#giveWay();
       options.signal?.throwIfAborted();
-      return this.#build(conversation, tiles, options);
+      const badWords = await this.#badWords.spell(options.badWords, () => this.#giveWay());
+      return this.#build(conversation, tiles, options, badWords);
     });
   }
 
@@ -65,6 +69,7 @@ export class RequestPreparer {
     conversation: readonly ChatMessage[],
     tiles: readonly NativeTiles[],
     options: ResolvedGenerationOptions,
+    badWords: readonly (readonly number[])[],
   ): Omit<NativeRequest, 'id'> {
     const { promptBuilder, sessionLen } = this.#context;
     const { ids, imageSpans } = promptBuilder.build(
@@ -77,10 +82,17 @@ export class RequestPreparer {
     return {
       promptTokens: ids,
       images: imageSpans.map((span, index) => ({ tiles: at(tiles, index), ...span })),
-      sampling: this.#sampling(options),
+      sampling: this.#sampling(options, badWords),
       maxNewTokens,
       minNewTokens: Math.min(options.minNewTokens, maxNewTokens),
       stopTokenIds: this.#stopTokenIds(options),
+      editsLogits: options.logitsProcessors.length > 0,
+      outputs: {
+        logits: options.outputLogits,
+        hiddenStates: options.outputLastHiddenState,
+        pooling: 'none',
+        promptNll: false,
+      },
     };
   }
 
@@ -149,7 +161,10 @@ export class RequestPreparer {
     };
   }
 
-  #sampling(options: ResolvedGenerationOptions): NativeSampling {
+  #sampling(
+    options: ResolvedGenerationOptions,
+    badWords: readonly (readonly number[])[],
+  ): NativeSampling {
     const { doSample, temperature, topK, topP, minP, repetitionPenalty, seed } = options;
     this.#checkIds(
       'logitBias',
@@ -167,15 +182,8 @@ export class RequestPreparer {
       logitBias: options.logitBias,
       seed,
       numLogprobs: Math.min(options.numLogprobs, this.#context.vocabSize),
-      badWords: options.badWords.flatMap((word) => this.#banned(word)),
+      badWords,
     };
-  }
-
-  // A word inside a text usually carries the space before it in its first token.
-  #banned(word: string): number[][] {
-    const { tokenizer } = this.#context;
-    const forms = word.startsWith(' ') ? [word] : [word, ` ${word}`];
-    return forms.map((form) => tokenizer.encode(form)).filter((ids) => ids.length > 0);
   }
 
   #stopTokenIds(options: ResolvedGenerationOptions): number[] {

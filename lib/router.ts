@@ -1,9 +1,22 @@
 // Native events to the requests they belong to, by id. Owns the ids, the abort signals' listeners
 // and the answer to "is the engine still open". Runs on the JS thread.
-import type { Completion } from './completion.js';
 import { TurbomindError } from './errors.js';
 import { fromNative } from './native.js';
 import type { NativeEngine, NativeEvent, NativeRequest } from './native-types.js';
+
+/** Who is told what becomes of a request. */
+export interface RequestHandler {
+  /** It wants no more tokens. */
+  readonly hasStopped: boolean;
+  submitted(promptTokens: Int32Array): void;
+  /** Takes in an event; true when it was the last one. */
+  accept(event: NativeEvent): boolean;
+  /** The logits to draw a token from, given the model's. Throws what ends this request alone. */
+  edit(logits: Float32Array): Float32Array;
+  failWith(error: TurbomindError): void;
+  /** Ends it without a response. */
+  reject(reason: unknown): void;
+}
 
 /** A submitted request, to abort it. */
 export interface Submitted {
@@ -11,7 +24,7 @@ export interface Submitted {
 }
 
 export class EventRouter {
-  readonly #live = new Map<number, Completion>();
+  readonly #live = new Map<number, RequestHandler>();
   #engine: NativeEngine | undefined;
   #isClosed = false;
   #lastId = 0;
@@ -36,12 +49,12 @@ export class EventRouter {
   }
 
   /** @throws TurbomindError ERR_TM_DISPOSED */
-  submit(completion: Completion, request: Omit<NativeRequest, 'id'>): Submitted {
+  submit(handler: RequestHandler, request: Omit<NativeRequest, 'id'>): Submitted {
     const { engine } = this;
     this.#lastId += 1;
     const id = this.#lastId;
-    this.#live.set(id, completion);
-    completion.submitted(request.promptTokens.length);
+    this.#live.set(id, handler);
+    handler.submitted(request.promptTokens);
     try {
       engine.submit({ ...request, id });
     } catch (error) {
@@ -56,19 +69,22 @@ export class EventRouter {
     this.#isClosed = true;
     const requests = [...this.#live.values()];
     this.#live.clear();
-    for (const completion of requests) completion.reject(disposed());
+    for (const handler of requests) handler.reject(disposed());
   }
 
   #route(event: NativeEvent): void {
-    const completion = this.#live.get(event.id);
-    if (completion === undefined) return; // aborted: its last events are nobody's
-    const wasStopped = completion.hasStopped;
+    const handler = this.#live.get(event.id);
+    if (handler === undefined) return; // aborted: its last events are nobody's
+    const wasStopped = handler.hasStopped;
     try {
-      if (completion.accept(event)) this.#live.delete(event.id);
-      else if (completion.hasStopped && !wasStopped) this.#engine?.abort(event.id);
+      if (handler.accept(event)) this.#live.delete(event.id);
+      else if (handler.hasStopped && !wasStopped) this.#engine?.abort(event.id);
+      else if (event.logits !== undefined && !handler.hasStopped) {
+        this.#engine?.setLogits(event.id, event.completionIdx ?? 0, handler.edit(event.logits));
+      }
     } catch (error) {
       this.#abort(event.id);
-      completion.failWith(fromNative(error));
+      handler.failWith(fromNative(error));
     }
   }
 

@@ -6,7 +6,7 @@ import type { StreamPart } from './response.js';
 
 /** Starts the requests of a stream; parts reach the listener from then on. */
 export interface StreamSource {
-  /** Resolves with the number of prompts. */
+  /** Resolves with the number of answers. */
   start(listener: CompletionListener): Promise<number>;
   /** Ends what still runs. Idempotent. */
   abort(): void;

@@ -21,10 +21,17 @@ export interface FakeSettings {
   readonly sessionLen?: number;
 }
 
+/** The embedded model's. */
+export const FAKE_VOCAB = 384;
+export const FAKE_HIDDEN = 384;
+
 interface Running {
   readonly request: NativeRequest;
   readonly tokens: readonly number[];
   numSent: number;
+  /** Of edited logits. */
+  drawn?: number | undefined;
+  isOffered?: boolean;
 }
 
 export class FakeEngine implements NativeEngine {
@@ -70,12 +77,19 @@ export class FakeEngine implements NativeEngine {
 
   setLogits(id: number, completionIdx: number, logits: Float32Array): void {
     this.edited.push({ id, completionIdx, logits });
+    const running = this.running.get(id);
+    if (running === undefined || running.request.editsLogits !== true) return;
+    running.drawn = logits.indexOf(Math.max(...logits));
+    if (this.#settings.manual !== true) this.#tick();
   }
 
   /** One token for every running request. */
   step(): void {
     const events: NativeEvent[] = [];
-    for (const running of this.running.values()) events.push(this.#advance(running));
+    for (const running of this.running.values()) {
+      const event = this.#advance(running);
+      if (event !== undefined) events.push(event);
+    }
     if (events.length > 0) this.#emit(events);
   }
 
@@ -116,9 +130,25 @@ export class FakeEngine implements NativeEngine {
     return Float32Array.from([request.promptTokens.length]);
   }
 
-  #advance(running: Running): NativeEvent {
+  // Logits are 1 for the scripted token; hidden states, pooled or not, are the prompt's length.
+  #advance(running: Running): NativeEvent | undefined {
     const { request, tokens } = running;
-    const token = tokens[running.numSent] ?? 0;
+    let token = tokens[running.numSent] ?? 0;
+    if (request.maxNewTokens === 0) {
+      this.running.delete(request.id);
+      return { id: request.id, tokens: [], finishReason: 'length', ...this.#outputs(request, 0) };
+    }
+    if (request.editsLogits === true) {
+      if (running.drawn === undefined) {
+        if (running.isOffered === true) return undefined;
+        running.isOffered = true;
+        const logits = this.#scripted([token]);
+        return { id: request.id, tokens: [], completionIdx: running.numSent, logits };
+      }
+      token = running.drawn;
+      running.drawn = undefined;
+      running.isOffered = false;
+    }
     running.numSent += 1;
     const logprobs =
       request.sampling.numLogprobs > 0
@@ -128,13 +158,45 @@ export class FakeEngine implements NativeEngine {
     const timings = { queueMs: 1, visionMs: 2, prefillMs: 3, firstTokenMs: 4, decodeMs: 5 };
     if (request.stopTokenIds.includes(token)) {
       this.running.delete(request.id);
-      return { ...event, finishReason: 'stop', matchedStop: token, timings };
+      const outputs = this.#outputs(request, running.numSent);
+      return { ...event, finishReason: 'stop', matchedStop: token, timings, ...outputs };
     }
     if (running.numSent === request.maxNewTokens || running.numSent === tokens.length) {
       this.running.delete(request.id);
-      return { ...event, finishReason: 'length', timings };
+      const outputs = this.#outputs(request, running.numSent);
+      return { ...event, finishReason: 'length', timings, ...outputs };
     }
     return event;
+  }
+
+  #scripted(tokens: readonly number[]): Float32Array {
+    const logits = new Float32Array(tokens.length * FAKE_VOCAB);
+    for (const [row, token] of tokens.entries()) logits[row * FAKE_VOCAB + token] = 1;
+    return logits;
+  }
+
+  #outputs(request: NativeRequest, numTokens: number): Pick<NativeEvent, 'outputs'> {
+    const spec = request.outputs;
+    if (spec === undefined) return {};
+    const { promptTokens } = request;
+    const rows = (range: string): number[] => {
+      const answer = this.#settings.answer(request).slice(0, numTokens);
+      return range === 'all' ? [...promptTokens.slice(1), ...answer] : [...answer];
+    };
+    const outputs = {
+      ...(spec.logits === 'none' ? {} : { logits: this.#scripted(rows(spec.logits)) }),
+      ...(spec.hiddenStates === 'none'
+        ? {}
+        : {
+            hiddenStates: new Float32Array(rows(spec.hiddenStates).length * FAKE_HIDDEN).fill(
+              promptTokens.length,
+            ),
+          }),
+      pooled: spec.pooling === 'none' ? [] : [promptTokens.length, 0, -promptTokens.length],
+      nll: spec.promptNll ? 0.5 * (promptTokens.length - 1) : 0,
+      numNllTokens: spec.promptNll ? promptTokens.length - 1 : 0,
+    };
+    return { outputs };
   }
 
   #tick(): void {

@@ -182,6 +182,37 @@ TEST("sample answers the best token of each row, logits agree with it") {
   });
 }
 
+TEST("hidden states are the float64 network's; rows of logits have the same bits one by one") {
+  ReferenceBackend reference;
+  LoadedModel wanted(reference, "qwen2-f32");
+  StepSequence sequence = sequence_of(0);
+  sequence.tokens = {10, 20, 30, 40, 50};
+  const StepArrays arrays({sequence}, kBlockSize);
+  const StepBatch batch = arrays.batch();
+  wanted.decoder.forward(batch, *wanted.cache);
+  const auto hidden = static_cast<size_t>(wanted.decoder.spec().hidden_size);
+  const auto vocab = static_cast<size_t>(wanted.decoder.spec().vocab_size);
+  std::vector<float> want(5 * hidden);
+  wanted.decoder.hidden_states(0, want);
+  for_each_backend([&](Backend& backend, const Tolerance&) {
+    LoadedModel model(backend, "qwen2-f32");
+    model.decoder.forward(batch, *model.cache);
+    std::vector<float> states(5 * hidden);
+    model.decoder.hidden_states(0, states);
+    for (size_t i = 0; i < states.size(); ++i) EXPECT_NEAR(states[i], want[i], 1e-4);
+    std::vector<float> one(hidden);
+    model.decoder.hidden_states(3, one);
+    EXPECT(std::equal(one.begin(), one.end(), states.begin() + 3 * static_cast<long>(hidden)));
+    std::vector<float> all(5 * vocab);
+    model.decoder.logits(0, all);
+    std::vector<float> row(vocab);
+    for (int r : {4, 0, 2}) {
+      model.decoder.logits(r, row);
+      EXPECT(std::equal(row.begin(), row.end(), all.begin() + r * static_cast<long>(vocab)));
+    }
+  });
+}
+
 TEST("loading allocates what activation_bytes announced, a step allocates nothing") {
   CountingBackend backend;
   LoadedModel model(backend, "qwen3-bf16");

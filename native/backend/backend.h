@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "backend/weights.h"
+#include "base/error.h"
 #include "base/sampling.h"
 #include "base/tensor_view.h"
 
@@ -70,6 +71,9 @@ struct StepBatch {
   // even a chunk of one row. A device may sum the two in different orders, so which one a row takes
   // may depend on its own sequence alone. -1: not said, every sequence of one row is decoded.
   int num_decode = -1;
+  // Running ahead: [T] or empty. Row of the last launch_sample (of R there) whose token is the id of
+  // this row, which the host does not know yet; -1: token_ids has it.
+  std::span<const int32_t> fed_from{};
   int num_tokens() const { return static_cast<int>(token_ids.size()); }
   int num_sequences() const { return static_cast<int>(kv_len.size()); }
 };
@@ -289,6 +293,15 @@ class Backend {
   virtual void linear(const LinearArgs& args) = 0;
   virtual void attention(const AttentionArgs& args) = 0;
   virtual void sample(const SampleArgs& args) = 0;  // waits; results are on the host
+  // Running ahead: what sample() does in two halves, so that the host plans and launches the next
+  // step meanwhile. `launch_sample` starts it and keeps nothing of `args`; it answers false, having
+  // done nothing, where these rows cannot be drawn without the host: sample() can. Two may be
+  // launched at once, and the second step may name rows of the first in `fed_from`.
+  virtual bool launch_sample(const SampleArgs& args) { return false; }
+  // Waits for the oldest launch and answers its [R] results; throws as sample() does.
+  virtual void collect_sample(std::span<SampleResult> results) {
+    TM_CHECK(false, "collect_sample of %zu rows without a launch", results.size());
+  }
   // All logits of the rows of args.x, f32 on the host: [n, V], to the bit those that sample() looks
   // at. Waits. For logit hooks, requested logits, perplexity and tests.
   virtual void logits(const LogitsArgs& args, std::span<float> out) = 0;

@@ -163,6 +163,12 @@ class CudaProxy final : public Backend {
   void sample(const SampleArgs& args) override {
     call([&] { backend_->sample(args); });
   }
+  bool launch_sample(const SampleArgs& args) override {
+    return call([&] { return backend_->launch_sample(args); });
+  }
+  void collect_sample(std::span<SampleResult> results) override {
+    call([&] { backend_->collect_sample(results); });
+  }
   void logits(const LogitsArgs& args, std::span<float> out) override {
     call([&] { backend_->logits(args, out); });
   }

@@ -193,6 +193,15 @@ void Decoder::sample(std::span<const SampleRow> rows, std::span<SampleResult> re
                    .results = results});
 }
 
+bool Decoder::launch_sample(std::span<const SampleRow> rows) {
+  TM_CHECK(static_cast<int>(rows.size()) == num_rows_ && num_rows_ > 0,
+           "a launch of %zu rows for a step that wants %d", rows.size(), num_rows_);
+  return backend_.launch_sample({.head = head_.get(),
+                                 .norm = &final_norm_,
+                                 .x = this->rows(*hidden_, num_tokens_, spec_.hidden_size),
+                                 .rows = rows});
+}
+
 void Decoder::logits(int first_row, std::span<float> out) {
   const auto count = static_cast<int64_t>(out.size()) / spec_.vocab_size;
   TM_CHECK(count * spec_.vocab_size == static_cast<int64_t>(out.size()), "%zu logits of %d each",

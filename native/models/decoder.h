@@ -38,6 +38,9 @@ class Decoder {
                std::span<const EmbeddingOverride> overrides = {});
   // Tokens of the last step's sample_rows, in order. Waits.
   void sample(std::span<const SampleRow> rows, std::span<SampleResult> results);
+  // The same in two halves, see Backend::launch_sample.
+  bool launch_sample(std::span<const SampleRow> rows);
+  void collect_sample(std::span<SampleResult> results) { backend_.collect_sample(results); }
   // Of rows [first, first + n) of the last step's T, f32 on the host. Each waits.
   void logits(int first_row, std::span<float> out);         // [n, V]
   void hidden_states(int first_row, std::span<float> out);  // [n, H], after the final norm

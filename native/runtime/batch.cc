@@ -10,6 +10,7 @@ void Batch::reserve(int max_tokens, int max_sequences, int max_rows, int max_blo
   const auto tokens = static_cast<size_t>(max_tokens);
   const auto sequences = static_cast<size_t>(max_sequences);
   token_ids_.reserve(tokens);
+  fed_from_.reserve(sequences);
   positions_.reserve(tokens);
   slots_.reserve(tokens);
   query_start_.reserve(sequences + 1);
@@ -21,6 +22,7 @@ void Batch::reserve(int max_tokens, int max_sequences, int max_rows, int max_blo
 
 void Batch::build(const StepPlan& plan) {
   token_ids_.clear();
+  fed_from_.clear();
   positions_.clear();
   slots_.clear();
   query_start_.assign(1, 0);
@@ -43,11 +45,12 @@ void Batch::build(const StepPlan& plan) {
 
 void Batch::add_row(const ScheduledRow& row) {
   const Sequence& sequence = *row.sequence;
-  const int begin = sequence.num_computed();
+  const int begin = sequence.num_computed() + row.ahead;
   const int end = begin + row.num_tokens;
   const std::span<const TokenId> tokens = sequence.tokens_and_drafts();
   const int first_row = static_cast<int>(token_ids_.size());
   token_ids_.insert(token_ids_.end(), tokens.begin() + begin, tokens.begin() + end);
+  if (row.ahead > 0) fed_from_.push_back(row.fed_from);
   for (int i = begin; i < end; ++i) {
     positions_.push_back(i);
     slots_.push_back(sequence.blocks().slot(i));
@@ -103,6 +106,9 @@ void Batch::add_images(const Sequence& sequence, int begin, int end, int first_r
 StepBatch Batch::view() const {
   StepBatch batch;
   batch.token_ids = token_ids_;
+  TM_CHECK(fed_from_.empty() || fed_from_.size() == token_ids_.size(), "%zu of %zu rows run ahead",
+           fed_from_.size(), token_ids_.size());
+  batch.fed_from = fed_from_;
   batch.positions = positions_;
   batch.slots = slots_;
   batch.query_start = query_start_;

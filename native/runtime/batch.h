@@ -37,6 +37,7 @@ class Batch {
   void add_images(const Sequence& sequence, int begin, int end, int first_row);
 
   std::vector<TokenId> token_ids_;       // [T]
+  std::vector<int32_t> fed_from_;        // [T], or empty
   std::vector<int32_t> positions_;       // [T]
   std::vector<int32_t> slots_;           // [T]
   std::vector<int32_t> query_start_;     // [S + 1]

@@ -124,6 +124,8 @@ class EngineImpl final : public Engine {
   Event draw_edited(Sequence& sequence);
   bool recover(const std::exception_ptr& exception);
   void shut_down();
+  void commit_oldest(std::vector<Event> events);
+  void drain();
   void finish_step(std::vector<Event> events);
   void emit(std::vector<Event> events);
   void publish_stats();
@@ -138,6 +140,7 @@ class EngineImpl final : public Engine {
   HostSampler host_sampler_;          // of edited logits
   std::vector<RequestId> answered_;   // rows of the step whose logits came back before
   std::vector<GuideMessage> guides_;  // the inbox's, reused
+  bool may_run_ahead_ = false;        // the newest launched step draws without the host
   EventSink sink_;
   Stepping stepping_;
   Inbox inbox_;
@@ -157,22 +160,22 @@ class EngineImpl final : public Engine {
 bool EngineImpl::step() {
   try {
     admit();
-    const StepPlan& plan = scheduler_.plan();
-    if (plan.empty()) return false;
-    runner_->forward(plan);
     std::vector<Event> events;
-    await_masks(plan);
-    offer_logits(plan, events);
-    outputs_.collect(plan, *runner_);
-    StepResults results = runner_->sample(plan);
-    // What waits for JavaScript or hands things out says nothing about the price of a row.
-    const bool is_plain = std::none_of(plan.rows.begin(), plan.rows.end(), [](const auto& row) {
-      return row.sequence->request().step_by_step();
-    });
-    if (!is_plain) results.ms = 0;
-    for (Event& event : scheduler_.commit(plan, results)) events.push_back(std::move(event));
-    for (RequestId id : answered_) events.push_back(draw_edited(*scheduler_.find(id)));
-    finish_step(std::move(events));
+    if (runner_->num_launched() == 0) {
+      const StepPlan& plan = scheduler_.plan();
+      if (plan.empty()) return false;
+      runner_->forward(plan);
+      await_masks(plan);
+      offer_logits(plan, events);
+      outputs_.collect(plan, *runner_);
+      may_run_ahead_ = runner_->draw(plan);
+    }
+    // The device has work while the host plans the next step and hands out the tokens of this one.
+    if (may_run_ahead_) {
+      const StepPlan* ahead = scheduler_.plan_ahead();
+      may_run_ahead_ = ahead != nullptr && runner_->launch(*ahead);
+    }
+    commit_oldest(std::move(events));
     return true;
   } catch (...) {
     return recover(std::current_exception());
@@ -265,6 +268,31 @@ Event EngineImpl::draw_edited(Sequence& sequence) {
   return scheduler_.commit_parked(sequence, result, failure);
 }
 
+// `events` come before those of the step.
+void EngineImpl::commit_oldest(std::vector<Event> events) {
+  StepResults results = runner_->collect();
+  const StepPlan& plan = scheduler_.current();
+  // What waits for JavaScript or hands things out says nothing about the price of a row.
+  const bool is_plain = std::none_of(plan.rows.begin(), plan.rows.end(), [](const auto& row) {
+    return row.sequence != nullptr && row.sequence->request().step_by_step();
+  });
+  if (!is_plain) results.ms = 0;
+  for (Event& event : scheduler_.commit(plan, results)) events.push_back(std::move(event));
+  for (RequestId id : answered_) events.push_back(draw_edited(*scheduler_.find(id)));
+  answered_.clear();
+  finish_step(std::move(events));
+}
+
+// Ends running ahead: what comes next needs the runner for itself.
+void EngineImpl::drain() {
+  try {
+    may_run_ahead_ = false;
+    while (runner_->num_launched() > 0) commit_oldest({});
+  } catch (...) {
+    recover(std::current_exception());
+  }
+}
+
 void EngineImpl::finish_step(std::vector<Event> events) {
   ++num_steps_;
   failed_steps_ = 0;
@@ -302,6 +330,7 @@ void EngineImpl::admit() {
     } else if (auto* guide = std::get_if<GuideMessage>(&message)) {
       take_guide(std::move(*guide), events);
     } else {
+      drain();
       std::get<CallMessage>(message).call(CallOutcome::run);
     }
   }
@@ -329,6 +358,8 @@ void EngineImpl::admit_one(SubmitMessage message, std::vector<Event>& events) {
 
 bool EngineImpl::recover(const std::exception_ptr& exception) {
   const Error error = to_error(exception);
+  runner_->discard();
+  may_run_ahead_ = false;
   ++failed_steps_;
   const bool lost = error.code() == ErrorCode::device_error || failed_steps_ > 1;
   if (!lost) {
@@ -344,6 +375,7 @@ bool EngineImpl::recover(const std::exception_ptr& exception) {
 std::vector<float> EngineImpl::prompt_logits(const Request& request) {
   if (stepping_ == Stepping::manual) {
     if (inbox_.closed()) throw closed_error();
+    drain();
     return compute_prompt_logits(request);
   }
   TM_CHECK(std::this_thread::get_id() != thread_id_, "prompt_logits called by the sink");
@@ -406,6 +438,7 @@ void EngineImpl::loop() {
 
 // Ends everything that runs, waits or lies in the inbox. Nothing can come in any more.
 void EngineImpl::shut_down() {
+  runner_->discard();
   std::vector<Event> events = scheduler_.abort_all();
   inbox_.drain(messages_);
   for (Message& message : messages_) {

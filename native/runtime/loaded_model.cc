@@ -43,6 +43,12 @@ class LoadedModel final : public Model {
     // Without a row nobody waited, and the step's host arrays are about to change.
     if (rows.empty()) backend_->synchronize();
   }
+  bool launch_sample(std::span<const SampleRow> rows) override {
+    return decoder_->launch_sample(rows);
+  }
+  void collect_sample(std::span<SampleResult> results) override {
+    decoder_->collect_sample(results);
+  }
   void logits(int first_row, std::span<float> out) override { decoder_->logits(first_row, out); }
   void hidden_states(int first_row, std::span<float> out) override {
     decoder_->hidden_states(first_row, out);

@@ -1,50 +1,90 @@
 #include "runtime/model_runner.h"
 
+#include <algorithm>
+
 #include "base/error.h"
 
 namespace turbomind {
 
 ModelRunner::ModelRunner(Model& model, const MemoryPlan& memory) : model_(model) {
-  batch_.reserve(memory.max_tokens, memory.max_sequences, memory.max_rows,
-                 memory.blocks_per_session);
-  results_.reserve(static_cast<size_t>(memory.max_rows));
+  for (Slot& slot : slots_) {
+    slot.batch.reserve(memory.max_tokens, memory.max_sequences, memory.max_rows,
+                       memory.blocks_per_session);
+    slot.results.reserve(static_cast<size_t>(memory.max_rows));
+  }
 }
 
-StepResults ModelRunner::sample(const StepPlan& plan) {
-  batch_.take_masks(plan);
-  results_.resize(static_cast<size_t>(plan.num_samples));
-  for (SampleResult& result : results_) {
+void ModelRunner::forward(const StepPlan& plan) {
+  TM_CHECK(num_launched_ < 2, "a third step started");
+  Slot& slot = slots_[next_slot_];
+  slot.launched = Clock::now();
+  slot.drawn_on_device = false;
+  for (const ScheduledTiles& tiles : plan.tiles) encode(tiles);
+  slot.batch.build(plan);
+  overrides_.clear();
+  for (const ImageRows& rows : slot.batch.image_rows()) {
+    const auto& embeddings = static_cast<const TileEmbeddings&>(*rows.tiles->embeddings);
+    overrides_.push_back({rows.row, embeddings.view().rows(rows.first, rows.count)});
+  }
+  model_.forward(slot.batch.view(), overrides_);
+  next_slot_ = 1 - next_slot_;
+  ++num_launched_;
+}
+
+bool ModelRunner::draw(const StepPlan& plan) {
+  TM_CHECK(num_launched_ > 0, "no step is started");
+  Slot& slot = newest();
+  slot.batch.take_masks(plan);
+  slot.results.resize(static_cast<size_t>(plan.num_samples));
+  for (SampleResult& result : slot.results) {
     result.token = -1;
     result.logprob = 0.0F;
     result.top_logprobs.clear();
   }
+  slot.drawn_on_device = plan.num_samples > 0 && model_.launch_sample(slot.batch.sample_rows());
+  return slot.drawn_on_device;
+}
+
+StepResults ModelRunner::collect() {
+  TM_CHECK(num_launched_ > 0, "no step is launched");
+  Slot& slot = oldest();
   std::optional<Error> failure;
   try {
-    model_.sample(batch_.sample_rows(), results_);
+    if (slot.drawn_on_device) {
+      model_.collect_sample(slot.results);
+    } else {
+      model_.sample(slot.batch.sample_rows(), slot.results);
+    }
   } catch (const Error& error) {
     // Not-a-number logits or a ban of all tokens are one sequence's misfortune. A device that is
     // really lost fails the next forward too.
-    if (results_.empty()) throw;
+    if (slot.results.empty()) throw;
     failure = error;
   }
-  return {results_, failure, ms_between(begin_, Clock::now())};
+  --num_launched_;
+  const Clock::time_point begin = std::max(slot.launched, last_collected_);
+  last_collected_ = Clock::now();
+  return {slot.results, failure, ms_between(begin, last_collected_)};
+}
+
+void ModelRunner::discard() {
+  while (num_launched_ > 0) {
+    Slot& slot = oldest();
+    --num_launched_;
+    if (!slot.drawn_on_device) continue;
+    try {
+      model_.collect_sample(slot.results);
+    } catch (const Error&) {
+      // Whoever discards has been told of a worse one.
+    }
+  }
 }
 
 void ModelRunner::run_logits(const StepPlan& plan, std::span<float> out) {
+  TM_CHECK(num_launched_ == 0, "%d steps are launched", num_launched_);
   forward(plan);
   model_.logits(plan.num_tokens - 1, out);
-}
-
-void ModelRunner::forward(const StepPlan& plan) {
-  begin_ = Clock::now();
-  for (const ScheduledTiles& tiles : plan.tiles) encode(tiles);
-  batch_.build(plan);
-  overrides_.clear();
-  for (const ImageRows& rows : batch_.image_rows()) {
-    const auto& embeddings = static_cast<const TileEmbeddings&>(*rows.tiles->embeddings);
-    overrides_.push_back({rows.row, embeddings.view().rows(rows.first, rows.count)});
-  }
-  model_.forward(batch_.view(), overrides_);
+  num_launched_ = 0;
 }
 
 void ModelRunner::encode(const ScheduledTiles& scheduled) {

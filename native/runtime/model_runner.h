@@ -36,6 +36,12 @@ class Model {
   // Tokens of the step's sample_rows, [R], R may be 0. Waits for the step. If some rows cannot be
   // sampled, throws Error with their tokens left at -1 and the other rows drawn.
   virtual void sample(std::span<const SampleRow> rows, std::span<SampleResult> results) = 0;
+  // sample() in two halves, as Backend::launch_sample and collect_sample say. A model that waits for
+  // every step leaves them as they are.
+  virtual bool launch_sample(std::span<const SampleRow> rows) { return false; }
+  virtual void collect_sample(std::span<SampleResult> results) {
+    TM_CHECK(false, "collect_sample of %zu rows without a launch", results.size());
+  }
   // Of rows [first, first + n) of the step's T. Each waits.
   virtual void logits(int first_row, std::span<float> out) = 0;  // [n, V]
   // [n, H] after the last norm.
@@ -46,28 +52,50 @@ class ModelRunner {
  public:
   ModelRunner(Model& model, const MemoryPlan& memory);
 
-  // Starts the plan's step. Throws if it fails as a whole.
+  // Starts the plan's step. Throws if it fails as a whole. Two may run: the second is one that the
+  // scheduler planned ahead, behind a first whose tokens are drawn without the host.
   void forward(const StepPlan& plan);
-  // What its sampling rows drew; valid until the next forward. Masks and parked sequences are looked
-  // at now. A failure of single rows is part of the results.
-  StepResults sample(const StepPlan& plan);
-  StepResults run(const StepPlan& plan) {
+  // Has the tokens of the step just started drawn. Masks and parked sequences are looked at now.
+  // True: the device draws by itself, so that the next step may be started before collect().
+  bool draw(const StepPlan& plan);
+  bool launch(const StepPlan& plan) {
     forward(plan);
-    return sample(plan);
+    return draw(plan);
   }
-  // First row of T of the i-th row of the plan.
-  int first_row(size_t plan_row) const { return batch_.query_start()[plan_row]; }
+  // What the sampling rows of the oldest started step drew; valid until the forward after next.
+  // A failure of single rows is part of the results.
+  StepResults collect();
+  StepResults run(const StepPlan& plan) {
+    launch(plan);
+    return collect();
+  }
+  int num_launched() const { return num_launched_; }
+  // Waits for what is launched and forgets it, after a failure or before the end.
+  void discard();
+  // First row of T of the i-th row of the plan that was started last.
+  int first_row(size_t plan_row) const { return newest().batch.query_start()[plan_row]; }
   // Like run, but answers the logits of the plan's last row: [V].
   void run_logits(const StepPlan& plan, std::span<float> out);
 
  private:
+  // One launched step.
+  struct Slot {
+    Batch batch;
+    std::vector<SampleResult> results;  // [R]
+    bool drawn_on_device = false;
+    Clock::time_point launched;
+  };
   void encode(const ScheduledTiles& scheduled);
+  Slot& oldest() { return slots_[(next_slot_ + 2 - num_launched_) % 2]; }
+  Slot& newest() { return slots_[1 - next_slot_]; }
+  const Slot& newest() const { return slots_[1 - next_slot_]; }
 
   Model& model_;
-  Batch batch_;
+  Slot slots_[2];
+  int next_slot_ = 0;
+  int num_launched_ = 0;
+  Clock::time_point last_collected_;
   std::vector<EmbeddingOverride> overrides_;
-  std::vector<SampleResult> results_;  // [R]
-  Clock::time_point begin_;            // of the last forward
 };
 
 }  // namespace turbomind

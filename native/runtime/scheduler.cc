@@ -6,6 +6,12 @@
 #include "base/error.h"
 
 namespace turbomind {
+namespace {
+
+// While somebody waits, a full plan is made at least this often.
+constexpr int kMostStepsAhead = 16;
+
+}  // namespace
 
 Scheduler::Scheduler(const SchedulerLimits& limits, BlockManager& blocks)
     : limits_(limits), blocks_(blocks), drafts_(limits.speculation) {
@@ -43,13 +49,16 @@ Admission Scheduler::fits(int num_prompt_tokens) const {
 Admission Scheduler::add(Request request, Clock::time_point submitted) {
   Admission admission = fits(static_cast<int>(request.prompt_tokens.size()));
   if (admission.admit == Admit::never) return admission;
+  may_join_ = true;
   waiting_.push_back(
       std::make_unique<Sequence>(std::move(request), submitted, max_sequence_tokens(), blocks_));
   return admission;
 }
 
 const StepPlan& Scheduler::plan() {
-  plan_.clear();
+  forget_plans();
+  may_join_ = false;
+  steps_ahead_ = 0;
   StepBudget budget{limits_.max_prefill_token_num, limits_.max_tiles};
   const bool enough_blocks = plan_decode();
   plan_prefill(budget);
@@ -62,6 +71,42 @@ const StepPlan& Scheduler::plan() {
   const Clock::time_point now = Clock::now();
   for (const ScheduledRow& row : plan_.rows) row.sequence->mark_scheduled(now);
   return plan_;
+}
+
+const StepPlan* Scheduler::plan_ahead() {
+  TM_CHECK(ahead_.empty(), "a second step ahead");
+  const auto num_rows = static_cast<int>(plan_.rows.size());
+  const bool only_decodes = plan_.num_prefill_tokens == 0 && plan_.num_tokens == num_rows &&
+                            plan_.num_samples == num_rows && num_rows == num_running();
+  if (num_rows == 0 || !only_decodes) return nullptr;
+  if (!waiting_.empty() && (may_join_ || steps_ahead_ >= kMostStepsAhead)) return nullptr;
+  for (const ScheduledRow& row : plan_.rows) {
+    if (row.sequence == nullptr || row.sequence->request().step_by_step()) return nullptr;
+  }
+  if (drafts_.has_guess(plan_)) return nullptr;
+  for (int i = 0; i < num_rows; ++i) {
+    Sequence& sequence = *plan_.rows[static_cast<size_t>(i)].sequence;
+    if (sequence.num_completion_tokens() + 1 >= sequence.max_new_tokens()) continue;  // its last
+    if (!sequence.blocks().grow_to(sequence.num_tokens() + 1)) {
+      ahead_.clear();
+      return nullptr;
+    }
+    ahead_.add_ahead(sequence, i);
+  }
+  if (ahead_.empty()) return nullptr;
+  ++steps_ahead_;
+  return &ahead_;
+}
+
+void Scheduler::forget(const Sequence& sequence) {
+  plan_.forget(sequence);
+  ahead_.forget(sequence);
+  may_join_ = true;
+}
+
+void Scheduler::forget_plans() {
+  plan_.clear();
+  ahead_.clear();
 }
 
 bool Scheduler::plan_decode() {
@@ -124,17 +169,17 @@ std::vector<Event> Scheduler::commit(const StepPlan& plan, const StepResults& re
   drafts_.ran(plan, results.ms);
   size_t next = 0;  // of results.rows
   for (const ScheduledRow& row : plan.rows) {
+    const auto drawn = results.rows.subspan(next, static_cast<size_t>(row.num_samples));
+    next += drawn.size();
+    if (row.sequence == nullptr) continue;
     Sequence& sequence = *row.sequence;
-    const auto samples = static_cast<size_t>(row.num_samples);
-    const auto drawn = results.rows.subspan(next, samples);
-    next += samples;
     if (sequence.parked()) {  // its last row will run once more
       if (row.num_tokens > 1) sequence.advance(row.num_tokens - 1);
       continue;
     }
     sequence.advance(row.num_tokens - row.num_drafts());
-    if (samples > 0) {
-      events.push_back(commit_row(row, drawn, results.failure, now));
+    if (!drawn.empty()) {
+      events.push_back(commit_row(sequence, drawn, results.failure, now));
       num_completion_tokens_ += events.back().tokens.size();
     } else if (sequence.max_new_tokens() == 0 && sequence.num_pending() == 0) {
       events.push_back(final_event(sequence, sequence.end_prompt()));
@@ -142,22 +187,27 @@ std::vector<Event> Scheduler::commit(const StepPlan& plan, const StepResults& re
   }
   num_prompt_tokens_ += static_cast<uint64_t>(plan.num_prefill_tokens);
   plan_.clear();
+  std::swap(plan_, ahead_);
   drop_finished();
   return events;
 }
 
 void Scheduler::drop_finished() {
-  std::erase_if(running_, [](const Owner& s) { return s->finish_reason() != FinishReason::none; });
+  std::erase_if(running_, [this](const Owner& s) {
+    if (s->finish_reason() == FinishReason::none) return false;
+    forget(*s);
+    return true;
+  });
 }
 
 Event Scheduler::commit_parked(Sequence& sequence, const SampleResult& result,
                                const std::optional<Error>& failure) {
   TM_CHECK(sequence.parked() && sequence.num_pending() == 1, "%d tokens pending of request %llu",
            sequence.num_pending(), static_cast<unsigned long long>(sequence.id()));
-  plan_.clear();  // it may point to the sequence
+  forget(sequence);  // it will be planned anew
   sequence.unpark();
   sequence.advance(1);
-  Event event = commit_row({&sequence, 1, 1}, {&result, 1}, failure, Clock::now());
+  Event event = commit_row(sequence, {&result, 1}, failure, Clock::now());
   num_completion_tokens_ += event.tokens.size();
   drop_finished();
   return event;
@@ -175,9 +225,8 @@ Sequence* Scheduler::find(RequestId id) {
 
 // Takes the token of each position while the draft behind it was that token: exactly what decoding
 // one by one draws. What was computed for a wrong draft is computed again in its place.
-Event Scheduler::commit_row(const ScheduledRow& row, std::span<const SampleResult> results,
+Event Scheduler::commit_row(Sequence& sequence, std::span<const SampleResult> results,
                             const std::optional<Error>& failure, Clock::time_point now) {
-  Sequence& sequence = *row.sequence;
   std::array<TokenId, kMaxDrafts> drafts{};
   std::copy(sequence.drafts().begin(), sequence.drafts().end(), drafts.begin());
   std::vector<TokenEvent> tokens;
@@ -199,7 +248,7 @@ Event Scheduler::commit_row(const ScheduledRow& row, std::span<const SampleResul
     sequence.advance(1);
     ++accepted;
   }
-  drafts_.committed(sequence, row.num_drafts(), accepted);
+  drafts_.committed(sequence, static_cast<int>(results.size()) - 1, accepted);
   Event event = final_event(sequence, reason);
   event.tokens = std::move(tokens);
   if (reason == FinishReason::stop) event.matched_stop = event.tokens.back().token;
@@ -229,7 +278,7 @@ std::optional<Event> Scheduler::abort(RequestId id) {
   const auto end = [this, &matches](auto& owners) -> std::optional<Event> {
     const auto found = std::find_if(owners.begin(), owners.end(), matches);
     if (found == owners.end()) return std::nullopt;
-    plan_.clear();  // it may point to the sequence
+    forget(**found);
     const Event event = final_event(**found, FinishReason::abort);
     owners.erase(found);
     return event;
@@ -242,7 +291,7 @@ std::vector<Event> Scheduler::abort_all() {
   std::vector<Event> events;
   for (const Owner& s : running_) events.push_back(final_event(*s, FinishReason::abort));
   for (const Owner& s : waiting_) events.push_back(final_event(*s, FinishReason::abort));
-  plan_.clear();
+  forget_plans();
   running_.clear();
   waiting_.clear();
   return events;
@@ -252,10 +301,11 @@ std::vector<Event> Scheduler::fail_planned(const Error& error) {
   std::vector<Event> events;
   std::vector<const Sequence*> failed;
   for (const ScheduledRow& row : plan_.rows) {
+    if (row.sequence == nullptr) continue;
     events.push_back(error_event(*row.sequence, error));
     failed.push_back(row.sequence);
   }
-  plan_.clear();
+  forget_plans();
   const auto has_failed = [&failed](const Owner& s) {
     return std::find(failed.begin(), failed.end(), s.get()) != failed.end();
   };
@@ -268,7 +318,7 @@ std::vector<Event> Scheduler::fail_all(const Error& error) {
   std::vector<Event> events;
   for (const Owner& s : running_) events.push_back(error_event(*s, error));
   for (const Owner& s : waiting_) events.push_back(error_event(*s, error));
-  plan_.clear();
+  forget_plans();
   running_.clear();
   waiting_.clear();
   return events;

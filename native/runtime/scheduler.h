@@ -58,7 +58,15 @@ class Scheduler {
   Admission fits(int num_prompt_tokens) const;
 
   const StepPlan& plan();
-  // Appends the drawn tokens and ends what is finished: its blocks are free again. Ends the plan.
+  // The plan to commit next.
+  const StepPlan& current() const { return plan_; }
+  // The step after the current one, before that is committed: one more token of each row, fed by
+  // what the current step draws. A row that turns out to have ended is dropped when it is
+  // committed. Null where only a plan can tell: rows that prefill or have drafts worth running,
+  // rows that need the host between two tokens, too few free blocks, or others that may join.
+  const StepPlan* plan_ahead();
+  // Appends the drawn tokens and ends what is finished: its blocks are free again. Ends the plan;
+  // the one made ahead, if any, is then the current one.
   std::vector<Event> commit(const StepPlan& plan, const StepResults& results);
 
   // A running or waiting one, or null.
@@ -93,9 +101,11 @@ class Scheduler {
   void admit_waiting(StepBudget& budget);
   void preempt_youngest();
   int growing_sequences() const;
+  void forget(const Sequence& sequence);  // it ends; a step on the device may still hold its row
+  void forget_plans();
   int max_sequence_tokens() const;
   void drop_finished();
-  Event commit_row(const ScheduledRow& row, std::span<const SampleResult> results,
+  Event commit_row(Sequence& sequence, std::span<const SampleResult> results,
                    const std::optional<Error>& failure, Clock::time_point now);
   static Event final_event(const Sequence& sequence, FinishReason reason);
   static Event error_event(const Sequence& sequence, const Error& error);
@@ -105,6 +115,9 @@ class Scheduler {
   std::deque<Owner> waiting_;   // in order of arrival, all younger than the running ones
   std::vector<Owner> running_;  // in order of arrival; these hold blocks
   StepPlan plan_;
+  StepPlan ahead_;
+  bool may_join_ = false;  // something came or went since the last plan()
+  int steps_ahead_ = 0;    // since then
   DraftPlanner drafts_;
   uint64_t num_preemptions_ = 0;
   uint64_t num_prompt_tokens_ = 0;

@@ -11,9 +11,25 @@ void StepPlan::clear() {
 }
 
 void StepPlan::add_decode(Sequence& sequence) {
-  rows.push_back({&sequence, 1, 1});
+  rows.push_back({.sequence = &sequence, .num_tokens = 1, .num_samples = 1});
   ++num_tokens;
   ++num_samples;
+}
+
+void StepPlan::add_ahead(Sequence& sequence, int fed_from) {
+  // Its place in the text, so that what points there stays valid when the token is appended.
+  constexpr TokenId kUnknown[] = {-1};
+  sequence.set_drafts(kUnknown);
+  rows.push_back(
+      {.sequence = &sequence, .num_tokens = 1, .num_samples = 1, .ahead = 1, .fed_from = fed_from});
+  ++num_tokens;
+  ++num_samples;
+}
+
+void StepPlan::forget(const Sequence& sequence) {
+  for (ScheduledRow& row : rows) {
+    if (row.sequence == &sequence) row.sequence = nullptr;
+  }
 }
 
 void StepPlan::add_drafts(size_t row, std::span<const TokenId> drafts) {
@@ -46,7 +62,7 @@ int StepPlan::add_prefill(Sequence& sequence, StepBudget& budget) {
   const int count = end - begin;
   if (count == 0) return 0;
   const int samples = count == sequence.num_pending() && sequence.max_new_tokens() > 0 ? 1 : 0;
-  rows.push_back({&sequence, count, samples});
+  rows.push_back({.sequence = &sequence, .num_tokens = count, .num_samples = samples});
   num_tokens += count;
   num_prefill_tokens += count;
   num_samples += samples;

@@ -16,10 +16,14 @@ struct StepBudget {
 };
 
 struct ScheduledRow {
-  Sequence* sequence = nullptr;
-  int num_tokens = 0;   // from num_computed() on
-  int num_samples = 0;  // the last so many of them are sampled; 0: a chunk inside the prompt, or
-                        // the end of one without a completion
+  Sequence* sequence = nullptr;  // null: ended since; its results are dropped
+  int num_tokens = 0;            // from num_computed() + ahead on
+  int num_samples = 0;           // the last so many of them are sampled; 0: a chunk inside the
+                                 // prompt, or the end of one without a completion
+  // 1: runs ahead of a step that is not committed yet; its token is the one drawn by row
+  // `fed_from` (of R) of that step.
+  int ahead = 0;
+  int fed_from = -1;
 
   // All sampled tokens but the first are drafts, behind the sequence's known tokens.
   int num_drafts() const { return num_samples > 1 ? num_samples - 1 : 0; }
@@ -44,6 +48,10 @@ struct StepPlan {
   bool empty() const { return rows.empty(); }
   void clear();
   void add_decode(Sequence& sequence);
+  // A decode row of the token that row `fed_from` of the step before will draw.
+  void add_ahead(Sequence& sequence, int fed_from);
+  // Leaves the sequence's row, which may be on the device, without an owner.
+  void forget(const Sequence& sequence);
   // Appends drafts to the decode row rows[row]; their blocks must have been granted.
   void add_drafts(size_t row, std::span<const TokenId> drafts);
   // The next prefill chunk of `sequence` and the tiles it needs; answers its tokens, 0 if the budget

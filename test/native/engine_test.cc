@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <random>
 #include <thread>
 
 #include "fake_model.h"
@@ -78,12 +79,14 @@ struct Options {
   int max_batch_size = 4;
   int max_prefill_token_num = 8;
   int max_drafts = 0;
+  bool asynchronous = false;  // the model runs ahead
 };
 
 struct Setup {
   explicit Setup(Stepping stepping, const Options& chosen = {}) : options(chosen) {
     auto fake = std::make_unique<FakeModel>(options.spec);
     model = fake.get();
+    model->asynchronous = options.asynchronous;
     EngineParts parts;
     parts.model = std::move(fake);
     parts.memory = plan_steps({.session_len = options.session_len,
@@ -188,6 +191,148 @@ TEST("events carry several tokens where drafts were right, and stats count them"
   EXPECT(stats.accepted_tokens > 0 && stats.drafted_tokens >= stats.accepted_tokens);
   EXPECT_EQ(stats.completion_tokens, 100U);
   EXPECT_EQ(stats.steps + stats.accepted_tokens, 100U);
+}
+
+TEST("a device that draws by itself is kept busy: the next step is launched before one is read") {
+  Setup s(Stepping::manual, {.asynchronous = true});
+  const Request requests[] = {text_request(1, 5, 40), text_request(2, 6, 60)};
+  for (const Request& request : requests) s.engine->submit(request);
+  s.run_all();
+  for (const Request& request : requests) s.expect_same_as_alone(request);
+  // All but the prefill, what waits for it, and the steps at which a request ends.
+  EXPECT(s.model->launches_ahead >= 54);
+  EXPECT_EQ(s.engine->stats().free_blocks, 64);
+  EXPECT_EQ(s.engine->stats().completion_tokens, 100U);
+}
+
+TEST("an arrival, an abort, a stop and a row that needs the host end running ahead") {
+  Setup s(Stepping::manual, {.asynchronous = true});
+  const Request first = text_request(1, 5, 60);
+  s.engine->submit(first);
+  for (int i = 0; i < 10; ++i) EXPECT(s.engine->step());
+  const int before = s.model->launches_ahead;
+  EXPECT(before >= 8);
+  Request penalised = text_request(2, 6, 12);  // not even beside one that could
+  penalised.sampling.repetition_penalty = 1.5F;
+  s.engine->submit(penalised);
+  Request stopped = text_request(3, 6, 50);
+  stopped.stop_token_ids = {expected_completion(stopped, s.options.spec, 128).tokens[20]};
+  for (int i = 0; i < 10; ++i) EXPECT(s.engine->step());
+  EXPECT(s.model->launches_ahead <= before + 1);
+  s.engine->submit(stopped);
+  s.engine->submit(text_request(4, 6, 50));
+  for (int i = 0; i < 15; ++i) EXPECT(s.engine->step());
+  s.engine->abort(4);
+  s.run_all();
+  EXPECT(s.events.at(4).reason == FinishReason::abort);
+  for (const Request& request : {first, penalised, stopped}) s.expect_same_as_alone(request);
+  EXPECT(s.model->launches_ahead > before + 10);
+  EXPECT_EQ(s.engine->stats().free_blocks, 64);
+}
+
+TEST("running ahead gives every request what it gets alone: random schedules") {
+  int launches_ahead = 0, aborted = 0, drafted = 0, logits = 0;
+  uint64_t preemptions = 0;
+  for (uint32_t seed = 1; seed <= 60; ++seed) {
+    std::mt19937 random(seed);
+    const auto below = [&random](int n) {
+      return static_cast<int>(random() % static_cast<uint32_t>(n));
+    };
+    Options options;
+    options.spec.num_blocks = 10 + below(30);
+    options.spec.loops = below(2) == 0;
+    options.session_len = 40 + below(60);
+    options.max_batch_size = 1 + below(5);
+    options.max_prefill_token_num = 4 + below(12);
+    options.max_drafts = below(3) == 0 ? 1 + below(7) : 0;
+    options.asynchronous = true;
+    Setup s(Stepping::manual, options);
+    std::vector<Request> requests;
+    for (RequestId id = 1; id <= 20; ++id) {
+      Request request = text_request(id, 1 + below(12), 1 + below(40));
+      if (below(4) == 0) request.stop_token_ids = {below(49), below(49), below(49)};
+      request.min_new_tokens = below(2) * below(std::min(request.max_new_tokens, 10));
+      if (below(8) == 0) request.sampling.repetition_penalty = 1.5F;
+      if (below(6) == 0) add_image(request, 1 + below(2), static_cast<uint8_t>(id), options.spec);
+      s.engine->submit(request);
+      requests.push_back(request);
+      for (int i = below(25); i > 0; --i) (void)s.engine->step();
+      if (below(5) == 0) s.engine->abort(1 + static_cast<RequestId>(below(static_cast<int>(id))));
+      if (below(10) == 0 && s.engine->stats().free_blocks > 2) {
+        EXPECT_EQ(s.engine->prompt_logits(text_request(100, 4, 1)).size(), size_t{50});
+        ++logits;
+      }
+    }
+    s.run_all();
+    for (const Request& request : requests) {
+      const Answer answer = s.events.at(request.id);
+      if (answer.reason == FinishReason::abort) {
+        const Completion alone = expected_completion(request, options.spec, s.max_tokens());
+        EXPECT(answer.tokens.size() <= alone.tokens.size());
+        EXPECT(std::equal(answer.tokens.begin(), answer.tokens.end(), alone.tokens.begin()));
+        ++aborted;
+      } else {
+        s.expect_same_as_alone(request);
+      }
+    }
+    EXPECT(s.events.ordered());
+    const EngineStats stats = s.engine->stats();
+    EXPECT_EQ(stats.free_blocks, stats.total_blocks);
+    launches_ahead += s.model->launches_ahead;
+    preemptions += stats.preemptions;
+    drafted += static_cast<int>(stats.drafted_tokens);
+  }
+  std::printf("    %d steps ahead, %d aborted, %d preemptions, %d drafts, %d logits\n",
+              launches_ahead, aborted, static_cast<int>(preemptions), drafted, logits);
+  EXPECT(launches_ahead >= 1000 && aborted >= 20 && preemptions >= 20 && drafted >= 100);
+}
+
+TEST("a step that fails while another runs ends their requests, and the engine goes on") {
+  Setup s(Stepping::manual, {.asynchronous = true});
+  s.engine->submit(text_request(1, 5, 40));
+  for (int i = 0; i < 6; ++i) EXPECT(s.engine->step());
+  EXPECT(s.model->launches_ahead >= 3);
+  int fail = 1;
+  s.model->on_forward = [&fail] {
+    if (fail-- > 0) throw std::runtime_error("scripted failure");
+  };
+  s.run_all();
+  EXPECT(s.events.at(1).reason == FinishReason::error);
+  const Request second = text_request(2, 5, 30);
+  s.engine->submit(second);
+  s.run_all();
+  s.expect_same_as_alone(second);
+  EXPECT_EQ(s.engine->stats().free_blocks, 64);
+}
+
+TEST("a row that cannot be sampled while its next step runs ends alone") {
+  Setup s(Stepping::manual, {.asynchronous = true});
+  Request bad = text_request(2, 5, 30);
+  bad.sampling.seed = 77;
+  const Request good = text_request(1, 5, 30);
+  s.engine->submit(good);
+  s.engine->submit(bad);
+  for (int i = 0; i < 8; ++i) EXPECT(s.engine->step());
+  s.model->unsampled = 77;
+  s.run_all();
+  EXPECT(s.events.at(2).reason == FinishReason::error);
+  s.expect_same_as_alone(good);
+  EXPECT_EQ(s.engine->stats().free_blocks, 64);
+}
+
+TEST("close ends a step that runs ahead") {
+  for (Stepping stepping : {Stepping::manual, Stepping::own_thread}) {
+    Setup s(stepping, {.asynchronous = true});
+    s.engine->submit(text_request(1, 5, 100));
+    if (stepping == Stepping::manual) {
+      for (int i = 0; i < 6; ++i) EXPECT(s.engine->step());
+    } else {
+      s.events.wait_for_tokens(1, 5);
+    }
+    s.engine->close();
+    EXPECT(s.events.ended(1));
+    EXPECT_EQ(s.engine->stats().free_blocks, 64);
+  }
 }
 
 TEST("a bad prompt is answered with an error that names it") {

@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -77,6 +78,8 @@ class FakeModel final : public Model {
 
   std::function<void()> on_forward;  // may throw or wait
   uint64_t unsampled = 0;            // rows with this seed cannot be sampled; 0: all can
+  bool asynchronous = false;         // draws without the host where no penalty forbids it
+  int launches_ahead = 0;            // launched while another was not collected
   int max_step_tokens = 0;
   int64_t tiles_encoded = 0;
   int64_t forwards = 0;
@@ -108,6 +111,13 @@ class FakeModel final : public Model {
              "batch arrays disagree");
     max_step_tokens = std::max(max_step_tokens, batch.num_tokens());
     std::vector<int32_t> values(batch.token_ids.begin(), batch.token_ids.end());
+    for (size_t i = 0; i < batch.fed_from.size(); ++i) {
+      if (batch.fed_from[i] < 0) continue;
+      TM_CHECK(values[i] == -1, "token %d of a row that is fed", values[i]);
+      values[i] = last_drawn_.at(static_cast<size_t>(batch.fed_from[i]));
+    }
+    TM_CHECK(launched_.size() < 2, "a third step");
+    launches_ahead += launched_.empty() ? 0 : 1;
     for (const EmbeddingOverride& part : overrides) {
       for (int64_t i = 0; i < part.embeddings.dim(0); ++i) {
         int32_t& value = values.at(static_cast<size_t>(part.row + i));
@@ -125,7 +135,8 @@ class FakeModel final : public Model {
       const int row = batch_.sample_rows[r];
       TM_CHECK(static_cast<int>(rows[r].tokens.size()) ==
                        batch_.positions[static_cast<size_t>(row)] + 1 &&
-                   rows[r].tokens.back() == batch_.token_ids[static_cast<size_t>(row)],
+                   (batch_.token_ids[static_cast<size_t>(row)] == -1 ||
+                    rows[r].tokens.back() == batch_.token_ids[static_cast<size_t>(row)]),
                "row %zu: %zu tokens, position %d", r, rows[r].tokens.size(),
                batch_.positions[static_cast<size_t>(row)]);
       if (unsampled == rows[r].params->seed && unsampled != 0) continue;
@@ -138,6 +149,31 @@ class FakeModel final : public Model {
       results[r].token = fake_draw(hash_of(row), banned, spec_);
     }
     if (unsampled != 0) throw Error(ErrorCode::device_error, "scripted row failure");
+  }
+
+  bool launch_sample(std::span<const SampleRow> rows) override {
+    const auto needs_host = [](const SampleRow& row) {
+      return row.params->repetition_penalty != 1.0F;
+    };
+    if (!asynchronous || std::any_of(rows.begin(), rows.end(), needs_host)) return false;
+    Launched& launch = launched_.emplace_back();
+    launch.results.resize(rows.size());
+    try {
+      sample(rows, launch.results);
+    } catch (const Error& error) {
+      launch.failure = error;
+    }
+    last_drawn_.clear();
+    for (const SampleResult& result : launch.results) last_drawn_.push_back(result.token);
+    return true;
+  }
+  void collect_sample(std::span<SampleResult> results) override {
+    const Launched launch = std::move(launched_.at(0));
+    launched_.erase(launched_.begin());
+    TM_CHECK(results.size() == launch.results.size(), "%zu results of %zu", results.size(),
+             launch.results.size());
+    std::copy(launch.results.begin(), launch.results.end(), results.begin());
+    if (launch.failure) throw *launch.failure;
   }
 
   // 1 for the token that would be drawn, 0 for the others.
@@ -195,8 +231,14 @@ class FakeModel final : public Model {
     return fake_hash(values, spec_);
   }
 
+  struct Launched {
+    std::vector<SampleResult> results;
+    std::optional<Error> failure;
+  };
   FakeSpec spec_;
   StepBatch batch_;
+  std::vector<Launched> launched_;
+  std::vector<TokenId> last_drawn_;  // of the last launch, [R]
   std::vector<int32_t> cache_;
 };
 

@@ -38,6 +38,7 @@ void Batch::build(const StepPlan& plan) {
   for (const ScheduledRow& row : plan.rows) add_row(row);
   num_decode_ = 0;
   while (num_decode_ < static_cast<int>(plan.rows.size()) &&
+         plan.rows[static_cast<size_t>(num_decode_)].num_drafts() == 0 &&
          plan.rows[static_cast<size_t>(num_decode_)].sequence->decoding()) {
     ++num_decode_;
   }

@@ -19,6 +19,8 @@ const pipe = await pipeline(positionals[0], {
   threads: Number(values.threads),
   sessionLen: 2048,
   maxBatchSize: 16,
+  // Random weights soon repeat themselves, which real text does not: one token a step, as the peer.
+  speculativeConfig: { method: 'none' },
 });
 const loadMs = performance.now();
 const stats = pipe.stats();

@@ -338,7 +338,8 @@ TEST("a decode step allocates nothing once it has run") {
   }
   std::vector<SampleResult> results(3);
   long last = -1;
-  for (int round = 0; round < 4; ++round) {
+  // Each thread keeps a sampler's memory from its first draw on; which threads draw is chance.
+  for (int round = 0; round < 100 && last != 1; ++round) {
     const long before = allocations.load();
     backend.begin_step(step.batch());
     backend.execute([&] {

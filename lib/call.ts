@@ -12,6 +12,7 @@ import {
 import type { RequestPreparer } from './prepare.js';
 import type { EventRouter, Submitted } from './router.js';
 import type { StreamSource } from './stream.js';
+import type { GrammarService, GrammarSession } from './structured/grammar-service.js';
 import type { Tokenizer } from './tokenizer.js';
 
 /** One set of options for all prompts, or one a prompt. */
@@ -22,6 +23,7 @@ export interface CallContext {
   readonly preparer: RequestPreparer;
   readonly tokenizer: Tokenizer;
   readonly sizes: OutputSizes;
+  readonly grammars: GrammarService;
 }
 
 interface Item {
@@ -108,17 +110,48 @@ export class Call implements StreamSource {
     try {
       if (conversation instanceof TurbomindError) throw conversation;
       const request = await preparer.prepare(conversation, options);
+      const grammars = await this.#openGrammars(options, request.stopTokenIds);
+      if (this.#isAborted) {
+        for (const grammar of grammars) grammar.close();
+        return;
+      }
       for (const completion of completions) {
-        if (this.#isAborted) return;
         const sampling = { ...request.sampling, seed: seedOf(options.seed, completion.choice) };
-        this.#submitted.push(router.submit(completion, { ...request, sampling }));
+        this.#submitted.push(router.submit(completion, { ...request, sampling }, grammars.shift()));
       }
     } catch (error) {
       if (this.#isAborted) return;
       const known = fromNative(error);
+      router.metrics.failed(known.code);
       // A closed pipeline is not the fault of one prompt.
       if (known.code === 'ERR_TM_DISPOSED') listener.failed(known);
       else for (const completion of completions) completion.failWith(known);
+    }
+  }
+
+  // One session for each answer; the grammar itself is compiled once.
+  async #openGrammars(
+    { grammar, n }: ResolvedGenerationOptions,
+    stopTokenIds: readonly number[],
+  ): Promise<GrammarSession[]> {
+    if (grammar === undefined) return [];
+    const { grammars, tokenizer } = this.#context;
+    const stopIds = stopTokenIds.filter((id) => {
+      return tokenizer.eosIds.includes(id) || tokenizer.isSpecial(id);
+    });
+    if (stopIds.length === 0) {
+      throw new TurbomindError(
+        'ERR_TM_INVALID_OPTION',
+        'responseFormat: none of the stop tokens is a special one, so the answer could not end',
+      );
+    }
+    const opening = Array.from({ length: n }, () => grammars.open(grammar, stopIds));
+    const settled = await Promise.allSettled(opening);
+    try {
+      return await Promise.all(opening);
+    } catch (error) {
+      for (const each of settled) if (each.status === 'fulfilled') each.value.close();
+      throw error;
     }
   }
 

@@ -37,6 +37,7 @@ export type CompletionOptions = Pick<
   | 'outputLogits'
   | 'outputLastHiddenState'
   | 'logitsProcessors'
+  | 'grammar'
 >;
 
 /** Which of the answers of a call it is. */
@@ -58,7 +59,7 @@ export class Completion implements RequestHandler {
   readonly choice: number;
   response: Response | undefined;
   readonly #listener: CompletionListener;
-  readonly #startedAt: number;
+  readonly startedAt: number;
   readonly #textStream: TextStream;
   readonly #tokenIds: number[] = [];
   readonly #logprobs: TokenLogprobs[] | undefined;
@@ -85,12 +86,13 @@ export class Completion implements RequestHandler {
     this.choice = choice;
     this.#options = options;
     this.#sizes = sizes;
-    this.#startedAt = startedAt;
+    this.startedAt = startedAt;
     this.#listener = listener;
     this.#logprobs = options.numLogprobs > 0 ? [] : undefined;
     this.#textStream = new TextStream(tokenizer, {
       skipSpecialTokens: options.skipSpecialTokens,
       stopStrings: options.stopWords,
+      keepLeadingSpace: options.grammar !== undefined,
     });
   }
 
@@ -210,7 +212,7 @@ export class Completion implements RequestHandler {
     const { outputLogits, outputLastHiddenState } = this.#options;
     const { vocabSize, hiddenSize } = this.#sizes;
     const now = performance.now();
-    const since = (time: number): number => (time === 0 ? 0 : time - this.#startedAt);
+    const since = (time: number): number => (time === 0 ? 0 : time - this.startedAt);
     this.response = {
       text: this.#text,
       tokenIds: this.#tokenIds,
@@ -228,7 +230,7 @@ export class Completion implements RequestHandler {
         prefillMs: timings.prefillMs,
         firstTokenMs: since(this.#firstTokenAt),
         decodeMs: timings.decodeMs,
-        totalMs: now - this.#startedAt,
+        totalMs: now - this.startedAt,
       },
       index: this.index,
       choice: this.choice,

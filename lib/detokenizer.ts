@@ -7,6 +7,8 @@ import type { Tokenizer } from './tokenizer.js';
 export interface DetokenizerOptions {
   /** Leave out special tokens. Default true. */
   readonly skipSpecialTokens?: boolean;
+  /** Keep the space that stands for the beginning of a text: its bytes count. Default false. */
+  readonly keepLeadingSpace?: boolean;
 }
 
 /**
@@ -29,7 +31,7 @@ export class Detokenizer {
   constructor(tokenizer: Tokenizer, options: DetokenizerOptions = {}) {
     this.#tokenizer = tokenizer;
     this.#skipSpecialTokens = options.skipSpecialTokens ?? true;
-    this.#stripNext = tokenizer.stripsLeadingSpace;
+    this.#stripNext = tokenizer.stripsLeadingSpace && options.keepLeadingSpace !== true;
   }
 
   /** The text that this token completes; '' when it only begins a character. */

@@ -4,6 +4,7 @@ export type { CallOptions } from './call.js';
 export type { Device } from './device.js';
 export type { LoadAttempt, TurbomindErrorCode } from './errors.js';
 export { BackendNotFoundError, TurbomindError } from './errors.js';
+export type { HistogramSnapshot } from './histogram.js';
 export type {
   ChatMessageInput,
   ChatRole,
@@ -15,6 +16,8 @@ export type {
   SharpLike,
   TextWithImages,
 } from './messages.js';
+export type { PipelineMetrics } from './metrics.js';
+export type { MetricsRegistry, RegisterMetricsOptions } from './metrics-registry.js';
 export type { NativeStats } from './native-types.js';
 export type {
   GenerationOptions,
@@ -37,4 +40,5 @@ export type {
   TokenLogprobs,
 } from './response.js';
 export { ResponseStream } from './stream.js';
+export type { JsonSchemaFormat, ResponseFormat } from './structured/response-format.js';
 export type { Tokenizer } from './tokenizer.js';

@@ -196,6 +196,8 @@ export interface NativeEvent {
   readonly matchedStop?: number;
   readonly timings?: NativeTimings;
   readonly numPreemptions?: number;
+  /** Prompt tokens that were found in the cache. With the last event. */
+  readonly cachedTokens?: number;
   /** With the last event, when the request has `outputs`. */
   readonly outputs?: NativeOutputs;
   /** finishReason 'error' only: an ERR_TM_ code and its message. */

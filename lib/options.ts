@@ -5,6 +5,11 @@ import { randomBytes } from 'node:crypto';
 import * as check from './check.js';
 import type { Device } from './device.js';
 import { TurbomindError } from './errors.js';
+import {
+  type GrammarSource,
+  type ResponseFormat,
+  readResponseFormat,
+} from './structured/response-format.js';
 import type { Tokenizer } from './tokenizer.js';
 
 /** Limits of pictures named by URL. */
@@ -132,6 +137,12 @@ export interface GenerationOptions {
   readonly stopTokenIds?: readonly number[] | undefined;
   /** Texts that may not be generated. */
   readonly badWords?: readonly string[] | undefined;
+  /**
+   * The shape of the answer: JSON under a schema, a regular expression, a grammar or a choice. Only
+   * tokens that keep it can be drawn; an answer that ends by length or by a stop word may be cut
+   * short. Defaults to none.
+   */
+  readonly responseFormat?: ResponseFormat | undefined;
   /** Goes on past the model's end-of-sequence ids. Defaults to false. */
   readonly ignoreEos?: boolean | undefined;
   /** Leaves special tokens out of `text`. Defaults to true. */
@@ -218,6 +229,8 @@ export interface ResolvedGenerationOptions {
   readonly stopWords: readonly string[];
   readonly stopTokenIds: readonly number[];
   readonly badWords: readonly string[];
+  /** What the answer is held to; undefined: nothing. */
+  readonly grammar: GrammarSource | undefined;
   readonly ignoreEos: boolean;
   readonly skipSpecialTokens: boolean;
   /** Asked of the engine; 0: none. */
@@ -340,6 +353,7 @@ const GENERATION_RULES: check.Rules<GenerationOptions> = {
   stopWords: check.listOf(check.text, 256),
   stopTokenIds: check.listOf(check.integer(0, MAX_INT32), 1024),
   badWords: check.listOf(check.text, 1024),
+  responseFormat: () => undefined, // readResponseFormat's
   ignoreEos: check.boolean,
   skipSpecialTokens: check.boolean,
   logprobs: check.either(check.integer(0, 1024), check.boolean),
@@ -387,6 +401,7 @@ export function resolveGenerationOptions(
   check.checkOptions<GenerationOptions>('generation options', options, GENERATION_RULES);
   const sampled = options.doSample === true && options.temperature !== 0;
   checkGreedy(options);
+  const grammar = resolveGrammar(options);
   const maxNewTokens = options.maxNewTokens === undefined ? 512 : options.maxNewTokens;
   const minNewTokens = options.minNewTokens ?? 0;
   if (maxNewTokens !== null && minNewTokens > maxNewTokens) {
@@ -412,6 +427,7 @@ export function resolveGenerationOptions(
     stopWords: options.stopWords ?? [],
     stopTokenIds: options.stopTokenIds ?? [],
     badWords: options.badWords ?? [],
+    grammar,
     ignoreEos: options.ignoreEos ?? false,
     skipSpecialTokens: options.skipSpecialTokens ?? true,
     ...resolveLogprobs(options),
@@ -460,6 +476,22 @@ function resolveLogprobs({
 function resolveSpeculation(config: SpeculativeConfig | undefined): number | undefined {
   if (config === undefined) return undefined;
   return config.method === 'none' ? 0 : (config.numSpeculativeTokens ?? MAX_SPECULATIVE_TOKENS);
+}
+
+function resolveGrammar(options: GenerationOptions): GrammarSource | undefined {
+  const { responseFormat, minNewTokens = 0, ignoreEos = false, stopTokenIds = [] } = options;
+  if (responseFormat === undefined) return undefined;
+  const grammar = readResponseFormat(responseFormat);
+  if (grammar === undefined) return undefined;
+  if (minNewTokens > 0) {
+    const message = 'minNewTokens: a responseFormat decides where an answer may end; leave it out';
+    throw new TurbomindError('ERR_TM_INVALID_OPTION', message);
+  }
+  if (ignoreEos && stopTokenIds.length === 0) {
+    const message = 'ignoreEos: an answer with a responseFormat needs a token to end with';
+    throw new TurbomindError('ERR_TM_INVALID_OPTION', `${message}; add stopTokenIds`);
+  }
+  return grammar;
 }
 
 const SAMPLING_ONLY = ['temperature', 'topK', 'topP', 'minP', 'randomSeed'] as const;

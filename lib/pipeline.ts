@@ -10,6 +10,12 @@ import { TextStream } from './detokenizer.js';
 import { type Prober, type ResolvedDevice, resolveDevice } from './device.js';
 import { TurbomindError } from './errors.js';
 import { normalizePrompts, type Prompt, type PromptInput } from './messages.js';
+import type { PipelineMetrics } from './metrics.js';
+import {
+  addToRegistry,
+  type MetricsRegistry,
+  type RegisterMetricsOptions,
+} from './metrics-registry.js';
 import { fromNative, loadNative, packageRoot } from './native.js';
 import type { NativeAddon, NativeEngine, NativeOpenOptions, NativeStats } from './native-types.js';
 import {
@@ -32,6 +38,8 @@ import {
 import type { Response } from './response.js';
 import { EventRouter } from './router.js';
 import { ResponseStream } from './stream.js';
+import { GrammarService, type StartWorker } from './structured/grammar-service.js';
+import { startWorker } from './structured/start-worker.js';
 import { loadTokenizer, type Tokenizer } from './tokenizer.js';
 
 /** Facts about an open pipeline. */
@@ -56,6 +64,8 @@ export interface PipelineParts {
   readonly checkpoint: Checkpoint;
   readonly tokenizer: Tokenizer;
   readonly options: ResolvedPipelineOptions;
+  /** Starts grammar workers; the package's own by default. */
+  readonly startWorker?: StartWorker;
 }
 
 // A class whose instances are functions: `super(target)` makes `this` the target, so that private
@@ -85,6 +95,8 @@ export interface Pipeline {
 export class Pipeline extends Callable implements AsyncDisposable {
   readonly #parts: PipelineParts;
   readonly #preparer: RequestPreparer;
+  readonly #grammars: GrammarService;
+  readonly #unregister: (() => void)[] = [];
   #closing: Promise<void> | undefined;
 
   /** Made by `pipeline()`. */
@@ -94,6 +106,12 @@ export class Pipeline extends Callable implements AsyncDisposable {
     super(call);
     this.#parts = parts;
     const { addon, checkpoint, tokenizer, options } = parts;
+    const { vocabSize } = checkpoint.spec.decoder;
+    this.#grammars = new GrammarService({
+      tokenizer,
+      vocabSize,
+      startWorker: parts.startWorker ?? startWorker,
+    });
     this.#preparer = new RequestPreparer({
       addon,
       tokenizer,
@@ -106,7 +124,7 @@ export class Pipeline extends Callable implements AsyncDisposable {
         timeoutMs: options.fetchTimeoutMs,
       },
       sessionLen: parts.engine.stats().sessionLen,
-      vocabSize: checkpoint.spec.decoder.vocabSize,
+      vocabSize,
     });
   }
 
@@ -214,6 +232,30 @@ export class Pipeline extends Callable implements AsyncDisposable {
   }
 
   /**
+   * What the pipeline has done: requests, tokens, cache, waiting and working times, as plain numbers
+   * and histograms.
+   */
+  metrics(): PipelineMetrics {
+    const { router } = this.#parts;
+    return router.metrics.snapshot(router.engine.stats());
+  }
+
+  /**
+   * Puts the metrics into a prom-client registry, which reads them when it is scraped. Returns what
+   * takes them out; closing the pipeline does, too.
+   *
+   * @example
+   * pipe.registerMetrics(register, { labels: { model: 'tiny' } });
+   * response.end(await register.metrics());
+   */
+  registerMetrics(registry: MetricsRegistry, options: RegisterMetricsOptions = {}): () => void {
+    void this.#parts.router.engine;
+    const unregister = addToRegistry(registry, options, () => this.metrics());
+    this.#unregister.push(unregister);
+    return unregister;
+  }
+
+  /**
    * Ends what runs (its calls reject with ERR_TM_DISPOSED), waits for native work and frees the
    * model's memory. Calling it again is harmless.
    */
@@ -233,14 +275,19 @@ export class Pipeline extends Callable implements AsyncDisposable {
 
   async #close(): Promise<void> {
     this.#parts.router.close();
-    await this.#parts.engine.close();
+    for (const unregister of this.#unregister.splice(0)) unregister();
+    await Promise.all([this.#grammars.close(), this.#parts.engine.close()]);
   }
 
   #call(prompt: PromptInput, options: CallOptions): Call {
     const { router, tokenizer } = this.#parts;
     const { vocabSize, hiddenSize } = this.#parts.checkpoint.spec.decoder;
     const sizes = { vocabSize, hiddenSize };
-    return new Call({ router, tokenizer, preparer: this.#preparer, sizes }, prompt, options);
+    return new Call(
+      { router, tokenizer, preparer: this.#preparer, sizes, grammars: this.#grammars },
+      prompt,
+      options,
+    );
   }
 
   async #run(prompt: PromptInput, options: CallOptions): Promise<Response | Response[]> {

@@ -86,6 +86,7 @@ export class RequestPreparer {
       maxNewTokens,
       minNewTokens: Math.min(options.minNewTokens, maxNewTokens),
       stopTokenIds: this.#stopTokenIds(options),
+      guided: options.grammar !== undefined,
       editsLogits: options.logitsProcessors.length > 0,
       outputs: {
         logits: options.outputLogits,

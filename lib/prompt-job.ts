@@ -200,6 +200,7 @@ async function runOne(
 }
 
 class PromptRequest implements RequestHandler {
+  readonly startedAt: number = performance.now();
   readonly hasStopped = false;
   readonly #resolve: (outputs: NativeOutputs) => void;
   readonly #reject: (reason: unknown) => void;

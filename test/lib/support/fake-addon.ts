@@ -93,6 +93,12 @@ export class FakeEngine implements NativeEngine {
     if (events.length > 0) this.#emit(events);
   }
 
+  #hasMask({ request, numSent }: Running): boolean {
+    return this.masks.some(
+      ({ id, completionIdx }) => id === request.id && completionIdx === numSent,
+    );
+  }
+
   fail(id: number, errorCode: string, errorMessage: string): void {
     this.running.delete(id);
     this.#emit([{ id, tokens: [], finishReason: 'error', errorCode, errorMessage }]);
@@ -138,6 +144,7 @@ export class FakeEngine implements NativeEngine {
       this.running.delete(request.id);
       return { id: request.id, tokens: [], finishReason: 'length', ...this.#outputs(request, 0) };
     }
+    if (request.guided === true && !this.#hasMask(running)) return undefined;
     if (request.editsLogits === true) {
       if (running.drawn === undefined) {
         if (running.isOffered === true) return undefined;

@@ -72,7 +72,7 @@ export class FakeEngine implements NativeEngine {
   }
 
   setMask(id: number, completionIdx: number, mask: Uint32Array | null): void {
-    this.masks.push({ id, completionIdx, mask });
+    this.masks.push({ id, completionIdx, mask: mask?.slice() ?? null });
   }
 
   setLogits(id: number, completionIdx: number, logits: Float32Array): void {

@@ -13,14 +13,24 @@ bool supports_dense_sm90(const GemmArgs& args, const LaunchContext&) {
 void dense_gemm_sm90(const GemmArgs& args, const LaunchContext& context) {
   visit_dtype(args.w->dtype, [&]<class T>() {
     const int m = args.m;
-    if (m <= 8) return run_sm90<Sm90Config<T, 0, 1, 8>>(args, context, 6);
-    if (m <= 16) return run_sm90<Sm90Config<T, 0, 1, 16>>(args, context, 6);
-    if (m <= 32) return run_sm90<Sm90Config<T, 0, 1, 32>>(args, context, 6);
-    if (m <= 64) return run_sm90<Sm90Config<T, 0, 2, 64>>(args, context, 4);
+    // Few tokens: the segments of K go to a cluster of CTAs.
+    if (m <= 8) {
+      return run_sm90<Sm90Config<T, 0, 1, 1, 8>>(args, context, Segments::together, {.stages = 6});
+    }
+    if (m <= 32) {
+      return run_sm90<Sm90Config<T, 0, 1, 1, 32>>(args, context, Segments::together, {.stages = 6});
+    }
+    if (m <= 64) {
+      return run_sm90<Sm90Config<T, 0, 2, 1, 64>>(args, context, Segments::together, {.stages = 4});
+    }
     // Segments in turn need an f32 tile beside the ring: it fits with 128 tokens only.
-    if (m <= 128 || args.w->segments > 1)
-      return run_sm90<Sm90Config<T, 0, 2, 128>>(args, context, 4);
-    return run_sm90<Sm90Config<T, 0, 2, 256>>(args, context, 4);
+    if (m <= 128 || args.w->segments > 1) {
+      return run_sm90<Sm90Config<T, 0, 2, 1, 128>>(
+          args, context, m <= 256 ? Segments::together : Segments::in_turn, {});
+    }
+    // CTAs that stay for the next tile pay where K is short.
+    return run_sm90<Sm90Config<T, 0, 2, 1, 256>>(args, context, Segments::together,
+                                                 {.ctas = args.w->k <= 2048 ? context.num_sms : 0});
   });
 }
 

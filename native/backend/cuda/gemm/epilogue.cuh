@@ -102,23 +102,25 @@ __device__ __forceinline__ void finish8(const EpilogueParams& p, int t, int n, f
 template <int kTileN>
 inline constexpr int kTileStride = kTileN + 4;  // floats; keeps fragment stores free of conflicts
 
-// tile: [kTileT][kTileStride<kTileN>], complete and synchronised.
-template <class T, int kTileT, int kTileN, int kThreads>
-__device__ __forceinline__ void store_tile(const float* tile, const EpilogueParams& p, int t0,
-                                           int n0, int thread) {
+// Finishes a tile of kTileN rows of W x `tokens` tokens, whose parts `first`, `first + step`, … are this
+// thread's. read(t, n): four neighbouring f32 of token t0 + t, from row n0 + n.
+template <class T, int kTileN, class Read>
+__device__ __forceinline__ void store_rows(const EpilogueParams& p, int t0, int tokens, int n0,
+                                           int first, int step, Read&& read) {
   const bool gated = p.kind == Epilogue::silu_mul;
   const int pieces = gated ? kTileN / 16 : kTileN / 8;
-  for (int i = thread; i < kTileT * pieces; i += kThreads) {
+  const int end = min(tokens, p.m - t0) * pieces;
+  for (int i = first; i < end; i += step) {
     const int t = i / pieces;
     const int local = (i % pieces) * (gated ? 16 : 8);
-    if (t0 + t >= p.m || n0 + local >= p.n) continue;
-    const float* source = tile + t * kTileStride<kTileN> + local;
+    if (n0 + local >= p.n) continue;
     float v[8];
-    float other[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      v[j] = source[j];
-      other[j] = gated ? source[8 + j] : 0.0F;
+    float other[8] = {};
+    *reinterpret_cast<float4*>(v) = read(t, local);
+    *reinterpret_cast<float4*>(v + 4) = read(t, local + 4);
+    if (gated) {
+      *reinterpret_cast<float4*>(other) = read(t, local + 8);
+      *reinterpret_cast<float4*>(other + 4) = read(t, local + 12);
     }
     finish8<T>(p, t0 + t, n0 + local, v, other);
   }

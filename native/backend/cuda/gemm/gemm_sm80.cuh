@@ -250,6 +250,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params p) {
   extern __shared__ __align__(128) char shared[];
   __shared__ bool last;
+  grid_dependency_launch();
   const int lane = threadIdx.x % 32;
   const int warp_n = threadIdx.x / 32 % C::kWarpsN;
   const int warp_t = threadIdx.x / 32 / C::kWarpsN;
@@ -270,7 +271,6 @@ __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params
     load_weights<C>(p, ring + i * C::kStageBytes, n0, begin + i);
   }
   grid_dependency_wait();
-  grid_dependency_launch();
   for (int i = 0; i < C::kStages - 1; ++i) {
     if (begin + i < end) load_x<C>(p, ring + i * C::kStageBytes, t0, begin + i);
     cp_async_commit();
@@ -319,8 +319,10 @@ __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params
       return;
     }
   }
-  store_tile<typename C::T, C::kTileT, C::kTileN, C::kThreads>(tile, p.epilogue, t0, n0,
-                                                               threadIdx.x);
+  store_rows<typename C::T, C::kTileN>(
+      p.epilogue, t0, C::kTileT, n0, threadIdx.x, C::kThreads, [&](int t, int n) {
+        return *reinterpret_cast<const float4*>(tile + t * kTileStride<C::kTileN> + n);
+      });
 }
 
 // ---- launch ------------------------------------------------------------------------------------

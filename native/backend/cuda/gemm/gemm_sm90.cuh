@@ -2,61 +2,25 @@
 // dequantised into registers, 16-bit ones from shared memory), tokens the n operand, so one family
 // serves M = 1 and M = 8192 with the same sums (see gemm_table.h).
 //
-// CTA: kGroups consumer warpgroups of 64 rows of W each, and one producer warp, whose lane 0 moves
-// everything with bulk copies: packed weights and group words as plain runs, dense weights and x
-// through tensor maps with the 128-byte swizzle. A ring of stages of kTileK columns, a full and an
-// empty barrier each. Weights of the first stages are fetched before the kernel waits for the one
-// before it.
-// Shared stage: x [kTileK / 64][kTileT][64] | weights | group words, each 1024-aligned.
+// CTA: consumer warpgroups of 64 rows of W each, and two producer warps, of which one thread each moves
+// weights and x with bulk copies: packed weights and group words as plain runs, dense weights and x through tensor
+// maps with the 128-byte swizzle, into a ring of stages with a full and an empty barrier each. Weights
+// of the first stages are fetched before the kernel waits for the one before it, and the kernel after
+// it may start at once, so that in a graph of dependent launches weights never stop streaming.
+//
+// The segments of K go, by configuration and launch, to warpgroups of one CTA (kSplitGroups), to the
+// CTAs of a cluster along z, or one after the other to the same warpgroup; they are always added in
+// order.
 // Bound: HBM for M up to about 64 (4-bit), then the tensor cores.
 #pragma once
 
 #include <algorithm>
 
-#include "backend/cuda/device/dequant.cuh"
-#include "backend/cuda/device/memory.cuh"
-#include "backend/cuda/device/wgmma.cuh"
+#include "backend/cuda/gemm/consume_sm90.cuh"
 #include "backend/cuda/gemm/epilogue.cuh"
 #include "backend/cuda/gemm/tensor_map.h"
 
 namespace turbomind::cuda {
-
-inline constexpr int kMaxStages = 8;
-
-// kGroupSize: columns that share a scale, 0 for dense weights.
-template <class T_, int kGroupSize_, int kGroups_, int kTileT_>
-struct Sm90Config {
-  using T = T_;
-  static constexpr int kGroupSize = kGroupSize_;
-  static constexpr bool kU4 = kGroupSize > 0;
-  static constexpr int kGroups = kGroups_;
-  static constexpr int kTileN = 64 * kGroups;
-  static constexpr int kTileT = kTileT_;
-  static constexpr int kTileK = kU4 ? 128 : 64;
-  static constexpr int kConsumers = 128 * kGroups;
-  static constexpr int kThreads = kConsumers + 32;
-  static constexpr int kXBytes = kTileK / 64 * kTileT * 128;
-  static constexpr int kWeightBytes = kU4 ? kGroups * 4096 : kTileN * 128;
-  static constexpr int kMetaBlockBytes = kU4 ? kTileK / kGroupSize * 256 : 0;  // of 64 rows
-  static constexpr int kLoadBytes = kXBytes + kWeightBytes + kGroups * kMetaBlockBytes;
-  static constexpr int kStageBytes = (kLoadBytes + 1023) / 1024 * 1024;
-  static constexpr int kTileBytes = kTileT * kTileStride<kTileN> * 4;
-  static constexpr int kAcc = kTileT / 2;  // accumulators of a thread
-};
-
-struct Sm90Params {
-  const char* weights;  // packed 4-bit only
-  const char* meta;
-  int row_tiles;
-  int token_tiles;
-  int row_blocks;  // of 64 rows that exist
-  int chunks;      // k_padded / kTileK
-  int segments;
-  int stages;
-  bool scale_is_bf16;
-  EpilogueParams epilogue;
-  SplitParams split;
-};
 
 // Output tiles in bands of row tiles, so that CTAs that run together share weights and tokens in L2.
 __device__ __forceinline__ int2 tile_of(int index, int row_tiles, int token_tiles) {
@@ -70,263 +34,306 @@ __device__ __forceinline__ int2 tile_of(int index, int row_tiles, int token_tile
 
 // ---- producer ------------------------------------------------------------------------------------
 
+// Iteration i of a tile brings chunk begin + i of each split group's columns.
 template <class C>
-__device__ __forceinline__ void produce_weights(const Sm90Params& p, const CUtensorMap* w_map,
-                                                uint32_t stage, uint32_t full, int row_tile,
-                                                int chunk) {
-  mbarrier_expect_bytes(full, C::kLoadBytes);
-  const uint32_t weights = stage + C::kXBytes;
-  if constexpr (C::kU4) {
-#pragma unroll
-    for (int g = 0; g < C::kGroups; ++g) {
-      // A block past the last one is loaded from the last: its results are never stored.
-      const int block = min(row_tile * C::kGroups + g, p.row_blocks - 1);
-      const int64_t piece = static_cast<int64_t>(block) * p.chunks + chunk;
-      bulk_load(weights + g * 4096, p.weights + piece * 4096, 4096, full);
-      bulk_load(weights + C::kWeightBytes + g * C::kMetaBlockBytes,
-                p.meta + piece * C::kMetaBlockBytes, C::kMetaBlockBytes, full);
-    }
-  } else {
-    tensor_load_2d(weights, w_map, chunk * 64, row_tile * C::kTileN, full);
-  }
-}
+struct Loads {
+  int row_tile;
+  int token_tile;
+  const int* bounds;  // of the segments that split groups have, or of all of K
 
-template <class C>
-__device__ __forceinline__ void produce_x(const CUtensorMap* x_map, uint32_t stage, uint32_t full,
-                                          int token_tile, int chunk) {
-#pragma unroll
-  for (int sub = 0; sub < C::kTileK / 64; ++sub) {
-    tensor_load_2d(stage + sub * C::kTileT * 128, x_map, chunk * C::kTileK + sub * 64,
-                   token_tile * C::kTileT, full);
-  }
-}
-
-template <class C>
-__device__ __forceinline__ void produce(const Sm90Params& p, const CUtensorMap* w_map,
-                                        const CUtensorMap* x_map, uint32_t ring, uint32_t full,
-                                        uint32_t empty, int2 tile, int begin, int end) {
-  const int early = min(p.stages, end - begin);
-  for (int i = 0; i < early; ++i) {
-    produce_weights<C>(p, w_map, ring + i * C::kStageBytes, full + i * 8, tile.x, begin + i);
-  }
-  grid_dependency_wait();
-  for (int i = 0; i < early; ++i) {
-    produce_x<C>(x_map, ring + i * C::kStageBytes, full + i * 8, tile.y, begin + i);
-  }
-  int stage = early == p.stages ? 0 : early;
-  uint32_t parity = 0;  // of the first release of each stage
-  for (int chunk = begin + early; chunk < end; ++chunk) {
-    mbarrier_wait(empty + stage * 8, parity);
-    produce_weights<C>(p, w_map, ring + stage * C::kStageBytes, full + stage * 8, tile.x, chunk);
-    produce_x<C>(x_map, ring + stage * C::kStageBytes, full + stage * 8, tile.y, chunk);
-    if (++stage == p.stages) {
-      stage = 0;
-      parity ^= 1;
+  // Calls f(split group, chunk) for those that have an i-th chunk.
+  template <class F>
+  __device__ __forceinline__ void for_chunks(int iteration, F&& f) const {
+#pragma unroll 1
+    for (int q = 0; q < C::kSplitGroups; ++q) {
+      const int chunk = bounds[q] + iteration;
+      if (chunk < bounds[q + 1]) f(q, chunk);
     }
   }
-}
+};
 
-// ---- consumers -----------------------------------------------------------------------------------
-
-// One chunk of 4-bit weights. `sums` holds a group's product of integers and tokens.
 template <class C>
-__device__ __forceinline__ void consume_u4(float (&acc)[C::kAcc], float (&sums)[C::kAcc],
-                                           uint32_t x, const char* weights, const char* meta,
-                                           bool scale_is_bf16, int thread) {
-  constexpr int kSteps = C::kGroupSize / 16;       // k16 steps of a group
-  constexpr int kBatch = kSteps < 4 ? kSteps : 4;  // steps whose fragments live together
-  const int row = thread / 32 * 16 + thread % 32 / 4;
-  const uint4 words[2] = {*reinterpret_cast<const uint4*>(weights + thread * 16),
-                          *reinterpret_cast<const uint4*>(weights + 2048 + thread * 16)};
+__device__ __forceinline__ void load_weights(const Sm90Params& p, const CUtensorMap* w_map,
+                                             const Loads<C>& loads, uint32_t stage, uint32_t full,
+                                             int iteration) {
+  uint32_t bytes = 0;
+  loads.for_chunks(iteration, [&](int, int) { bytes += C::kSplitLoadBytes - C::kXBytes; });
+  mbarrier_expect_bytes(full, bytes);
+  loads.for_chunks(iteration, [&](int q, int chunk) {
+    const uint32_t weights = stage + C::kWeightOffset + q * C::kRowGroups * C::kBlockBytes;
+    if constexpr (C::kU4) {
 #pragma unroll
-  for (int group = 0; group < 8 / kSteps; ++group) {
-    const uint32_t low = *reinterpret_cast<const uint32_t*>(meta + group * 256 + row * 4);
-    const uint32_t high = *reinterpret_cast<const uint32_t*>(meta + group * 256 + row * 4 + 32);
-    const uint32_t zero_low = zero_pair<typename C::T>(low);
-    const uint32_t zero_high = zero_pair<typename C::T>(high);
-    uint32_t a[kSteps / kBatch][kBatch][4];
-#pragma unroll
-    for (int batch = 0; batch < kSteps / kBatch; ++batch) {
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int step = group * kSteps + batch * kBatch + i;
-        const uint4& four = words[step / 4];
-        const uint32_t word = step % 4 == 0   ? four.x
-                              : step % 4 == 1 ? four.y
-                              : step % 4 == 2 ? four.z
-                                              : four.w;
-        dequant_word<typename C::T>(word, zero_low, zero_high, a[batch][i]);
+      for (int r = 0; r < C::kRowGroups; ++r) {
+        // A block past the last one is loaded from the last: its results are never stored.
+        const int block = min(loads.row_tile * C::kRowGroups + r, p.row_blocks - 1);
+        const int64_t piece = static_cast<int64_t>(block) * p.chunks + chunk;
+        bulk_load(weights + r * C::kBlockBytes, p.weights + piece * C::kBlockBytes, C::kBlockBytes,
+                  full);
+        bulk_load(stage + C::kMetaOffset + (q * C::kRowGroups + r) * C::kMetaBlockBytes,
+                  p.meta + piece * C::kMetaBlockBytes, C::kMetaBlockBytes, full);
       }
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int step = group * kSteps + batch * kBatch + i;
-        const uint64_t b = wgmma_descriptor(x + (step / 4) * C::kTileT * 128 + (step % 4) * 32);
-        Wgmma<typename C::T, C::kTileT>::rs(sums, a[batch][i], b, batch == 0 && i == 0);
+    } else {
+      tensor_load_2d(weights, w_map, chunk * 64, loads.row_tile * C::kTileN, full);
+    }
+  });
+}
+
+template <class C>
+__device__ __forceinline__ void load_x(const Sm90Params& p, const CUtensorMap* x_map,
+                                       const Loads<C>& loads, uint32_t stage, uint32_t full,
+                                       int iteration) {
+  uint32_t bytes = 0;
+  loads.for_chunks(iteration, [&](int, int) { bytes += C::kXBytes; });
+  mbarrier_expect_bytes(full, bytes);
+  loads.for_chunks(iteration, [&](int q, int chunk) {
+    constexpr int kSubs = C::kTileK / 64;
+    const uint32_t destination = stage + q * C::kXBytes;
+    const int row = loads.token_tile * C::kTileT;
+    if constexpr (kSubs > 1) {
+      if (p.blocked_x) {
+        tensor_load_3d(destination, x_map, 0, row, chunk * kSubs, full);
+        return;
       }
-      wgmma_commit();
     }
-    const float scale_low = group_scale(low, scale_is_bf16);
-    const float scale_high = group_scale(high, scale_is_bf16);
-    wgmma_wait<0>();
 #pragma unroll
-    for (int i = 0; i < C::kAcc; ++i) {
-      acc[i] = fmaf(i % 4 < 2 ? scale_low : scale_high, sums[i], acc[i]);
+    for (int sub = 0; sub < kSubs; ++sub) {
+      tensor_load_2d(destination + sub * C::kTileT * 128, x_map, chunk * C::kTileK + sub * 64, row,
+                     full);
+    }
+  });
+}
+
+// One elected thread of each of two warps: weights, which do not depend on the kernel before this one,
+// and x, which does.
+template <class C, bool kWeights>
+__device__ __forceinline__ void produce(const Sm90Params& p, const CUtensorMap* map, uint32_t ring,
+                                        uint32_t full, uint32_t empty, const int* bounds) {
+  const int count = iterations<C>(bounds);
+  int stage = 0;
+  uint32_t parity = 1;  // of the release before the first: waits for it return at once
+  if constexpr (!kWeights) grid_dependency_wait();
+  for (int i = blockIdx.x; i < p.row_tiles * p.token_tiles; i += gridDim.x) {
+    const int2 tile = tile_of(i, p.row_tiles, p.token_tiles);
+    const Loads<C> loads{tile.x, tile.y, bounds};
+#pragma unroll 1
+    for (int iteration = 0; iteration < count; ++iteration) {
+      mbarrier_wait(empty + stage * 8, parity);
+      const uint32_t slot = ring + stage * C::kStageBytes;
+      if constexpr (kWeights) {
+        load_weights<C>(p, map, loads, slot, full + stage * 8, iteration);
+      } else {
+        load_x<C>(p, map, loads, slot, full + stage * 8, iteration);
+      }
+      if (++stage == p.stages) {
+        stage = 0;
+        parity ^= 1;
+      }
     }
   }
 }
 
+// ---- the end of a tile -----------------------------------------------------------------------------
+
 template <class C>
-__device__ __forceinline__ void consume_dense(float (&acc)[C::kAcc], uint32_t x, uint32_t weights,
-                                              bool first) {
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    Wgmma<typename C::T, C::kTileT>::ss(acc, wgmma_descriptor(weights + step * 32),
-                                        wgmma_descriptor(x + step * 32), first && step == 0);
-  }
-  wgmma_commit();
+__device__ __forceinline__ void consumers_sync() {
+  asm volatile("bar.sync 1, %0;\n" ::"n"(C::kConsumers) : "memory");
 }
 
-// acc → tile [t][n]; the first segment writes, later ones add.
+// Accumulators of tokens [first, first + count) → tile [t - first][n], or added to it; row_group: of
+// this warpgroup inside the tile.
 template <class C>
-__device__ __forceinline__ void flush_sm90(float (&acc)[C::kAcc], float* tile, bool add, int group,
-                                           int thread) {
-  const int n = group * 64 + thread / 32 * 16 + thread % 32 / 4;
+__device__ __forceinline__ void put_acc(const float (&acc)[C::kAcc], float* tile, bool add,
+                                        int row_group, int thread, int first = 0,
+                                        int count = C::kTileT) {
+  const int n = row_group * 64 + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
   for (int i = 0; i < C::kAcc; ++i) {
-    const int t = i / 4 * 8 + (thread % 4) * 2 + i % 2;
-    float* cell = tile + t * kTileStride<C::kTileN> + n + (i % 4 / 2) * 8;
+    if (i / 4 * 8 < first || i / 4 * 8 >= first + count) continue;
+    const int t = i / 4 * 8 + (thread % 4) * 2 + i % 2 - first;
+    float* cell = tile + t * C::kStride + n + (i % 4 / 2) * 8;
     *cell = add ? *cell + acc[i] : acc[i];
-    acc[i] = 0.0F;
   }
 }
 
+__device__ __forceinline__ void add_to(float4& sum, const float4& part) {
+  sum.x += part.x;
+  sum.y += part.y;
+  sum.z += part.z;
+  sum.w += part.w;
+}
+
+// Tokens [first, first + tokens) of the tile, whose segments lie in `slots` slots, added in order.
 template <class C>
-__device__ __forceinline__ void consume(const Sm90Params& p, char* ring, uint32_t full,
-                                        uint32_t empty, float* tile, bool in_turn, int segment,
-                                        int begin, int end) {
-  const int group = threadIdx.x / 128;
+__device__ __forceinline__ void store_slots(const Sm90Params& p, const float* tile, int slots,
+                                            int t0, int tokens, int n0) {
+  consumers_sync<C>();
+  store_rows<typename C::T, C::kTileN>(
+      p.epilogue, t0, tokens, n0, threadIdx.x, C::kConsumers, [&](int t, int n) {
+        const float* cell = tile + t * C::kStride + n;
+        float4 sum = *reinterpret_cast<const float4*>(cell);
+#pragma unroll 1
+        for (int q = 1; q < slots; ++q) {
+          add_to(sum, *reinterpret_cast<const float4*>(cell + q * C::kSlotFloats));
+        }
+        return sum;
+      });
+  consumers_sync<C>();
+}
+
+// The same with the slots of all CTAs of a cluster, each of which stores a part of the tile.
+template <class C>
+__device__ __forceinline__ void store_cluster(const Sm90Params& p, const float* tile, int t0,
+                                              int n0) {
+  cluster_sync();
+  const uint32_t base = smem_address(tile);
+  const int ctas = gridDim.z;
+  store_rows<typename C::T, C::kTileN>(
+      p.epilogue, t0, C::kTileT, n0, blockIdx.z * C::kConsumers + threadIdx.x, ctas * C::kConsumers,
+      [&](int t, int n) {
+        const uint32_t cell = base + (t * C::kStride + n) * 4;
+        float4 sum = cluster_load_float4(cluster_address(cell, 0));
+#pragma unroll 2
+        for (int s = 1; s < ctas * C::kSplitGroups; ++s) {
+          add_to(sum, cluster_load_float4(cluster_address(
+                          cell + s % C::kSplitGroups * C::kSlotFloats * 4, s / C::kSplitGroups)));
+        }
+        return sum;
+      });
+  __syncwarp();
+  cluster_sync();  // nobody leaves while its slots are read
+}
+
+template <class C>
+__device__ __forceinline__ void consume_tiles(const Sm90Params& p, Ring<C>& ring, float* tile,
+                                              const int* bounds) {
   const int thread = threadIdx.x % 128;
-  const uint32_t base = smem_address(ring);
-  float acc[C::kAcc] = {};
-  float sums[C::kU4 ? C::kAcc : 1];
-  int segment_end = (segment + 1) * p.chunks / p.segments;
-  bool first = true;
-  int stage = 0;
-  int previous = -1;
-  uint32_t parity = 0;
-  for (int chunk = begin; chunk < end; ++chunk) {
-    mbarrier_wait(full + stage * 8, parity);
-    const uint32_t x = base + stage * C::kStageBytes;
-    if constexpr (C::kU4) {
-      const char* weights = ring + stage * C::kStageBytes + C::kXBytes;
-      consume_u4<C>(acc, sums, x, weights + group * 4096,
-                    weights + C::kWeightBytes + group * C::kMetaBlockBytes, p.scale_is_bf16,
-                    thread);
-      __syncwarp();
-      if (thread % 32 == 0) mbarrier_arrive(empty + stage * 8);
-    } else {
-      consume_dense<C>(acc, x, x + C::kXBytes + group * 8192, first);
-      first = false;
-      wgmma_wait<1>();  // the chunk before this one has been read
-      if (previous >= 0 && thread % 32 == 0) mbarrier_arrive(empty + previous * 8);
-      previous = stage;
+  const int group = threadIdx.x / 128;
+  const int row_group = group % C::kRowGroups;
+  const int split_group = group / C::kRowGroups;
+  for (int i = blockIdx.x; i < p.row_tiles * p.token_tiles; i += gridDim.x) {
+    const int2 at = tile_of(i, p.row_tiles, p.token_tiles);
+    const int t0 = at.y * C::kTileT;
+    const int n0 = at.x * C::kTileN;
+    if (p.in_turn) {
+      for (int segment = 0; segment < p.segments; ++segment) {
+        float acc[C::kAcc] = {};
+        const int count = segment_begin(p, segment + 1) - segment_begin(p, segment);
+        consume<C>(p, ring, acc, count, count, row_group, split_group, thread);
+        put_acc<C>(acc, tile, segment > 0, row_group, thread);
+      }
+      store_slots<C>(p, tile, 1, t0, C::kTileT, n0);
+      continue;
     }
-    if (++stage == p.stages) {
-      stage = 0;
-      parity ^= 1;
+    float acc[C::kAcc] = {};
+    consume<C>(p, ring, acc, bounds[split_group + 1] - bounds[split_group], iterations<C>(bounds),
+               row_group, split_group, thread);
+    if (p.segments > 1) {
+      put_acc<C>(acc, tile + split_group * C::kSlotFloats, false, row_group, thread);
+      if (gridDim.z > 1) {
+        store_cluster<C>(p, tile, t0, n0);
+      } else {
+        store_slots<C>(p, tile, C::kSplitGroups, t0, C::kTileT, n0);
+      }
+      continue;
     }
-    if (in_turn && chunk + 1 == segment_end) {
-      if constexpr (!C::kU4) wgmma_wait<0>();
-      flush_sm90<C>(acc, tile, segment > 0, group, thread);
-      ++segment;
-      segment_end = (segment + 1) * p.chunks / p.segments;
-      first = true;
+    // No meeting: through shared memory in slices of tokens.
+#pragma unroll 1
+    for (int first = 0; first < C::kTileT; first += C::kSlice) {
+#pragma unroll
+      for (int slice = 0; slice < C::kTileT; slice += C::kSlice) {
+        if (slice == first) put_acc<C>(acc, tile, false, row_group, thread, slice, C::kSlice);
+      }
+      store_slots<C>(p, tile, 1, t0 + first, C::kSlice, n0);
     }
   }
-  if constexpr (!C::kU4) wgmma_wait<0>();
-  if (in_turn) return;
-  // The tile reuses the ring: every consumer has read its last stage.
-  asm volatile("bar.sync 1, %0;\n" ::"n"(C::kConsumers) : "memory");
-  flush_sm90<C>(acc, tile, false, group, thread);
 }
 
 // ---- kernel --------------------------------------------------------------------------------------
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, C::kCtas)
     gemm_sm90_kernel(const Sm90Params p, const __grid_constant__ CUtensorMap x_map,
                      const __grid_constant__ CUtensorMap w_map) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ uint64_t barriers[2 * kMaxStages];
-  __shared__ bool last;
-  const int2 tile_idx = tile_of(blockIdx.x, p.row_tiles, p.token_tiles);
-  const int first_segment = p.split.split ? blockIdx.z : 0;
-  const int end_segment = p.split.split ? first_segment + 1 : p.segments;
-  const int begin = first_segment * p.chunks / p.segments;
-  const int end = end_segment * p.chunks / p.segments;
-  const bool in_turn = end_segment - first_segment > 1;
+  __shared__ int bounds[C::kSplitGroups + 1];  // chunks of the split groups' segments
+  grid_dependency_launch();
   const uint32_t full = smem_address(barriers);
   const uint32_t empty = full + kMaxStages * 8;
-  float* tile = reinterpret_cast<float*>(shared + (in_turn ? p.stages * C::kStageBytes : 0));
-
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; ++i) {
-      mbarrier_init(full + i * 8, 1);
-      mbarrier_init(empty + i * 8, C::kConsumers / 32);
+      mbarrier_init(full + i * 8, 2);  // the producers of weights and of x
+      mbarrier_init(empty + i * 8, C::kConsumers / 32 * (p.all_lanes ? 32 : 1));
     }
     mbarrier_init_fence();
+    for (int q = 0; q <= C::kSplitGroups; ++q) {
+      bounds[q] = p.in_turn ? q * p.chunks : segment_begin(p, blockIdx.z * C::kSplitGroups + q);
+    }
   }
   __syncthreads();
-
   if (threadIdx.x >= C::kConsumers) {
-    if (threadIdx.x == C::kConsumers) {
-      produce<C>(p, &w_map, &x_map, smem_address(shared), full, empty, tile_idx, begin, end);
+    if constexpr (C::kMoveRegisters) give_registers<24>();
+    const int warp = (threadIdx.x - C::kConsumers) / 32;
+    if (warp < 2 && elect_one()) {
+      const uint32_t stages = smem_address(shared);
+      if (warp == 0) {
+        produce<C, true>(p, &w_map, stages, full, empty, bounds);
+      } else {
+        produce<C, false>(p, &x_map, stages, full, empty, bounds);
+      }
     }
-    return;
+  } else {
+    if constexpr (C::kMoveRegisters) take_registers<C::kConsumerRegisters>();
+    grid_dependency_wait();
+    Ring<C> ring{.stages = shared,
+                 .base = smem_address(shared),
+                 .full = full,
+                 .empty = empty,
+                 .count = p.stages,
+                 .all_lanes = p.all_lanes};
+    float* tile = reinterpret_cast<float*>(shared + p.stages * C::kStageBytes);
+    consume_tiles<C>(p, ring, tile, bounds);
   }
-  grid_dependency_wait();
-  grid_dependency_launch();
-  consume<C>(p, shared, full, empty, tile, in_turn, first_segment, begin, end);
-
-  // epilogue
-  const auto sync = [] { asm volatile("bar.sync 1, %0;\n" ::"n"(C::kConsumers) : "memory"); };
-  sync();
-  const int t0 = tile_idx.y * C::kTileT;
-  if (p.split.split) {
-    const int64_t output_tile = static_cast<int64_t>(tile_idx.y) * p.row_tiles + tile_idx.x;
-    if (!meet_segments<C::kTileT, C::kTileN, C::kConsumers>(
-            tile, p.split, first_segment, p.segments, output_tile,
-            min(C::kTileT, p.epilogue.m - t0), threadIdx.x, &last, sync)) {
-      return;
-    }
-  }
-  store_tile<typename C::T, C::kTileT, C::kTileN, C::kConsumers>(
-      tile, p.epilogue, t0, tile_idx.x * C::kTileN, threadIdx.x);
 }
 
 // ---- launch --------------------------------------------------------------------------------------
 
-// `wanted_stages`: more only cost shared memory that other CTAs of the SM could use.
+// How a launch uses the device; 0: as many as fit.
+struct Sm90Launch {
+  int stages = 0;
+  int ctas = 0;  // along x, in all; 0: one for each tile
+};
+
+// Whether K's segments go to warpgroups or CTAs of their own.
+enum class Segments { in_turn, together };
+
 template <class C>
-void run_sm90(const GemmArgs& args, const LaunchContext& context, int wanted_stages) {
+void run_sm90(const GemmArgs& args, const LaunchContext& context, Segments where,
+              Sm90Launch wanted) {
   const PackedMatrix& w = *args.w;
   const int row_tiles = static_cast<int>(ceil_div<int64_t>(w.n, C::kTileN));
   const int token_tiles = ceil_div(args.m, C::kTileT);
-  const int64_t output_tiles = static_cast<int64_t>(row_tiles) * token_tiles;
-  const bool split =
-      sharing_pays(w.segments, w.k_padded, output_tiles, C::kTileT, context.num_sms) &&
-      output_tiles <= static_cast<int64_t>(args.num_tickets) &&
-      static_cast<size_t>(output_tiles) * w.segments * C::kTileT * C::kTileN <= args.partial_floats;
-  const bool in_turn = w.segments > 1 && !split;
-  const int available = context.max_shared_bytes - 1024 - (in_turn ? C::kTileBytes : 0);
-  const int stages = std::min({wanted_stages, kMaxStages, available / C::kStageBytes});
+  const bool in_turn = w.segments > 1 && where == Segments::in_turn;
+  const int depth = in_turn ? 1 : w.segments / C::kSplitGroups;
+  TM_CHECK(in_turn ? C::kSplitGroups == 1 : depth * C::kSplitGroups == w.segments && depth <= 8,
+           "%d segments of K with %d warpgroups each", w.segments, C::kSplitGroups);
+  const int tile_bytes =
+      w.segments == 1 ? C::kSlice * C::kStride * 4 : C::kSplitGroups * C::kSlotFloats * 4;
+  const int available = context.max_shared_bytes - 1024 - tile_bytes;
+  const int most = std::min(kMaxStages, available / C::kStageBytes);
+  const int stages = wanted.stages > 0 ? std::min(wanted.stages, most) : most;
   TM_CHECK(stages >= 2, "%d bytes of shared memory are too few for the GEMM",
            context.max_shared_bytes);
-  const int ring = stages * C::kStageBytes;
+  const int64_t tiles = static_cast<int64_t>(row_tiles) * token_tiles;
+  const int64_t ctas =
+      wanted.ctas > 0 && depth == 1 ? std::min<int64_t>(tiles, wanted.ctas) : tiles;
   const int64_t k = w.k % 8 == 0 ? w.k : w.k_padded;
-  const CUtensorMap x_map = make_tensor_map(args.x, w.dtype, args.m, k, args.ldx, C::kTileT, 64);
+  // x in blocks of 64 columns, where K has only whole ones: a chunk in one copy.
+  const bool blocked_x = C::kTileK > 64 && k % C::kTileK == 0;
+  const CUtensorMap x_map =
+      blocked_x
+          ? make_blocked_tensor_map(args.x, w.dtype, args.m, k, args.ldx, C::kTileT, C::kTileK / 64)
+          : make_tensor_map(args.x, w.dtype, args.m, k, args.ldx, C::kTileT, 64);
   const CUtensorMap w_map = C::kU4 ? x_map
                                    : make_tensor_map(w.weights, w.dtype, w.n_padded, w.k_padded,
                                                      w.k_padded, C::kTileN, 64);
@@ -338,14 +345,16 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, int wanted_sta
                           .chunks = static_cast<int>(w.k_padded / C::kTileK),
                           .segments = w.segments,
                           .stages = stages,
+                          .in_turn = in_turn,
+                          .blocked_x = blocked_x,
+                          .all_lanes = context.all_lanes_arrive,
                           .scale_is_bf16 = w.scale_is_bf16,
-                          .epilogue = epilogue_params(args),
-                          .split = {args.partials, args.tickets, split}};
+                          .epilogue = epilogue_params(args)};
   launch(gemm_sm90_kernel<C>,
-         {.grid = dim3(static_cast<unsigned>(output_tiles), 1,
-                       static_cast<unsigned>(split ? w.segments : 1)),
+         {.grid = dim3(static_cast<unsigned>(ctas), 1, static_cast<unsigned>(depth)),
           .threads = C::kThreads,
-          .shared_bytes = in_turn ? ring + C::kTileBytes : std::max(ring, C::kTileBytes)},
+          .shared_bytes = stages * C::kStageBytes + tile_bytes,
+          .cluster = dim3(1, 1, static_cast<unsigned>(depth))},
          context.stream, context.programmatic, params, x_map, w_map);
 }
 

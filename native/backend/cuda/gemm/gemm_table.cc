@@ -6,12 +6,10 @@
 namespace turbomind::cuda {
 namespace {
 
-// wgmma and mma.sync give the same bits (cuda_gemm_test holds them to it), so M may choose between them:
-// up to 16 tokens the mma.sync kernel streams 4-bit weights faster (H100, Qwen2.5-32B layer, M = 1:
-// 114 us against 130).
+// wgmma and mma.sync give the same bits (cuda_gemm_test holds them to it), so M may choose between them.
 constexpr GemmKernel kTable[] = {
 #ifdef TURBOMIND_HAS_SM90A
-    {"u4_sm90", 90, 90, 17, supports_u4_sm90, u4_gemm_sm90},
+    {"u4_sm90", 90, 90, 1, supports_u4_sm90, u4_gemm_sm90},
     {"dense_sm90", 90, 90, 1, supports_dense_sm90, dense_gemm_sm90},
 #endif
     {"u4_sm80", 80, 999, 1, supports_u4_sm80, u4_gemm_sm80},
@@ -37,14 +35,20 @@ const GemmKernel& select_gemm(const GemmArgs& args, const LaunchContext& context
 }
 
 int choose_segments(WeightKind kind, int64_t n, int64_t k) {
-  // About four CTAs of 64 rows on each of 132 SMs keep enough loads in flight for small M. The
-  // figure is a constant, not the device's own, so that every GPU gives the same sums.
-  constexpr int64_t kWantedUnits = 528;
+  // Enough warpgroups of 64 rows to keep 132 SMs loading for small M. The figure is a constant, not
+  // the device's own, so that every GPU gives the same sums; powers of two, because the CTAs of a
+  // cluster or the warpgroups of a CTA share them; no more than four, because CTAs with many tokens
+  // run them in turn (down of Qwen2.5-32B with eight: 11 % faster at M = 1, 14 % slower at 4096).
+  constexpr int64_t kWantedUnits = 300;
   const int64_t row_blocks = ceil_div<int64_t>(n, kPackRows);
-  const int64_t least_k = kind == WeightKind::awq ? 2 * kChunkColumns : 1024;
-  const int64_t most = kind == WeightKind::awq ? 8 : 4;
-  const int64_t by_units = std::max<int64_t>(1, kWantedUnits / row_blocks);
-  return static_cast<int>(std::clamp<int64_t>(std::min(by_units, k / least_k), 1, most));
+  const int64_t least_k = kind == WeightKind::awq ? 2 * kChunkColumns : 4096;
+  constexpr int64_t kMost = 4;
+  int64_t segments = 1;
+  while (segments < kMost && segments * row_blocks < kWantedUnits &&
+         k / (2 * segments) >= least_k) {
+    segments *= 2;
+  }
+  return static_cast<int>(segments);
 }
 
 }  // namespace turbomind::cuda

@@ -14,5 +14,9 @@ namespace turbomind::cuda {
 // boxes of box_rows x box_columns (64: 128 bytes) in the 128-byte swizzle, zeros outside.
 CUtensorMap make_tensor_map(const void* data, DType dtype, int64_t rows, int64_t columns,
                             int64_t ld, int box_rows, int box_columns);
+// The same matrix as [columns / 64][rows][64] (columns: a multiple of 64), boxes of box_blocks x
+// box_rows x 64: one copy brings several blocks of 64 columns, one after the other.
+CUtensorMap make_blocked_tensor_map(const void* data, DType dtype, int64_t rows, int64_t columns,
+                                    int64_t ld, int box_rows, int box_blocks);
 
 }  // namespace turbomind::cuda

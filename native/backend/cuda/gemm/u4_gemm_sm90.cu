@@ -1,21 +1,7 @@
-// 4-bit weights on wgmma, the register operand: gemm_sm90.cuh with packed tiles. Compared with
-// `naive` and `u4_sm80`.
-#include "backend/cuda/gemm/gemm_sm90.cuh"
+// The table's row u4_sm90: picks the instantiation of u4_sm90.cuh.
+#include "backend/cuda/gemm/u4_sm90.cuh"
 
 namespace turbomind::cuda {
-namespace {
-
-template <class T, int kGroupSize>
-void run(const GemmArgs& args, const LaunchContext& context) {
-  const int m = args.m;
-  if (m <= 8) return run_sm90<Sm90Config<T, kGroupSize, 1, 8>>(args, context, 6);
-  if (m <= 16) return run_sm90<Sm90Config<T, kGroupSize, 1, 16>>(args, context, 5);
-  if (m <= 32) return run_sm90<Sm90Config<T, kGroupSize, 1, 32>>(args, context, 4);
-  if (m <= 64) return run_sm90<Sm90Config<T, kGroupSize, 2, 64>>(args, context, 4);
-  return run_sm90<Sm90Config<T, kGroupSize, 2, 128>>(args, context, 5);
-}
-
-}  // namespace
 
 bool supports_u4_sm90(const GemmArgs& args, const LaunchContext&) {
   if (args.w->kind != WeightKind::awq) return false;
@@ -24,16 +10,12 @@ bool supports_u4_sm90(const GemmArgs& args, const LaunchContext&) {
 }
 
 void u4_gemm_sm90(const GemmArgs& args, const LaunchContext& context) {
-  visit_dtype(args.w->dtype, [&]<class T>() {
-    switch (args.w->group_size) {
-      case 32:
-        return run<T, 32>(args, context);
-      case 64:
-        return run<T, 64>(args, context);
-      default:
-        return run<T, 128>(args, context);
-    }
-  });
+  const bool small_groups = args.w->group_size < 128;
+  if (args.w->dtype == DType::f16) {
+    small_groups ? run_u4_sm90_f16_small_groups(args, context) : run_u4_sm90_f16(args, context);
+  } else {
+    small_groups ? run_u4_sm90_bf16_small_groups(args, context) : run_u4_sm90_bf16(args, context);
+  }
 }
 
 }  // namespace turbomind::cuda

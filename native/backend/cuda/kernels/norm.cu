@@ -31,8 +31,8 @@ __device__ __forceinline__ void for_row(const T* row, int columns, F&& f) {
 template <class T, bool kVector, NormKind kKind>
 __global__ void __launch_bounds__(kThreads) norm_kernel(const NormArgs args) {
   __shared__ float shared[kThreads / 32];
+  grid_dependency_launch();  // the GEMM after this one may fetch its weights
   grid_dependency_wait();
-  grid_dependency_launch();
   const int64_t source = args.gather != nullptr ? args.gather[blockIdx.x] : blockIdx.x;
   const T* x = static_cast<const T*>(args.x) + source * args.ldx;
   T* y = static_cast<T*>(args.y) + static_cast<int64_t>(blockIdx.x) * args.ldy;

@@ -10,12 +10,14 @@ bool supports_u4_sm90(const GemmArgs& args, const LaunchContext&) {
 }
 
 void u4_gemm_sm90(const GemmArgs& args, const LaunchContext& context) {
-  const bool small_groups = args.w->group_size < 128;
-  if (args.w->dtype == DType::f16) {
-    small_groups ? run_u4_sm90_f16_small_groups(args, context) : run_u4_sm90_f16(args, context);
-  } else {
-    small_groups ? run_u4_sm90_bf16_small_groups(args, context) : run_u4_sm90_bf16(args, context);
+  const bool f16 = args.w->dtype == DType::f16;
+  if (args.w->group_size < 128) {
+    // Few tokens with small groups: mma.sync, the same bits.
+    if (args.m <= 64) return u4_gemm_sm80(args, context);
+    return f16 ? run_u4_f16_small_groups(args, context) : run_u4_bf16_small_groups(args, context);
   }
+  if (args.m <= 32) return f16 ? run_u4_f16_few(args, context) : run_u4_bf16_few(args, context);
+  return f16 ? run_u4_f16_many(args, context) : run_u4_bf16_many(args, context);
 }
 
 }  // namespace turbomind::cuda

@@ -42,41 +42,46 @@ void run_tiles(const GemmArgs& args, const LaunchContext& context) {
               {.ctas = chunks <= 64 ? context.num_sms : 0});
 }
 
-// T: activations. kGroupSize: 32, 64 or 128; the usual 128 has a tile for each range of M.
-template <class T, int kGroupSize>
-void run_u4_sm90(const GemmArgs& args, const LaunchContext& context) {
+// Up to 32 tokens, groups of 128. T: activations.
+template <class T>
+void run_u4_few(const GemmArgs& args, const LaunchContext& context) {
   constexpr int kKiB = 1024;
-  const int m = args.m;
+  if (args.m > 16) {
+    return run_stream<Sm90Config<T, 128, 2, 1, 32, false, 2>>(args, context, 110 * kKiB,
+                                                              220 * kKiB);
+  }
+  if (args.m > 8) {
+    return run_stream<Sm90Config<T, 128, 2, 1, 16, true, 2>>(args, context, 110 * kKiB, 220 * kKiB);
+  }
+  // A short K's four segments meet inside a CTA, a long one's in a cluster.
+  if (args.w->segments == 4 && args.w->k_padded <= 8192) {
+    return run_stream<Sm90Config<T, 128, 1, 4, 8, true>>(args, context, 110 * kKiB, 110 * kKiB);
+  }
+  return run_stream<Sm90Config<T, 128, 1, 1, 8, true, 5>>(args, context, 56 * kKiB, 110 * kKiB);
+}
+
+// More tokens; groups other than the usual 128 have one tile for all of them.
+template <class T, int kGroupSize>
+void run_u4_many(const GemmArgs& args, const LaunchContext& context) {
   if constexpr (kGroupSize == 128) {
-    if (m <= 8) {
-      // A short K's four segments meet inside a CTA, a long one's in a cluster.
-      if (args.w->segments == 4 && args.w->k_padded <= 8192) {
-        return run_stream<Sm90Config<T, 128, 1, 4, 8, true>>(args, context, 110 * kKiB, 110 * kKiB);
-      }
-      return run_stream<Sm90Config<T, 128, 1, 1, 8, true, 5>>(args, context, 56 * kKiB, 110 * kKiB);
-    }
-    if (m > 16 && m <= 32) {
-      return run_stream<Sm90Config<T, 128, 2, 1, 32, false, 2>>(args, context, 110 * kKiB,
-                                                                220 * kKiB);
-    }
-    using Tall = Sm90Config<T, 128, 3, 1, 64>;
-    using Wide = Sm90Config<T, 128, 2, 1, 64>;
-    if (m > 32 && m <= 64 && ctas_together<Tall>(args) <= context.num_sms &&
-        ctas_together<Wide>(args) > context.num_sms) {
-      return run_tiles<Tall>(args, context);
+    if (args.m <= 64) {
+      using Tall = Sm90Config<T, 128, 3, 1, 64>;
+      using Wide = Sm90Config<T, 128, 2, 1, 64>;
+      // Three warpgroups a CTA where that makes one round of CTAs and two do not.
+      const bool tall = ctas_together<Tall>(args) <= context.num_sms &&
+                        ctas_together<Wide>(args) > context.num_sms;
+      return tall ? run_tiles<Tall>(args, context) : run_tiles<Wide>(args, context);
     }
   }
-  if (m <= 16) {
-    return run_stream<Sm90Config<T, kGroupSize, 2, 1, 16, true, 2>>(args, context, 110 * kKiB,
-                                                                    220 * kKiB);
-  }
-  if (m <= 64) return run_tiles<Sm90Config<T, kGroupSize, 2, 1, 64>>(args, context);
   return run_tiles<Sm90Config<T, kGroupSize, 2, 1, 128>>(args, context);
 }
 
-void run_u4_sm90_bf16(const GemmArgs& args, const LaunchContext& context);
-void run_u4_sm90_bf16_small_groups(const GemmArgs& args, const LaunchContext& context);
-void run_u4_sm90_f16(const GemmArgs& args, const LaunchContext& context);
-void run_u4_sm90_f16_small_groups(const GemmArgs& args, const LaunchContext& context);
+// By type; `few` up to 32 tokens.
+void run_u4_bf16_few(const GemmArgs& args, const LaunchContext& context);
+void run_u4_bf16_many(const GemmArgs& args, const LaunchContext& context);
+void run_u4_bf16_small_groups(const GemmArgs& args, const LaunchContext& context);
+void run_u4_f16_few(const GemmArgs& args, const LaunchContext& context);
+void run_u4_f16_many(const GemmArgs& args, const LaunchContext& context);
+void run_u4_f16_small_groups(const GemmArgs& args, const LaunchContext& context);
 
 }  // namespace turbomind::cuda

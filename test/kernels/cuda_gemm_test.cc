@@ -13,6 +13,9 @@ using namespace turbomind;
 using namespace turbomind::cuda;
 using namespace turbomind::cuda::testing;
 
+// Few shapes and small M, for runs under compute-sanitizer.
+bool quick = false;
+
 struct Shape {
   WeightKind kind;
   DType dtype;
@@ -138,7 +141,8 @@ GemmArgs gemm_args(const Case& c, const void* x, int64_t ldx, int m, void* y, bo
           .partials = workspace().partials.get(),
           .partial_floats = workspace().partials.size(),
           .tickets = workspace().tickets.get(),
-          .num_tickets = workspace().tickets.size()};
+          .num_tickets = workspace().tickets.size(),
+          .all_lanes_arrive = quick};
 }
 
 std::vector<double> product(const Case& c, const std::vector<float>& x, int m) {
@@ -164,14 +168,6 @@ std::vector<std::string_view> fitting_rows(const GemmArgs& args, const LaunchCon
     }
   }
   return names;
-}
-
-// `quick`: few shapes and small M, for runs under compute-sanitizer.
-bool quick = false;
-LaunchContext gemm_context() {
-  LaunchContext context = test_context();
-  context.all_lanes_arrive = quick;
-  return context;
 }
 
 const Shape kAllShapes[] = {
@@ -207,7 +203,7 @@ std::vector<int> tokens() {
 constexpr int kMaxTokens = 515;
 
 TEST("each GEMM row equals the float64 product within f32 rounding, at every M") {
-  const LaunchContext context = gemm_context();
+  const LaunchContext context = test_context();
   std::map<std::string, double> worst;
   for (const Shape& shape : shapes()) {
     const Case c = make_case(shape, 11);
@@ -239,7 +235,7 @@ TEST("each GEMM row equals the float64 product within f32 rounding, at every M")
 }
 
 TEST("a row of a GEMM is the same bits at every M, at every place and in every run") {
-  const LaunchContext context = gemm_context();
+  const LaunchContext context = test_context();
   for (const Shape& shape : shapes()) {
     const Case c = make_case(shape, 21);
     Random random(22);
@@ -273,7 +269,7 @@ TEST("a row of a GEMM is the same bits at every M, at every place and in every r
 }
 
 TEST("wgmma and mma.sync rows give the same bits, so that M may choose between them") {
-  const LaunchContext context = gemm_context();
+  const LaunchContext context = test_context();
   for (const Shape& shape : shapes()) {
     const Case c = make_case(shape, 31);
     Random random(32);
@@ -300,7 +296,7 @@ TEST("wgmma and mma.sync rows give the same bits, so that M may choose between t
 }
 
 TEST("epilogues: bias, gelu, residual with scale, silu_mul") {
-  const LaunchContext context = gemm_context();
+  const LaunchContext context = test_context();
   for (const Shape& shape : shapes()) {
     Case c = make_case(shape, 41);
     c.matrix.bias = c.bias->get();

@@ -38,7 +38,6 @@ struct LaunchShape {
   dim3 grid;
   int threads = 128;
   int shared_bytes = 0;
-  dim3 cluster{1, 1, 1};
 };
 
 // Launches with the programmatic edge on Hopper and later (the kernel then begins with
@@ -58,23 +57,16 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, CudaStream 
                                     cudaSharedmemCarveoutMaxShared),
                "choosing a kernel's shared memory carveout");
   }
-  cudaLaunchAttribute attributes[2]{};
-  unsigned count = 0;
-  if (programmatic) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (shape.cluster.x * shape.cluster.y * shape.cluster.z > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {shape.cluster.x, shape.cluster.y, shape.cluster.z};
-  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = &attribute;
+  config.numAttrs = programmatic ? 1 : 0;
   cuda_check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
              "launching a kernel");
 }
@@ -86,10 +78,6 @@ struct LaunchContext {
   int num_sms = 0;
   int max_shared_bytes = 0;   // one CTA, opted in
   bool programmatic = false;  // programmatic dependent launch
-  // Ring kernels: every lane that has read a stage reports it, instead of one for its warp after
-  // __syncwarp. Slower and needed only under compute-sanitizer, whose racecheck follows the threads
-  // that arrive at an mbarrier and no others (see docs/performance.md).
-  bool all_lanes_arrive = false;
 };
 
 }  // namespace turbomind::cuda

@@ -106,59 +106,8 @@ __device__ __forceinline__ void tensor_load_2d(uint32_t destination, const void*
       "l"(map), "r"(barrier), "r"(column), "r"(row)
       : "memory");
 }
-// A box of a 3-D tensor map, likewise.
-__device__ __forceinline__ void tensor_load_3d(uint32_t destination, const void* map, int column,
-                                               int row, int block, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(block)
-      : "memory");
-}
 __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
-}
-
-// True in one thread of a converged warp. The compiler then knows that one thread runs what follows;
-// after a comparison of threadIdx it would put each bulk copy into a loop over lanes.
-__device__ __forceinline__ bool elect_one() {
-  uint32_t elected;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n"
-               : "=r"(elected));
-  return elected != 0;
-}
-
-// Registers of a thread from here on; by whole warpgroups, from what the kernel was launched with.
-template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
-}
-
-// Clusters: CTAs that run together and reach each other's shared memory.
-// What all threads of the cluster wrote before it is visible to all after it.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;\n" ::
-          : "memory");
-}
-// Address of the same shared variable in CTA `rank` of the cluster.
-__device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
-  uint32_t mapped;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(mapped) : "r"(address), "r"(rank));
-  return mapped;
-}
-__device__ __forceinline__ float4 cluster_load_float4(uint32_t address) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
 }
 #endif
 

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "backend/cuda/device/dequant.cuh"
-#include "backend/cuda/device/memory.cuh"
+#include "backend/cuda/device/hopper.cuh"
 #include "backend/cuda/device/mma.cuh"
 #include "backend/cuda/device/wgmma.cuh"
 #include "backend/cuda/gemm/epilogue.cuh"
@@ -97,7 +97,7 @@ struct Ring {
   uint32_t parity = 0;
 
   __device__ __forceinline__ void wait() const { mbarrier_wait(full + stage * 8, parity); }
-  // The warp has read stage `which`. One lane speaks for all (`all_lanes`: see LaunchContext).
+  // The warp has read stage `which`. One lane speaks for all (`all_lanes`: see GemmArgs).
   __device__ __forceinline__ void release(int which, int thread) const {
     if (thread % 32 == 0 || all_lanes) mbarrier_arrive(empty + which * 8);
   }

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 
+#include "backend/cuda/gemm/cluster_launch.h"
 #include "backend/cuda/gemm/consume_sm90.cuh"
 #include "backend/cuda/gemm/epilogue.cuh"
 #include "backend/cuda/gemm/tensor_map.h"
@@ -347,15 +348,15 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, Segments where
                           .stages = stages,
                           .in_turn = in_turn,
                           .blocked_x = blocked_x,
-                          .all_lanes = context.all_lanes_arrive,
+                          .all_lanes = args.all_lanes_arrive,
                           .scale_is_bf16 = w.scale_is_bf16,
                           .epilogue = epilogue_params(args)};
-  launch(gemm_sm90_kernel<C>,
-         {.grid = dim3(static_cast<unsigned>(ctas), 1, static_cast<unsigned>(depth)),
-          .threads = C::kThreads,
-          .shared_bytes = stages * C::kStageBytes + tile_bytes,
-          .cluster = dim3(1, 1, static_cast<unsigned>(depth))},
-         context.stream, context.programmatic, params, x_map, w_map);
+  launch_cluster(gemm_sm90_kernel<C>,
+                 {.grid = dim3(static_cast<unsigned>(ctas), 1, static_cast<unsigned>(depth)),
+                  .threads = C::kThreads,
+                  .shared_bytes = stages * C::kStageBytes + tile_bytes},
+                 static_cast<unsigned>(depth), context.stream, context.programmatic, params, x_map,
+                 w_map);
 }
 
 }  // namespace turbomind::cuda

@@ -21,8 +21,8 @@ struct Heads {
 // them, their K and V taken from `source`.
 class Attention {
  public:
-  Attention(const Heads& heads, DType dtype, const std::vector<int>& lengths, uint32_t seed)
-      : heads_(heads), dtype_(dtype), lengths_(lengths), random_(seed),
+  Attention(const Heads& heads, DType dtype, const std::vector<int>& lengths, uint32_t seed, int bits = 16)
+      : heads_(heads), dtype_(dtype), bits_(bits), lengths_(lengths), random_(seed),
         row_(static_cast<size_t>(heads.q + 2 * heads.kv) * heads.dim), context_(test_context()) {
     int blocks = 0;
     for (int length : lengths) blocks += ceil_div(length, kBlockTokens);
@@ -42,16 +42,16 @@ class Attention {
     for (size_t i = 0; i < inv_freq_.size(); ++i) {
       inv_freq_[i] = std::pow(10000.0F, -2.0F * static_cast<float>(i) / static_cast<float>(heads.dim));
     }
-    const size_t cache = static_cast<size_t>(num_blocks_) * heads.kv * kBlockTokens * heads.dim;
-    keys_ = std::make_unique<DeviceArray<uint16_t>>(cache);    // poisoned with NaN: what lies past a
-    values_ = std::make_unique<DeviceArray<uint16_t>>(cache);  // sequence's end must not matter
+    // Poisoned with NaN: what lies past a sequence's end must not matter.
+    cache_ = std::make_unique<DeviceArray<char>>(static_cast<size_t>(num_blocks_) * heads.kv * 2 * kv_tile_bytes(heads.dim, bits));
   }
 
   struct Query {
     int sequence, begin, end;  // query rows [begin, end); kv length is `end`
   };
-  // Results, one row after the other, of the queries.
-  std::vector<uint16_t> step(const std::vector<Query>& queries) {
+  // Results, one row after the other, of the queries; those of at most `decode_rows` rows by the decode
+  // kernel, the others by the prefill kernel.
+  std::vector<uint16_t> step(const std::vector<Query>& queries, int decode_rows = 1) {
     std::vector<uint16_t> qkv;
     std::vector<int32_t> positions, slots, query_start{0}, kv_len, split_start, table;
     std::vector<int2> items, tiles;
@@ -68,73 +68,98 @@ class Attention {
       split_start.push_back(static_cast<int32_t>(items.size()));
       table.insert(table.end(), tables_[query.sequence].begin(), tables_[query.sequence].end());
       const int rows = query.end - query.begin;
-      for (int i = 0; rows == 1 && i < ceil_div(query.end, kSplitTokens); ++i) items.push_back({static_cast<int>(s), i});
-      for (int i = 0; rows > 1 && i < rows; i += kQueryTile) tiles.push_back({static_cast<int>(s), i});
+      for (int i = 0; rows <= decode_rows && i < ceil_div(query.end, kSplitTokens); ++i) items.push_back({static_cast<int>(s), i});
+      for (int i = 0; rows > decode_rows && i < rows; i += kQueryTile) tiles.push_back({static_cast<int>(s), i});
     }
+    const auto most = static_cast<size_t>(std::max(decode_rows, 1));
     const int num_items = static_cast<int>(items.size());
     items.push_back({-1, -1});  // padding, as a captured graph has it
     items.push_back({-1, -1});
     const DeviceArray<uint16_t> device_qkv(qkv);
     const DeviceArray<int32_t> d_positions(positions), d_slots(slots), d_start(query_start), d_len(kv_len),
-        d_split(split_start), d_table(table), d_stride(std::vector<int32_t>{max_blocks_});
+        d_split(split_start), d_table(table), d_stride(std::vector<int32_t>{max_blocks_, num_items});
     const DeviceArray<int2> d_items(items), d_tiles(tiles.empty() ? std::vector<int2>{{-1, 0}} : tiles);
     const DeviceArray<float> freq(inv_freq_);
     const DeviceArray<uint16_t> y(positions.size() * static_cast<size_t>(heads_.q) * heads_.dim);
-    const DeviceArray<float> partial_out(items.size() * heads_.q * heads_.dim);
-    const DeviceArray<float2> partial_sum(items.size() * heads_.q);
-    DeviceArray<uint32_t> tickets(queries.size() * heads_.q);
+    const DeviceArray<float> partial_out(items.size() * most * 2 * heads_.q * heads_.dim);
+    const DeviceArray<float2> partial_sum(items.size() * most * 2 * heads_.q);
+    DeviceArray<uint32_t> tickets(queries.size() * most * heads_.q);
     tickets.zero();
     StepArrays arrays{.positions = d_positions.get(), .slots = d_slots.get(), .query_start = d_start.get(),
                       .kv_len = d_len.get(), .split_start = d_split.get(), .decode_items = d_items.get(),
                       .query_tiles = d_tiles.get(), .block_stride = d_stride.get(), .block_table = d_table.get()};
-    rope_kv(context_, dtype_, {.qkv = device_qkv.get(), .k_cache = keys_->get(), .v_cache = values_->get(),
+    rope_kv(context_, dtype_, {.qkv = device_qkv.get(), .cache = cache_->get(), .kv_bits = bits_,
                                .inv_freq = freq.get(), .positions = d_positions.get(), .slots = d_slots.get(),
                                .tokens = static_cast<int>(positions.size()), .num_heads = heads_.q,
                                .num_kv_heads = heads_.kv, .head_dim = heads_.dim});
     const float scale = 1.0F / std::sqrt(static_cast<float>(heads_.dim));
-    decode_attention(context_, dtype_, {.qkv = device_qkv.get(), .y = y.get(), .k_cache = keys_->get(),
-                                        .v_cache = values_->get(), .step = arrays,
-                                        .num_items = num_items > 0 ? num_items + 2 : 0,
+    decode_attention(context_, dtype_, {.qkv = device_qkv.get(), .y = y.get(), .cache = cache_->get(),
+                                        .kv_bits = bits_, .step = arrays,
+                                        .num_items = num_items > 0 ? num_items + 2 : 0, .max_rows = static_cast<int>(most),
                                         .partial_out = partial_out.get(), .partial_max_sum = partial_sum.get(),
                                         .tickets = tickets.get(), .num_heads = heads_.q, .num_kv_heads = heads_.kv,
                                         .head_dim = heads_.dim, .softmax_scale = scale});
-    prefill_attention(context_, dtype_, {.qkv = device_qkv.get(), .y = y.get(), .k_cache = keys_->get(),
-                                         .v_cache = values_->get(), .step = arrays,
-                                         .num_tiles = static_cast<int>(tiles.size()), .num_heads = heads_.q,
-                                         .num_kv_heads = heads_.kv, .head_dim = heads_.dim, .softmax_scale = scale});
+    prefill_attention(context_, dtype_, {.qkv = device_qkv.get(), .y = y.get(), .cache = cache_->get(),
+                                         .kv_bits = bits_, .step = arrays,
+                                         .tokens = static_cast<int>(positions.size()), .num_tiles = static_cast<int>(tiles.size()), .num_heads = heads_.q,
+                                         .num_kv_heads = heads_.kv, .head_dim = heads_.dim, .softmax_scale = scale, .portable = portable_});
     for (uint32_t ticket : tickets.host()) EXPECT_EQ(ticket, 0U);
     return y.host();
   }
+  // Whether prefill is held to mma.sync.
+  void set_portable(bool portable) { portable_ = portable; }
   // Fills the cache of a sequence up to `end` tokens.
   void fill(int sequence, int end) {
     for (int begin = 0; begin < end; begin += 128) (void)step({{sequence, begin, std::min(end, begin + 128)}});
   }
 
+  // A head of a token as the cache holds it: K after RoPE, rounded to 16 bits or quantised as
+  // KvCacheSpec::bits says. head: q heads, k heads, v heads.
+  std::vector<double> cached(const std::vector<uint16_t>& source, int t, int head) const {
+    const int half = heads_.dim / 2;
+    const bool is_v = head >= heads_.q + heads_.kv;
+    std::vector<float> x(heads_.dim);
+    const auto value = [&](int i) { return from_bits(source[t * row_ + static_cast<size_t>(head) * heads_.dim + i], dtype_); };
+    for (int d = 0; d < heads_.dim; ++d) {
+      const double angle = static_cast<double>(static_cast<float>(t) * inv_freq_[d % half]);
+      const double a = value(d % half), b = value(d % half + half);
+      const double r = d < half ? a * std::cos(angle) - b * std::sin(angle) : b * std::cos(angle) + a * std::sin(angle);
+      x[d] = is_v ? value(d) : static_cast<float>(r);
+    }
+    std::vector<double> out(heads_.dim);
+    const float least = *std::min_element(x.begin(), x.end());
+    const float levels = static_cast<float>((1 << bits_) - 1);
+    const float scale = from_bits(to_bits((*std::max_element(x.begin(), x.end()) - least) / levels, DType::f16), DType::f16);
+    const float zero = from_bits(to_bits(least, DType::f16), DType::f16);
+    for (int d = 0; d < heads_.dim; ++d) {
+      if (bits_ == 16 || head < heads_.q) {
+        out[d] = from_bits(to_bits(x[d], dtype_), dtype_);
+      } else {
+        const float level = scale == 0.0F ? 0.0F : std::clamp(std::nearbyint((x[d] - zero) / scale), 0.0F, levels);
+        out[d] = static_cast<double>(level) * scale + zero;
+      }
+    }
+    return out;
+  }
+
   std::vector<double> reference(const std::vector<Query>& queries) const {
     std::vector<double> y;
-    const int half = heads_.dim / 2;
     for (const Query& query : queries) {
-      // Rotated q and k rounded to the cache's type, as any 16-bit cache holds them.
       const auto& source = source_[static_cast<size_t>(query.sequence)];
-      const auto rotated = [&](int t, int head, int d) {
-        const auto value = [&](int i) { return static_cast<double>(from_bits(source[t * row_ + static_cast<size_t>(head) * heads_.dim + i], dtype_)); };
-        const double angle = static_cast<double>(static_cast<float>(t) * inv_freq_[d % half]);
-        const double a = value(d % half), b = value(d % half + half);
-        const double r = d < half ? a * std::cos(angle) - b * std::sin(angle) : b * std::cos(angle) + a * std::sin(angle);
-        return static_cast<double>(from_bits(to_bits(static_cast<float>(r), dtype_), dtype_));
+      std::map<std::pair<int, int>, std::vector<double>> rows;
+      const auto row_of = [&](int t, int head) -> const std::vector<double>& {
+        auto& row = rows[{t, head}];
+        if (row.empty()) row = cached(source, t, head);
+        return row;
       };
-      std::map<std::pair<int, int>, std::vector<double>> key_rows;
       for (int t = query.begin; t < query.end; ++t) {
         for (int h = 0; h < heads_.q; ++h) {
           const int kv = h / (heads_.q / heads_.kv);
-          std::vector<double> q(heads_.dim), scores(t + 1), out(heads_.dim, 0.0);
-          for (int d = 0; d < heads_.dim; ++d) q[d] = rotated(t, h, d);
+          std::vector<double> scores(t + 1), out(heads_.dim, 0.0);
+          const std::vector<double> q = row_of(t, h);
           double largest = -1e300;
           for (int j = 0; j <= t; ++j) {
-            auto& key = key_rows[{j, kv}];
-            if (key.empty()) {
-              for (int d = 0; d < heads_.dim; ++d) key.push_back(rotated(j, heads_.q + kv, d));
-            }
+            const std::vector<double>& key = row_of(j, heads_.q + kv);
             double dot = 0;
             for (int d = 0; d < heads_.dim; ++d) dot += q[d] * key[d];
             scores[j] = dot / std::sqrt(static_cast<double>(heads_.dim));
@@ -144,8 +169,8 @@ class Attention {
           for (int j = 0; j <= t; ++j) {
             const double p = std::exp(scores[j] - largest);
             sum += p;
-            const size_t base = j * row_ + static_cast<size_t>(heads_.q + heads_.kv + kv) * heads_.dim;
-            for (int d = 0; d < heads_.dim; ++d) out[d] += p * from_bits(source[base + d], dtype_);
+            const std::vector<double>& value = row_of(j, heads_.q + heads_.kv + kv);
+            for (int d = 0; d < heads_.dim; ++d) out[d] += p * value[d];
           }
           for (int d = 0; d < heads_.dim; ++d) y.push_back(out[d] / sum);
         }
@@ -157,6 +182,8 @@ class Attention {
  private:
   Heads heads_;
   DType dtype_;
+  int bits_;
+  bool portable_ = false;
   std::vector<int> lengths_;
   Random random_;
   size_t row_;
@@ -166,70 +193,99 @@ class Attention {
   std::vector<std::vector<int>> tables_;
   std::vector<std::vector<uint16_t>> source_;  // [length, (Hq + 2 Hkv) * D]
   std::vector<float> inv_freq_;
-  std::unique_ptr<DeviceArray<uint16_t>> keys_, values_;
+  std::unique_ptr<DeviceArray<char>> cache_;
 };
 
 const std::vector<std::pair<Heads, DType>> kHeads = {
     {{4, 2, 64}, DType::bf16}, {{5, 1, 128}, DType::bf16}, {{6, 2, 80}, DType::f16}, {{3, 3, 96}, DType::bf16},
-    {{18, 1, 64}, DType::f16}, {{16, 2, 128}, DType::f16}};
+    {{18, 1, 64}, DType::f16}, {{16, 2, 128}, DType::f16}, {{7, 1, 80}, DType::bf16}, {{4, 2, 96}, DType::f16}};
 // Probabilities and V are 16-bit: twice the rounding of an output.
 double attention_tolerance(DType dtype) { return 2 * tolerance_rounded(dtype); }
+// Packed caches: the integers are exact, but a level is chosen from K and V computed in f32 here and on
+// the device with other sines; where the two round to neighbouring levels a value differs by one scale.
+// 1% of K's values off by a level of 8 (4) bits move an output by 1e-4 (2e-3) of its norm.
+double packed_tolerance(DType dtype, int bits) { return attention_tolerance(dtype) + (bits == 16 ? 0.0 : bits == 8 ? 2e-4 : 2e-3); }
 
-TEST("decode attention equals the float64 reference at block and split edges") {
-  for (const auto& [heads, dtype] : kHeads) {
-    const std::vector<int> lengths = {1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 600};
-    Attention attention(heads, dtype, lengths, 3);
-    std::vector<Attention::Query> queries;
-    for (int s = 0; s < static_cast<int>(lengths.size()); ++s) {
-      attention.fill(s, lengths[s] - 1);
-      queries.push_back({s, lengths[s] - 1, lengths[s]});
+TEST("decode attention equals the float64 reference at block and part edges") {
+  for (const int bits : {16, 8, 4}) {
+    for (const auto& [heads, dtype] : kHeads) {
+      const std::vector<int> lengths = {1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 600};
+      Attention attention(heads, dtype, lengths, 3, bits);
+      std::vector<Attention::Query> queries;
+      for (int s = 0; s < static_cast<int>(lengths.size()); ++s) {
+        attention.fill(s, lengths[s] - 1);
+        queries.push_back({s, lengths[s] - 1, lengths[s]});
+      }
+      const double error = relative_error(to_floats(attention.step(queries), dtype), attention.reference(queries));
+      std::printf("    heads %d/%d x %d, %d bits: %.2e\n", heads.q, heads.kv, heads.dim, bits, error);
+      EXPECT(error < packed_tolerance(dtype, bits));
     }
-    const double error = relative_error(to_floats(attention.step(queries), dtype), attention.reference(queries));
-    std::printf("    heads %d/%d x %d: %.2e\n", heads.q, heads.kv, heads.dim, error);
-    EXPECT(error < attention_tolerance(dtype));
   }
 }
 
-TEST("prefill attention equals the float64 reference, whole and in chunks") {
+// Rows of [begin, end) one after the other, computed in chunks of the given sizes, the last repeated.
+std::vector<uint16_t> in_chunks(Attention& attention, int sequence, int begin, int end, const std::vector<int>& sizes, int decode_rows) {
+  std::vector<uint16_t> bits;
+  size_t i = 0;
+  for (int at = begin; at < end;) {
+    const int size = std::min(sizes[std::min(i++, sizes.size() - 1)], end - at);
+    const std::vector<uint16_t> rows = attention.step({{sequence, at, at + size}}, decode_rows);
+    bits.insert(bits.end(), rows.begin(), rows.end());
+    at += size;
+  }
+  return bits;
+}
+
+void expect_equal(const std::vector<uint16_t>& got, const std::vector<uint16_t>& wanted, DType dtype, size_t columns, const char* what) {
+  EXPECT_EQ(got.size(), wanted.size());
+  size_t different = 0;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (got[i] == wanted[i]) continue;
+    if (different++ > 1) continue;
+    std::printf("    %s, row %zu column %zu: %.9g, wanted %.9g\n", what, i / columns, i % columns, from_bits(got[i], dtype), from_bits(wanted[i], dtype));
+  }
+  if (different > 0) std::printf("    %s: %zu of %zu differ\n", what, different, wanted.size());
+  EXPECT_EQ(different, 0U);
+}
+
+TEST("every row has the same bits prefilled whole, in odd chunks, row by row and as drafts") {
+  constexpr int kLength = 331;
   for (const auto& [heads, dtype] : kHeads) {
-    Attention attention(heads, dtype, {2, 64, 65, 200}, 4);
-    const std::vector<Attention::Query> whole = {{0, 0, 2}, {1, 0, 64}, {2, 0, 65}, {3, 0, 200}};
-    const std::vector<uint16_t> bits = attention.step(whole);
-    const double error = relative_error(to_floats(bits, dtype), attention.reference(whole));
-    std::printf("    heads %d/%d x %d: %.2e\n", heads.q, heads.kv, heads.dim, error);
-    EXPECT(error < attention_tolerance(dtype));
-    // The same rows computed in two chunks are the same bits, wherever the cut lies.
-    for (const int cut : {64, 72, 77, 80, 128}) {
-      std::vector<uint16_t> pieces = attention.step({{3, 0, cut}});
-      const std::vector<uint16_t> second = attention.step({{3, cut, 200}});
-      pieces.insert(pieces.end(), second.begin(), second.end());
-      const size_t skip = bits.size() - pieces.size();
-      size_t different = 0;
-      for (size_t i = 0; i < pieces.size(); ++i) {
-        if (pieces[i] == bits[skip + i]) continue;
-        if (different++ > 1) continue;
-        std::printf("    cut %d, row %zu column %zu: %.9g in chunks, %.9g whole\n", cut, i / (heads.q * heads.dim),
-                    i % (heads.q * heads.dim), from_bits(pieces[i], dtype), from_bits(bits[skip + i], dtype));
-      }
-      EXPECT_EQ(different, 0U);
+    for (const int bits : {16, 8, 4}) {
+      Attention attention(heads, dtype, {kLength}, 4, bits);
+      const auto columns = static_cast<size_t>(heads.q) * heads.dim;
+      const std::vector<uint16_t> whole = attention.step({{0, 0, kLength}});
+      const double error = relative_error(to_floats(whole, dtype), attention.reference({{0, 0, kLength}}));
+      std::printf("    heads %d/%d x %d, %d bits: %.2e\n", heads.q, heads.kv, heads.dim, bits, error);
+      EXPECT(error < packed_tolerance(dtype, bits));
+      expect_equal(in_chunks(attention, 0, 0, kLength, {77, 64, 9, 127, 13}, 0), whole, dtype, columns, "odd chunks");
+      expect_equal(in_chunks(attention, 0, 0, kLength, {230, 1}, 1), whole, dtype, columns, "row by row");
+      expect_equal(in_chunks(attention, 0, 0, kLength, {5, 3, 8, 1, 2, 7, 4, 6}, kMaxDecodeRows), whole, dtype, columns, "drafts");
+      expect_equal(in_chunks(attention, 0, 0, kLength, {241, 1}, 0), whole, dtype, columns, "row by row, prefill kernel");
+      attention.set_portable(true);
+      expect_equal(attention.step({{0, 0, kLength}}), whole, dtype, columns, "whole, mma.sync");
+      expect_equal(in_chunks(attention, 0, 0, kLength, {77, 64, 9, 127, 13}, 0), whole, dtype, columns, "odd chunks, mma.sync");
     }
   }
 }
 
 TEST("a sequence's attention is the same bits alone, in a mixed batch and in every run") {
   for (const auto& [heads, dtype] : kHeads) {
-    const std::vector<int> lengths = {700, 33, 129, 300};
-    Attention attention(heads, dtype, lengths, 5);
-    for (int s = 0; s < 4; ++s) attention.fill(s, lengths[s] - 1);
-    const Attention::Query wanted{0, 699, 700};
-    const std::vector<uint16_t> alone = attention.step({wanted});
-    const auto in_batch = [&](const std::vector<Attention::Query>& queries, size_t row) {
-      const std::vector<uint16_t> all = attention.step(queries);
-      return std::vector<uint16_t>(all.begin() + static_cast<int64_t>(row * alone.size()), all.begin() + static_cast<int64_t>((row + 1) * alone.size()));
-    };
-    EXPECT(attention.step({wanted}) == alone);
-    EXPECT(in_batch({{1, 32, 33}, wanted, {3, 299, 300}}, 1) == alone);
-    EXPECT(in_batch({{2, 0, 129}, {1, 10, 33}, wanted}, 129 + 23) == alone);
+    for (const int bits : {16, 4}) {
+      const std::vector<int> lengths = {700, 33, 129, 300};
+      Attention attention(heads, dtype, lengths, 5, bits);
+      for (int s = 0; s < 4; ++s) attention.fill(s, lengths[s] - 1);
+      const Attention::Query wanted{0, 699, 700};
+      const std::vector<uint16_t> alone = attention.step({wanted});
+      const auto in_batch = [&](const std::vector<Attention::Query>& queries, size_t row, int decode_rows) {
+        const std::vector<uint16_t> all = attention.step(queries, decode_rows);
+        return std::vector<uint16_t>(all.begin() + static_cast<int64_t>(row * alone.size()), all.begin() + static_cast<int64_t>((row + 1) * alone.size()));
+      };
+      EXPECT(attention.step({wanted}) == alone);
+      EXPECT(in_batch({{1, 32, 33}, wanted, {3, 299, 300}}, 1, 1) == alone);
+      EXPECT(in_batch({{2, 0, 129}, {1, 10, 33}, wanted}, 129 + 23, 1) == alone);
+      EXPECT(in_batch({{2, 124, 129}, wanted, {1, 30, 33}}, 5, kMaxDecodeRows) == alone);
+    }
   }
 }
 

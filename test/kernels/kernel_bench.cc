@@ -1,11 +1,12 @@
 // Times each kernel at the shapes of Qwen2.5-32B and InternVL2.5-4B and writes one JSON document.
 // Every launch uses the next of several copies of its weights (more than twice the L2 in all); the
 // launches are captured in one graph; figures are medians of nine replays. Ceilings are measured in
-// the same run. Usage: kernel_bench OUT.json [quick]
+// the same run. Usage: kernel_bench OUT.json [quick | decode | drafts | prefill | vision]
 #include <algorithm>
 #include <fstream>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
 
 #include "backend/cuda/gemm/gemm_table.h"
@@ -18,6 +19,8 @@ using namespace turbomind;
 using namespace turbomind::cuda;
 using namespace turbomind::cuda::testing;
 
+const std::set<std::string> kAttentionParts = {"decode", "drafts", "prefill", "vision"};
+
 struct Report {
   std::string json = "[\n";
   double copy_tbs = 0;
@@ -28,8 +31,10 @@ struct Report {
         kernel.c_str(), shape.c_str(), us, tbs, copy_tbs > 0 ? tbs / copy_tbs : 0.0, flops / us * 1e-6);
     std::printf("%-16s %-44s %9.2f us %7.3f TB/s %5.1f%% %8.1f TFLOP/s\n", kernel.c_str(), shape.c_str(), us, tbs,
                 copy_tbs > 0 ? 100 * tbs / copy_tbs : 0.0, flops / us * 1e-6);
+    std::fflush(stdout);
     json += line + ",\n";
   }
+  void write(const char* path) const { std::ofstream(path) << json.substr(0, json.size() - 2) << "\n]\n"; }
 };
 
 CudaStream stream() {
@@ -160,8 +165,8 @@ void bench_gemm(Report& report, const LaunchContext& context, Scratch& scratch, 
 
 // A paged cache and the step arrays of `batch` sequences of `length` keys each.
 struct Paged {
-  int heads, kv_heads, dim, batch, length, queries;
-  std::vector<std::unique_ptr<DeviceArray<char>>> caches;  // K then V, rotated through
+  int heads, kv_heads, dim, batch, length, queries, bits;
+  std::vector<std::unique_ptr<DeviceArray<char>>> caches;  // one layer each, rotated through
   std::unique_ptr<DeviceArray<uint16_t>> qkv, y;
   std::unique_ptr<DeviceArray<int32_t>> positions, slots, start, len, split, stride, table;
   std::unique_ptr<DeviceArray<int2>> items, tiles;
@@ -170,14 +175,14 @@ struct Paged {
   std::unique_ptr<DeviceArray<uint32_t>> tickets;
   StepArrays step;
   int num_items = 0, num_tiles = 0;
-  size_t cache_bytes = 0;
+  size_t cache_bytes = 0;  // of a layer
 
-  Paged(int q, int kv, int d, int sequences, int keys, int rows, size_t copies_bytes)
-      : heads(q), kv_heads(kv), dim(d), batch(sequences), length(keys), queries(rows) {
+  Paged(int q, int kv, int d, int sequences, int keys, int rows, size_t copies_bytes, int kv_bits = 16)
+      : heads(q), kv_heads(kv), dim(d), batch(sequences), length(keys), queries(rows), bits(kv_bits) {
     const int blocks = ceil_div(keys, kBlockTokens);
-    cache_bytes = static_cast<size_t>(sequences) * blocks * kv * kBlockTokens * d * 2;
-    const size_t copies = std::clamp<size_t>(copies_bytes / (2 * cache_bytes) + 1, 1, 64);
-    for (size_t i = 0; i < 2 * copies; ++i) {
+    cache_bytes = static_cast<size_t>(sequences) * blocks * kv * 2 * kv_tile_bytes(d, kv_bits);
+    const size_t copies = std::clamp<size_t>(copies_bytes / cache_bytes + 1, 1, 64);
+    for (size_t i = 0; i < copies; ++i) {
       caches.push_back(std::make_unique<DeviceArray<char>>(cache_bytes));
       fill_random(caches.back()->get(), cache_bytes, false);
     }
@@ -192,8 +197,8 @@ struct Paged {
       h_len.push_back(keys);
       h_split.push_back(static_cast<int32_t>(h_items.size()));
       for (int b = 0; b < blocks; ++b) h_table.push_back(s + b * sequences);
-      for (int i = 0; rows == 1 && i < ceil_div(keys, kSplitTokens); ++i) h_items.push_back({s, i});
-      for (int i = 0; rows > 1 && i < rows; i += kQueryTile) h_tiles.push_back({s, i});
+      for (int i = 0; rows <= kMaxDecodeRows && i < ceil_div(keys, kSplitTokens); ++i) h_items.push_back({s, i});
+      for (int i = 0; rows > kMaxDecodeRows && i < rows; i += kQueryTile) h_tiles.push_back({s, i});
     }
     num_items = static_cast<int>(h_items.size());
     num_tiles = static_cast<int>(h_tiles.size());
@@ -204,14 +209,14 @@ struct Paged {
     start = std::make_unique<DeviceArray<int32_t>>(h_start);
     len = std::make_unique<DeviceArray<int32_t>>(h_len);
     split = std::make_unique<DeviceArray<int32_t>>(h_split);
-    stride = std::make_unique<DeviceArray<int32_t>>(std::vector<int32_t>{blocks});
+    stride = std::make_unique<DeviceArray<int32_t>>(std::vector<int32_t>{blocks, num_items});
     table = std::make_unique<DeviceArray<int32_t>>(h_table);
     items = std::make_unique<DeviceArray<int2>>(h_items);
     tiles = std::make_unique<DeviceArray<int2>>(h_tiles);
     freq = std::make_unique<DeviceArray<float>>(std::vector<float>(static_cast<size_t>(d) / 2, 0.01F));
-    partial_out = std::make_unique<DeviceArray<float>>(h_items.size() * static_cast<size_t>(q * d));
-    partial_sum = std::make_unique<DeviceArray<float2>>(h_items.size() * static_cast<size_t>(q));
-    tickets = std::make_unique<DeviceArray<uint32_t>>(static_cast<size_t>(sequences) * q);
+    partial_out = std::make_unique<DeviceArray<float>>(h_items.size() * static_cast<size_t>(std::min(rows, kMaxDecodeRows) * 2 * q * d));
+    partial_sum = std::make_unique<DeviceArray<float2>>(h_items.size() * static_cast<size_t>(std::min(rows, kMaxDecodeRows) * 2 * q));
+    tickets = std::make_unique<DeviceArray<uint32_t>>(static_cast<size_t>(sequences) * q * kMaxDecodeRows);
     tickets->zero();
     qkv = std::make_unique<DeviceArray<uint16_t>>(static_cast<size_t>(sequences) * rows * (q + 2 * kv) * d);
     fill_random(qkv->get(), qkv->size() * 2, false);
@@ -221,50 +226,69 @@ struct Paged {
             .block_stride = stride->get(), .block_table = table->get()};
   }
   void rope(const LaunchContext& context, int i, void* x) const {
-    const size_t copy = static_cast<size_t>(i) % (caches.size() / 2);
-    rope_kv(context, DType::bf16, {.qkv = x, .k_cache = caches[2 * copy]->get(), .v_cache = caches[2 * copy + 1]->get(),
+    rope_kv(context, DType::bf16, {.qkv = x, .cache = caches[static_cast<size_t>(i) % caches.size()]->get(), .kv_bits = bits,
                                    .inv_freq = freq->get(), .positions = positions->get(), .slots = slots->get(),
                                    .tokens = batch * queries, .num_heads = heads, .num_kv_heads = kv_heads, .head_dim = dim});
   }
-  void attend(const LaunchContext& context, int i, const void* x, void* out) const {
-    const size_t copy = static_cast<size_t>(i) % (caches.size() / 2);
+  void attend(const LaunchContext& context, int i, const void* x, void* out, bool portable = false) const {
     const float scale = 1.0F / std::sqrt(static_cast<float>(dim));
-    const void* k = caches[2 * copy]->get();
-    const void* v = caches[2 * copy + 1]->get();
-    if (queries == 1) {
-      decode_attention(context, DType::bf16, {.qkv = x, .y = out, .k_cache = k, .v_cache = v, .step = step, .num_items = num_items,
-                                              .partial_out = partial_out->get(), .partial_max_sum = partial_sum->get(),
+    const void* cache = caches[static_cast<size_t>(i) % caches.size()]->get();
+    if (queries <= kMaxDecodeRows) {
+      decode_attention(context, DType::bf16, {.qkv = x, .y = out, .cache = cache, .kv_bits = bits, .step = step, .num_items = num_items,
+                                              .max_rows = queries, .partial_out = partial_out->get(), .partial_max_sum = partial_sum->get(),
                                               .tickets = tickets->get(), .num_heads = heads, .num_kv_heads = kv_heads,
                                               .head_dim = dim, .softmax_scale = scale});
     } else {
-      prefill_attention(context, DType::bf16, {.qkv = x, .y = out, .k_cache = k, .v_cache = v, .step = step, .num_tiles = num_tiles,
-                                               .num_heads = heads, .num_kv_heads = kv_heads, .head_dim = dim, .softmax_scale = scale});
+      prefill_attention(context, DType::bf16, {.qkv = x, .y = out, .cache = cache, .kv_bits = bits, .step = step, .tokens = batch * queries, .num_tiles = num_tiles,
+                                               .num_heads = heads, .num_kv_heads = kv_heads, .head_dim = dim, .softmax_scale = scale, .portable = portable});
     }
   }
 };
 
-void bench_attention(Report& report, const LaunchContext& context) {
-  for (const auto& [q, kv, batch, length] : {std::tuple{40, 8, 1, 1024}, {40, 8, 1, 8192}, {40, 8, 16, 8192}, {40, 8, 64, 1024},
-                                             {16, 2, 1, 8192}, {16, 2, 16, 8192}, {16, 2, 64, 1024}}) {
-    const Paged paged(q, kv, 128, batch, length, 1, size_t{300} << 20);
+// part: "decode", "drafts", "prefill" or "vision" alone; else all.
+void bench_attention(Report& report, const LaunchContext& context, const std::string& part) {
+  const auto wanted = [&](const char* name) { return part == name || !kAttentionParts.contains(part); };
+  const auto decode = [&](int q, int kv, int batch, int length, int rows, int bits) {
+    const Paged paged(q, kv, 128, batch, length, rows, size_t{300} << 20, bits);
     const double us = time_us(24, [&](int i) { paged.attend(context, i, paged.qkv->get(), paged.y->get()); });
-    report.add("decode_attention", format("%d/%d x 128, batch %d, %d keys", q, kv, batch, length), us,
-               2.0 * static_cast<double>(paged.cache_bytes), 4.0 * batch * q * 128.0 * length);
+    report.add("decode_attention", format("%d/%d x 128, %d rows of %d, %d keys, %d bits", q, kv, rows, batch, length, bits), us,
+               static_cast<double>(paged.cache_bytes), 4.0 * batch * rows * q * 128.0 * length);
+  };
+  for (const int bits : {16, 8, 4}) {
+    if (!wanted("decode")) break;
+    for (const auto& [q, kv, batch, length] : {std::tuple{40, 8, 1, 1024}, {40, 8, 1, 8192}, {40, 8, 16, 8192}, {40, 8, 64, 1024},
+                                               {16, 2, 1, 8192}, {16, 2, 16, 8192}, {16, 2, 64, 1024}}) {
+      decode(q, kv, batch, length, 1, bits);
+    }
   }
-  for (const auto& [q, kv, length] : {std::tuple{40, 8, 1024}, {40, 8, 4096}, {40, 8, 16384}, {16, 2, 4096}}) {
-    const Paged paged(q, kv, 128, 1, length, length, 0);
-    const double us = time_us(4, [&](int i) { paged.attend(context, i, paged.qkv->get(), paged.y->get()); });
-    report.add("prefill_attention", format("%d/%d x 128, causal %d", q, kv, length), us,
-               2.0 * static_cast<double>(paged.cache_bytes), 2.0 * q * 128.0 * length * length);
+  if (wanted("drafts")) {
+    decode(40, 8, 1, 8192, 5, 16);
+    decode(40, 8, 16, 8192, 5, 16);
+    decode(16, 2, 1, 8192, 5, 16);
   }
+  const auto prefill = [&](int q, int kv, int length, int bits, bool portable = false) {
+    const Paged paged(q, kv, 128, 1, length, length, 0, bits);
+    const double us = time_us(4, [&](int i) { paged.attend(context, i, paged.qkv->get(), paged.y->get(), portable); });
+    report.add(portable ? "prefill_attention_mma_sync" : "prefill_attention", format("%d/%d x 128, causal %d, %d bits", q, kv, length, bits), us,
+               static_cast<double>(paged.cache_bytes), 2.0 * q * 128.0 * length * length);
+  };
+  if (wanted("prefill")) {
+    for (const auto& [q, kv, length] : {std::tuple{40, 8, 1024}, {40, 8, 4096}, {40, 8, 16384}, {16, 2, 4096}}) prefill(q, kv, length, 16);
+    prefill(40, 8, 4096, 16, true);
+    prefill(40, 8, 4096, 8);
+    prefill(40, 8, 4096, 4);
+  }
+  if (!wanted("vision")) return;
   const DeviceArray<uint16_t> qkv(size_t{13} * 1025 * 3072);
   fill_random(qkv.get(), qkv.size() * 2, false);
   const DeviceArray<uint16_t> y(size_t{13} * 1025 * 1024);
-  const double us = time_us(6, [&](int) {
-    tile_attention(context, DType::bf16, {.qkv = qkv.get(), .y = y.get(), .num_tiles = 13, .tokens = 1025, .num_heads = 16,
-                                          .head_dim = 64, .softmax_scale = 0.125F});
-  });
-  report.add("tile_attention", "13 tiles x 1025, 16 x 64", us, 8.0 * 13 * 1025 * 1024, 4.0 * 13 * 16 * 64.0 * 1025 * 1025);
+  for (const bool portable : {false, true}) {
+    const double us = time_us(6, [&](int) {
+      tile_attention(context, DType::bf16, {.qkv = qkv.get(), .y = y.get(), .num_tiles = 13, .tokens = 1025, .num_heads = 16,
+                                            .head_dim = 64, .softmax_scale = 0.125F, .portable = portable});
+    });
+    report.add(portable ? "tile_attention_mma_sync" : "tile_attention", "13 tiles x 1025, 16 x 64", us, 8.0 * 13 * 1025 * 1024, 4.0 * 13 * 16 * 64.0 * 1025 * 1025);
+  }
 }
 
 void bench_small(Report& report, const LaunchContext& context) {
@@ -316,7 +340,7 @@ void bench_layers(Report& report, const LaunchContext& context, Scratch& scratch
     gemm(gate_up, layer, normed.get(), middle.get(), Epilogue::silu_mul);
     gemm(down, layer, middle.get(), x.get(), Epilogue::residual);
   });
-  const double bytes = qkv.bytes + o.bytes + gate_up.bytes + down.bytes + 2.0 * static_cast<double>(paged.cache_bytes);
+  const double bytes = qkv.bytes + o.bytes + gate_up.bytes + down.bytes + static_cast<double>(paged.cache_bytes);
   report.add("decode_layer", format("%s, batch %d, %d keys", label, batch, length), us, bytes,
              2.0 * batch * (static_cast<double>(qkv_n) * hidden + static_cast<double>(hidden) * q * 128 + 3.0 * hidden * mlp));
 }
@@ -349,8 +373,13 @@ int main(int argc, char** argv) {
     report.copy_tbs = 2.0 * static_cast<double>(a.size()) / us * 1e-6;
     report.add("copy", "2 GiB", us, 2.0 * static_cast<double>(a.size()), 0);
   }
+  const std::string part = quick ? argv[2] : "";
+  bench_attention(report, context, part);
+  if (kAttentionParts.contains(part)) {
+    report.write(argv[1]);
+    return 0;
+  }
   bench_small(report, context);
-  bench_attention(report, context);
   const std::vector<int> tokens = quick ? std::vector<int>{1, 16, 64, 256, 1024} : std::vector<int>{1, 8, 16, 32, 64, 128, 256, 1024, 4096};
   const auto u4 = [&](const char* label, int n, int k, Epilogue epilogue) {
     bench_gemm(report, context, scratch, WeightKind::awq, label, n, k, epilogue, tokens);
@@ -376,9 +405,6 @@ int main(int argc, char** argv) {
     bench_layers(report, context, scratch, "32B", 5120, 40, 8, 27648, batch, length);
     bench_layers(report, context, scratch, "4B", 2048, 16, 2, 11008, batch, length);
   }
-  if (argc > 1) {
-    report.json.resize(report.json.size() - 2);
-    std::ofstream(argv[1]) << report.json << "\n]\n";
-  }
+  if (argc > 1) report.write(argv[1]);
   return 0;
 }

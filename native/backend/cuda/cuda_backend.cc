@@ -155,15 +155,10 @@ CudaCounters CudaBackend::counters() const {
 
 size_t CudaBackend::kv_block_bytes(const KvCacheSpec& spec) const {
   return static_cast<size_t>(spec.num_layers) * 2 * static_cast<size_t>(spec.num_kv_heads) *
-         static_cast<size_t>(spec.block_size) * static_cast<size_t>(spec.head_dim) * 2;
+         kv_tile_bytes(spec.head_dim, spec.bits);
 }
 
 std::unique_ptr<KvCache> CudaBackend::make_kv_cache(const KvCacheSpec& spec) {
-  if (spec.bits != 16) {
-    throw Error(
-        ErrorCode::invalid_argument,
-        format("a KV cache of %d bits on the GPU; its kernels read 16 (quantPolicy 0)", spec.bits));
-  }
   if (spec.block_size != kBlockTokens) {
     throw Error(ErrorCode::invalid_argument,
                 format("KV blocks of %d tokens on the GPU; its kernels read blocks of %d",
@@ -173,16 +168,9 @@ std::unique_ptr<KvCache> CudaBackend::make_kv_cache(const KvCacheSpec& spec) {
       spec, allocate(kv_block_bytes(spec) * static_cast<size_t>(spec.num_blocks)));
 }
 
-void* CudaKvCache::keys(int layer) const {
-  const size_t half =
-      static_cast<size_t>(spec_.num_blocks) * static_cast<size_t>(spec_.num_kv_heads) *
-      static_cast<size_t>(spec_.block_size) * static_cast<size_t>(spec_.head_dim) * 2;
-  return static_cast<char*>(buffer_->data()) + 2 * static_cast<size_t>(layer) * half;
-}
-
-void* CudaKvCache::values(int layer) const {
-  const size_t half = buffer_->bytes() / static_cast<size_t>(2 * spec_.num_layers);
-  return static_cast<char*>(keys(layer)) + half;
+void* CudaKvCache::layer(int layer) const {
+  const size_t bytes = buffer_->bytes() / static_cast<size_t>(spec_.num_layers);
+  return static_cast<char*>(buffer_->data()) + static_cast<size_t>(layer) * bytes;
 }
 
 char* CudaKvCache::block(BlockId block) const {
@@ -195,13 +183,13 @@ size_t CudaKvCache::piece_bytes() const {
 }
 
 size_t CudaKvCache::piece_pitch() const {
-  return buffer_->bytes() / static_cast<size_t>(2 * spec_.num_layers);
+  return buffer_->bytes() / static_cast<size_t>(spec_.num_layers);
 }
 
 void CudaBackend::copy_pieces(const CudaKvCache& cache, char* to, size_t to_pitch, const char* from,
                               size_t from_pitch, cudaMemcpyKind kind) {
   const size_t bytes = cache.piece_bytes();
-  const auto pieces = static_cast<size_t>(2 * cache.spec().num_layers);
+  const auto pieces = static_cast<size_t>(cache.spec().num_layers);
   if (std::max(to_pitch, from_pitch) <= properties_.memPitch) {
     cuda_check(
         cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, bytes, pieces, kind, context_.stream),
@@ -389,13 +377,13 @@ void CudaBackend::attention(const AttentionArgs& args) {
                args.num_heads % args.num_kv_heads == 0,
            "attention with %d heads of %d; the workspace was made for %d of %d", args.num_heads,
            args.head_dim, w.spec.max_heads, w.spec.max_head_dim);
-  void* keys = cache.keys(args.layer);
-  void* values = cache.values(args.layer);
+  void* layer = cache.layer(args.layer);
+  const int bits = cache.spec().bits;
   const float scale = softmax_scale(args.softmax_scale, args.head_dim);
   rope_kv(context_, dtype_,
           {.qkv = args.qkv.data,
-           .k_cache = keys,
-           .v_cache = values,
+           .cache = layer,
+           .kv_bits = bits,
            .inv_freq = floats(args.rope.inv_freq),
            .attention_scaling = args.rope.attention_scaling,
            .q_norm = args.q_norm != nullptr ? floats(args.q_norm->weight) : nullptr,
@@ -411,10 +399,11 @@ void CudaBackend::attention(const AttentionArgs& args) {
   decode_attention(context_, dtype_,
                    {.qkv = args.qkv.data,
                     .y = args.y.data,
-                    .k_cache = keys,
-                    .v_cache = values,
+                    .cache = layer,
+                    .kv_bits = bits,
                     .step = w.step,
                     .num_items = graph_rows_ > 0 ? step_.padded_items : step_.items,
+                    .max_rows = std::max(step_.decode_rows, 1),
                     .partial_out = static_cast<float*>(w.attention_out->data()),
                     .partial_max_sum = static_cast<float2*>(w.attention_max_sum->data()),
                     .tickets = static_cast<uint32_t*>(w.attention_tickets->data()),
@@ -425,9 +414,10 @@ void CudaBackend::attention(const AttentionArgs& args) {
   prefill_attention(context_, dtype_,
                     {.qkv = args.qkv.data,
                      .y = args.y.data,
-                     .k_cache = keys,
-                     .v_cache = values,
+                     .cache = layer,
+                     .kv_bits = bits,
                      .step = w.step,
+                     .tokens = static_cast<int>(args.qkv.dim(0)),
                      .num_tiles = step_.tiles,
                      .num_heads = args.num_heads,
                      .num_kv_heads = args.num_kv_heads,

@@ -36,10 +36,8 @@ class CudaKvCache final : public KvCache {
   CudaKvCache(const KvCacheSpec& spec, std::unique_ptr<Buffer> buffer)
       : spec_(spec), buffer_(std::move(buffer)) {}
   const KvCacheSpec& spec() const override { return spec_; }
-  void* keys(int layer) const;  // [B, Hkv, 64, D]
-  void* values(int layer) const;
-  // A block is one piece of each layer's keys and values: 2 * num_layers pieces of `piece_bytes`,
-  // `piece_pitch` apart.
+  void* layer(int layer) const;  // [B, Hkv, 2 (K, V)] tiles: device/kv_tile.cuh
+  // A block is one piece of each layer: num_layers pieces of `piece_bytes`, `piece_pitch` apart.
   char* block(BlockId block) const;
   size_t piece_bytes() const;
   size_t piece_pitch() const;
@@ -152,6 +150,7 @@ class CudaBackend final : public Backend {
     int sequences = 0;
     int rows = 0;  // sampled
     int items = 0;
+    int decode_rows = 0;  // most rows of a sequence with decode items
     int tiles = 0;
     int padded_rows = 0;  // of a decode step: its bucket; else tokens
     int padded_items = 0;

@@ -53,10 +53,31 @@ class BlobWriter {
   UnpackArgs args_;
 };
 
-// Whether sequence `s` goes through the decode kernel.
-bool is_decode(const StepBatch& batch, int s) {
-  if (batch.num_decode >= 0) return s < batch.num_decode;
-  return batch.query_start[s + 1] - batch.query_start[s] == 1;
+// What attention runs in a step where sequences of at most `decode_rows` rows take the decode kernel
+// and the others, cut into tiles of query rows, the prefill kernel. A matter of speed: both give the
+// same bits.
+struct AttentionWork {
+  int items = 0;
+  int rows = 0;  // most of a sequence with items
+  int tiles = 0;
+};
+
+int query_rows(const StepBatch& batch, int s) {
+  return batch.query_start[s + 1] - batch.query_start[s];
+}
+
+AttentionWork attention_work(const StepBatch& batch, int decode_rows) {
+  AttentionWork work;
+  for (int s = 0; s < batch.num_sequences(); ++s) {
+    const int rows = query_rows(batch, s);
+    if (rows <= decode_rows) {
+      work.rows = std::max(work.rows, rows);
+      work.items += ceil_div(batch.kv_len[s], kSplitTokens);
+    } else {
+      work.tiles += ceil_div(rows, kQueryTile);
+    }
+  }
+  return work;
 }
 
 void fill(std::span<int32_t> out, std::span<const int32_t> values, int32_t padding) {
@@ -92,7 +113,7 @@ CudaBackend::WorkspaceSizes::WorkspaceSizes(const WorkspaceSpec& spec) {
   const auto heads = static_cast<size_t>(std::max(spec.max_heads, 1));
   const auto dim = static_cast<size_t>(std::max(spec.max_head_dim, 1));
   max_blocks = ceil_div(std::max(spec.max_kv_len, 1), kBlockTokens) + 1;
-  const size_t item_bytes = heads * (dim * sizeof(float) + sizeof(float2));
+  const size_t item_bytes = 2 * heads * (dim * sizeof(float) + sizeof(float2));
   const int64_t all_items =
       static_cast<int64_t>(sequences) * ceil_div(std::max(spec.max_kv_len, 1), kSplitTokens);
   max_items = pad_items(static_cast<int>(
@@ -107,16 +128,16 @@ CudaBackend::WorkspaceSizes::WorkspaceSizes(const WorkspaceSpec& spec) {
            static_cast<size_t>(sequences),
            2 * static_cast<size_t>(max_items),
            2 * static_cast<size_t>(max_tiles),
-           1,
+           2,
            static_cast<size_t>(sequences) * static_cast<size_t>(max_blocks)};
   for (size_t count : words) step_bytes += round_up<size_t>(count, 64) * sizeof(int32_t);
   scratch_row_elements = static_cast<size_t>(
       round_up<int64_t>(std::max<int64_t>(spec.max_in_features, 1), kChunkColumns));
   scratch = static_cast<size_t>(tokens) * scratch_row_elements * 2;
   const auto items = static_cast<size_t>(max_items);
-  attention_out = items * heads * dim * sizeof(float);
-  attention_max_sum = items * heads * sizeof(float2);
-  attention_tickets = static_cast<size_t>(sequences) * heads * sizeof(uint32_t);
+  attention_out = items * 2 * heads * dim * sizeof(float);
+  attention_max_sum = items * 2 * heads * sizeof(float2);
+  attention_tickets = static_cast<size_t>(sequences) * kMaxDecodeRows * heads * sizeof(uint32_t);
   if (spec.vocab_size <= 0 || spec.max_rows <= 0) return;
   const auto rows = static_cast<size_t>(spec.max_rows);
   host_logits = static_cast<size_t>(spec.vocab_size) * sizeof(float);
@@ -216,16 +237,16 @@ void CudaBackend::begin_step(const StepBatch& batch) {
   step_.sequences = sequences;
   step_.rows = static_cast<int>(batch.sample_rows.size());
 
-  // Prefilled sequences are cut into tiles of query rows.
-  for (int s = 0; s < sequences; ++s) {
-    const int queries = batch.query_start[s + 1] - batch.query_start[s];
-    if (is_decode(batch, s)) {
-      TM_CHECK(queries == 1, "%d rows of a sequence that is decoded", queries);
-      step_.items += ceil_div(batch.kv_len[s], kSplitTokens);
-    } else {
-      step_.tiles += ceil_div(queries, kQueryTile);
-    }
+  // Parts of many rows take more memory: where they do not fit, fewer rows are decoded.
+  int decode_rows = kMaxDecodeRows;
+  AttentionWork work = attention_work(batch, decode_rows);
+  while (work.items * work.rows > w.max_items && decode_rows > 1) {
+    decode_rows /= 2;
+    work = attention_work(batch, decode_rows);
   }
+  step_.items = work.items;
+  step_.decode_rows = work.rows;
+  step_.tiles = work.tiles;
   TM_CHECK(step_.tiles <= w.max_tiles, "%d query tiles, %d reserved", step_.tiles, w.max_tiles);
   if (step_.items > w.max_items) {
     throw Error(ErrorCode::out_of_memory,
@@ -259,9 +280,9 @@ void CudaBackend::begin_step(const StepBatch& batch) {
   size_t item = 0;
   size_t tile = 0;
   for (int s = 0; s < sequences; ++s) {
-    const int queries = batch.query_start[s + 1] - batch.query_start[s];
+    const int queries = query_rows(batch, s);
     split_start[static_cast<size_t>(s)] = static_cast<int32_t>(item / 2);
-    const bool decode = is_decode(batch, s);
+    const bool decode = queries <= decode_rows;
     for (int i = 0; decode && i < ceil_div(batch.kv_len[s], kSplitTokens); ++i) {
       items[item++] = s;
       items[item++] = i;
@@ -272,7 +293,9 @@ void CudaBackend::begin_step(const StepBatch& batch) {
     }
   }
   std::fill(items.begin() + static_cast<int64_t>(item), items.end(), -1);
-  blob.add(w.step.block_stride, 1)[0] = batch.max_blocks;
+  const std::span<int32_t> sizes = blob.add(w.step.block_stride, 2);
+  sizes[0] = batch.max_blocks;
+  sizes[1] = step_.items;
   fill(blob.add(w.step.block_table, batch.block_table.size()), batch.block_table, -1);
 
   // send

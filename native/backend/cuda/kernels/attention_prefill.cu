@@ -1,20 +1,22 @@
-// Attention of many query rows: causal over paged keys (prefill), or over all keys of a vision tile.
-// CTA: 4 warps of 16 query rows of one head; keys in kernel tiles of 64 (a KV block), double
-// buffered by cp.async. A row's result depends only on its own keys: not on the chunk it came in.
+// Attention of many query rows: causal over paged keys (prefill), or over all keys of a vision tile;
+// by the definition in flash.cuh, on mma.sync. CTA: 4 warps of 16 query rows of one head; KV tiles
+// double buffered by cp.async, packed ones unpacked to 16 bits by all warps first.
 // Bound: tensor cores (mma.sync) beyond a few hundred tokens.
 #include "backend/cuda/device/flash.cuh"
-#include "backend/cuda/kernels/kernels.h"
+#include "backend/cuda/kernels/attention_prefill.h"
 
 namespace turbomind::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kRows = 64;  // query rows of a CTA
 constexpr int kTokens = kBlockTokens;
 
 struct Params {
-  const void* q;  // row 0, head 0
-  const void* k;  // paged: [B, Hkv, 64, D]; contiguous: row 0, head 0
-  const void* v;
+  const void* q;      // row 0, head 0
+  const void* k;      // contiguous: row 0, head 0
+  const void* v;      // contiguous
+  const void* cache;  // paged
   void* y;
   int64_t ldq;
   int64_t ldy;
@@ -25,91 +27,123 @@ struct Params {
   StepArrays step;
 };
 
-// One kernel tile of keys or values: row stride in elements.
-template <class T>
-struct KeyTile {
-  const T* base;
-  int64_t stride;
-};
-
-template <class T, int kDim, bool kPaged>
-__device__ __forceinline__ KeyTile<T> key_tile(const Params& p, const void* base, int sequence,
-                                               int kv_head, int tile) {
-  if constexpr (kPaged) {
-    const int64_t block = p.step.block_table[sequence * *p.step.block_stride + tile];
-    return {static_cast<const T*>(base) + (block * p.num_kv_heads + kv_head) * kTokens * kDim,
-            kDim};
-  } else {
-    const int64_t row = static_cast<int64_t>(sequence) * p.tokens + tile * kTokens;
-    return {static_cast<const T*>(base) + row * p.ldq + kv_head * kDim, p.ldq};
-  }
-}
-
-template <class T, int kDim>
-__device__ __forceinline__ void load_tile(uint32_t destination, const KeyTile<T>& tile, int valid) {
-  constexpr int kPieces = kDim / 8;
-  for (int i = threadIdx.x; i < kTokens * kPieces; i += kThreads) {
-    const int token = i / kPieces;
-    const int piece = i % kPieces;
-    const bool inside = token < valid;
-    cp_async_16(destination + token * kFlashRowBytes<kDim> + piece * 16,
-                tile.base + (inside ? token * tile.stride : 0) + piece * 8, inside);
-  }
-}
-
-template <class T, int kDim, bool kPaged>
-__global__ void __launch_bounds__(kThreads) prefill_kernel(const Params p) {
-  extern __shared__ __align__(128) char shared[];
-  constexpr int kTileBytes = kTokens * kFlashRowBytes<kDim>;
-  grid_dependency_wait();
-  grid_dependency_launch();
-  const int lane = threadIdx.x % 32;
-  const int head = blockIdx.x;
-  const int kv_head = head / p.group;
-
-  // which rows, which keys
-  int sequence;
+// The query rows and keys of a CTA.
+struct Work {
+  int sequence;  // contiguous: vision tile
+  int head;
+  int kv_head;
   int first_query;
   int num_queries;
   int num_keys;
   int64_t row0;
-  if constexpr (kPaged) {
-    const int2 tile = p.step.query_tiles[gridDim.y - 1 - blockIdx.y];  // longest rows first
-    sequence = tile.x;
-    if (sequence < 0) return;
-    first_query = tile.y;
-    row0 = p.step.query_start[sequence];
-    num_queries = p.step.query_start[sequence + 1] - static_cast<int>(row0);
-    num_keys = p.step.kv_len[sequence];
-  } else {
-    sequence = blockIdx.z;
-    first_query = blockIdx.y * kQueryTile;
-    row0 = static_cast<int64_t>(sequence) * p.tokens;
-    num_queries = p.tokens;
-    num_keys = p.tokens;
+};
+
+template <class T, int kDim, int kBits>
+struct Buffers {
+  static constexpr int kTile = kTileBytes<kDim, kBits>;
+  static constexpr int kStage = 2 * kTile;
+  static constexpr int kUnpacked = kBits == 16 ? 0 : 2 * HalfTile<kDim>::kBytes;
+  static constexpr int kBytes = 2 * kStage + kUnpacked;
+};
+
+// KV tile `tile` of a paged sequence, K then V, as it lies in memory. Rows past the last key hold
+// anything: they are zeroed where they might be no numbers.
+template <class T, int kDim, int kBits>
+__device__ __forceinline__ void load_paged(uint32_t stage, const Params& p, const Work& work,
+                                           int tile) {
+  constexpr int kBytes = Buffers<T, kDim, kBits>::kStage;
+  const int64_t block = p.step.block_table[work.sequence * *p.step.block_stride + tile];
+  const char* source =
+      static_cast<const char*>(p.cache) + (block * p.num_kv_heads + work.kv_head) * kBytes;
+  const int valid = work.num_keys - tile * kTokens;
+  for (int i = threadIdx.x * 16; i < kBytes; i += kThreads * 16) {
+    const bool inside = kBits != 16 || i / HalfTile<kDim>::kRowBytes % kTokens < valid;
+    cp_async_16(stage + i, source + i, inside);
   }
-  const int history = num_keys - num_queries;  // keys before query row 0
-  const int last_query = min(first_query + kQueryTile, num_queries) - 1;
-  const int keys_end = kPaged ? history + last_query + 1 : num_keys;
+}
+
+// The same of rows that lie `ldq` apart.
+template <class T, int kDim>
+__device__ __forceinline__ void load_rows(uint32_t stage, const Params& p, const Work& work,
+                                          int tile) {
+  constexpr int kPieces = kDim / 8;
+  const int64_t first = static_cast<int64_t>(work.sequence) * p.tokens + tile * kTokens;
+  const int64_t offset = first * p.ldq + work.kv_head * kDim;
+  const int valid = work.num_keys - tile * kTokens;
+  for (int i = threadIdx.x; i < kTokens * kPieces; i += kThreads) {
+    const int token = i / kPieces;
+    const int piece = i % kPieces;
+    const bool inside = token < valid;
+    const int64_t from = offset + (inside ? token * p.ldq : 0) + piece * 8;
+    const uint32_t to = stage + HalfTile<kDim>::offset(token, piece * 8);
+    cp_async_16(to, static_cast<const T*>(p.k) + from, inside);
+    cp_async_16(to + HalfTile<kDim>::kBytes, static_cast<const T*>(p.v) + from, inside);
+  }
+}
+
+template <bool kPaged>
+__device__ __forceinline__ Work find_work(const Params& p) {
+  Work work;
+  work.head = blockIdx.x;
+  work.kv_head = work.head / p.group;
+  if constexpr (kPaged) {
+    constexpr int kParts = kQueryTile / kRows;
+    const int index = gridDim.y - 1 - blockIdx.y;  // longest rows first
+    const int2 tile = p.step.query_tiles[index / kParts];
+    work.sequence = tile.x;
+    if (tile.x < 0) return work;
+    work.first_query = tile.y + index % kParts * kRows;
+    work.row0 = p.step.query_start[tile.x];
+    work.num_queries = p.step.query_start[tile.x + 1] - static_cast<int>(work.row0);
+    work.num_keys = p.step.kv_len[tile.x];
+  } else {
+    work.sequence = blockIdx.z;
+    work.first_query = blockIdx.y * kRows;
+    work.row0 = static_cast<int64_t>(work.sequence) * p.tokens;
+    work.num_queries = p.tokens;
+    work.num_keys = p.tokens;
+  }
+  return work;
+}
+
+template <class T, int kDim, int kBits, bool kPaged>
+__global__ void __launch_bounds__(kThreads) prefill_kernel(const Params p) {
+  extern __shared__ __align__(1024) char shared[];
+  using Memory = Buffers<T, kDim, kBits>;
+  grid_dependency_wait();
+  grid_dependency_launch();
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const Work work = find_work<kPaged>(p);
+  if (work.sequence < 0 || work.first_query >= work.num_queries) return;
+  const int history = work.num_keys - work.num_queries;  // keys before query row 0
+  const int last_query = min(work.first_query + kRows, work.num_queries) - 1;
+  const int keys_end = kPaged ? history + last_query + 1 : work.num_keys;
   const int tiles = (keys_end + kTokens - 1) / kTokens;
 
-  const int query0 = first_query + threadIdx.x / 32 * 16 + lane / 4;
-  const T* q = static_cast<const T*>(p.q) + head * kDim;
+  const int query0 = work.first_query + warp * 16 + lane / 4;
+  const T* q = static_cast<const T*>(p.q) + work.head * kDim;
   uint32_t query[kDim / 16][4];
-  load_query<T, kDim>(query, query0 < num_queries ? q + (row0 + query0) * p.ldq : nullptr,
-                      query0 + 8 < num_queries ? q + (row0 + query0 + 8) * p.ldq : nullptr, lane);
+  load_query<T, kDim>(
+      query, query0 < work.num_queries ? q + (work.row0 + query0) * p.ldq : nullptr,
+      query0 + 8 < work.num_queries ? q + (work.row0 + query0 + 8) * p.ldq : nullptr, lane);
+  float query_sum[2] = {};
+  if constexpr (kBits != 16) query_sums<T, kDim / 16>(query_sum, query);
 
   const uint32_t ring = smem_address(shared);
+  const uint32_t unpacked = ring + 2 * Memory::kStage;
   const auto load = [&](int tile) {
-    const uint32_t stage = ring + (tile % 2) * 2 * kTileBytes;
-    const int valid = num_keys - tile * kTokens;
-    load_tile<T, kDim>(stage, key_tile<T, kDim, kPaged>(p, p.k, sequence, kv_head, tile), valid);
-    load_tile<T, kDim>(stage + kTileBytes,
-                       key_tile<T, kDim, kPaged>(p, p.v, sequence, kv_head, tile), valid);
+    const uint32_t stage = ring + (tile % 2) * Memory::kStage;
+    if constexpr (kPaged) {
+      load_paged<T, kDim, kBits>(stage, p, work, tile);
+    } else {
+      load_rows<T, kDim>(stage, p, work, tile);
+    }
     cp_async_commit();
   };
 
-  FlashState<kDim> state;
+  FlashPart<kDim> part;
+  FlashTotal<kDim> total;
   load(0);
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<0>();
@@ -119,27 +153,41 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Params p) {
     int limit[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int visible = kPaged ? history + query0 + 8 * r + 1 : num_keys;
-      limit[r] = min(visible, num_keys) - first_key;
+      const int visible = kPaged ? history + query0 + 8 * r + 1 : work.num_keys;
+      limit[r] = min(visible, work.num_keys) - first_key;
     }
-    const bool masked =
-        kPaged ? first_key + kTokens > history + first_query : first_key + kTokens > num_keys;
-    const uint32_t stage = ring + (tile % 2) * 2 * kTileBytes;
-    flash_tile<T, kDim, kTokens>(state, query, stage, stage + kTileBytes, limit, masked,
-                                 p.scale_log2, lane);
+    const bool masked = kPaged ? first_key + kTokens > history + work.first_query
+                               : first_key + kTokens > work.num_keys;
+    uint32_t keys = ring + (tile % 2) * Memory::kStage;
+    uint32_t values = keys + Memory::kTile;
+    const uint32_t key_meta = keys + Memory::kTile - kTokens * 4;
+    const uint32_t value_meta = values + Memory::kTile - kTokens * 4;
+    if constexpr (kBits != 16) {
+      unpack_keys<T, kDim, kBits>(unpacked, keys, warp, kThreads / 32, lane);
+      unpack_values<T, kDim, kBits>(unpacked + HalfTile<kDim>::kBytes, values, warp, kThreads / 32,
+                                    lane);
+      keys = unpacked;
+      values = unpacked + HalfTile<kDim>::kBytes;
+      __syncthreads();
+    }
+    flash_tile<T, kDim, kBits>(part, query, query_sum, keys, values, key_meta, value_meta, limit,
+                               masked, p.scale_log2, lane);
+    if ((tile + 1) % kPartTiles == 0 || tile + 1 == tiles) {
+      fold_part<kDim, kBits>(total, part, p.scale_log2);
+    }
   }
 
   // epilogue
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float sum = quad_sum(state.row_sum[r]);
-    const float inverse = sum > 0.0F ? 1.0F / sum : 0.0F;
-    if (query0 + 8 * r >= num_queries) continue;
-    T* y = static_cast<T*>(p.y) + (row0 + query0 + 8 * r) * p.ldy + head * kDim + (lane % 4) * 2;
+    const float inverse = total.sum[r] > 0.0F ? 1.0F / total.sum[r] : 0.0F;
+    if (query0 + 8 * r >= work.num_queries) continue;
+    T* y = static_cast<T*>(p.y) + (work.row0 + query0 + 8 * r) * p.ldy + work.head * kDim +
+           (lane % 4) * 2;
 #pragma unroll
     for (int d = 0; d < kDim / 8; ++d) {
       *reinterpret_cast<uint32_t*>(y + d * 8) =
-          pack_pair<T>(state.out[d][2 * r] * inverse, state.out[d][2 * r + 1] * inverse);
+          pack_pair<T>(total.out[d][2 * r] * inverse, total.out[d][2 * r + 1] * inverse);
     }
   }
 }
@@ -147,11 +195,18 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Params p) {
 constexpr float kLog2e = 1.4426950408889634F;
 
 template <class T, bool kPaged>
-void run(const LaunchContext& context, const Params& params, int head_dim, dim3 grid) {
-  visit_head_dim(head_dim, [&]<int kDim>() {
-    launch(prefill_kernel<T, kDim, kPaged>,
-           {.grid = grid, .threads = kThreads, .shared_bytes = 4 * kTokens * kFlashRowBytes<kDim>},
+void run(const LaunchContext& context, const Params& params, int head_dim, int bits, dim3 grid) {
+  const auto start = [&]<int kDim, int kBits>() {
+    launch(prefill_kernel<T, kDim, kBits, kPaged>,
+           {.grid = grid, .threads = kThreads, .shared_bytes = Buffers<T, kDim, kBits>::kBytes},
            context.stream, context.programmatic, params);
+  };
+  visit_head_dim(head_dim, [&]<int kDim>() {
+    if constexpr (kPaged) {
+      visit_kv_bits(bits, [&]<int kBits>() { start.template operator()<kDim, kBits>(); });
+    } else {
+      start.template operator()<kDim, 16>();
+    }
   });
 }
 
@@ -160,11 +215,18 @@ void run(const LaunchContext& context, const Params& params, int head_dim, dim3 
 void prefill_attention(const LaunchContext& context, DType dtype,
                        const PrefillAttentionArgs& args) {
   if (args.num_tiles == 0) return;
+#ifdef TURBOMIND_HAS_SM90A
+  if (context.sm == 90 && !args.portable && has_prefill_sm90(args.head_dim)) {
+    prefill_attention_sm90(context, dtype, args);
+    return;
+  }
+#endif
   const int64_t heads = args.num_heads + 2 * args.num_kv_heads;
   visit_dtype(dtype, [&]<class T>() {
     const Params params{.q = args.qkv,
-                        .k = args.k_cache,
-                        .v = args.v_cache,
+                        .k = nullptr,
+                        .v = nullptr,
+                        .cache = args.cache,
                         .y = args.y,
                         .ldq = heads * args.head_dim,
                         .ldy = static_cast<int64_t>(args.num_heads) * args.head_dim,
@@ -173,19 +235,26 @@ void prefill_attention(const LaunchContext& context, DType dtype,
                         .tokens = 0,
                         .scale_log2 = args.softmax_scale * kLog2e,
                         .step = args.step};
-    run<T, true>(
-        context, params, args.head_dim,
-        dim3(static_cast<unsigned>(args.num_heads), static_cast<unsigned>(args.num_tiles)));
+    run<T, true>(context, params, args.head_dim, args.kv_bits,
+                 dim3(static_cast<unsigned>(args.num_heads),
+                      static_cast<unsigned>(args.num_tiles * (kQueryTile / kRows))));
   });
 }
 
 void tile_attention(const LaunchContext& context, DType dtype, const TileAttentionArgs& args) {
+#ifdef TURBOMIND_HAS_SM90A
+  if (context.sm == 90 && !args.portable && has_prefill_sm90(args.head_dim)) {
+    tile_attention_sm90(context, dtype, args);
+    return;
+  }
+#endif
   const int64_t columns = static_cast<int64_t>(args.num_heads) * args.head_dim;
   visit_dtype(dtype, [&]<class T>() {
     const T* qkv = static_cast<const T*>(args.qkv);
     const Params params{.q = qkv,
                         .k = qkv + columns,
                         .v = qkv + 2 * columns,
+                        .cache = nullptr,
                         .y = args.y,
                         .ldq = 3 * columns,
                         .ldy = columns,
@@ -194,9 +263,9 @@ void tile_attention(const LaunchContext& context, DType dtype, const TileAttenti
                         .tokens = args.tokens,
                         .scale_log2 = args.softmax_scale * kLog2e,
                         .step = {}};
-    run<T, false>(context, params, args.head_dim,
+    run<T, false>(context, params, args.head_dim, 16,
                   dim3(static_cast<unsigned>(args.num_heads),
-                       static_cast<unsigned>(ceil_div(args.tokens, kQueryTile)),
+                       static_cast<unsigned>(ceil_div(args.tokens, kRows)),
                        static_cast<unsigned>(args.num_tiles)));
   });
 }

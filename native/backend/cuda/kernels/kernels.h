@@ -10,9 +10,10 @@
 namespace turbomind::cuda {
 
 inline constexpr int kBlockTokens = 64;   // tokens of a KV block: one kernel tile of keys
-inline constexpr int kSplitTokens = 256;  // tokens a decode CTA reads; fixed, so that a sequence's
-                                          // result depends on its own length alone
-inline constexpr int kQueryTile = 64;     // query rows of a prefill CTA
+inline constexpr int kSplitTokens = 256;  // keys of a part of attention's definition (flash.cuh)
+inline constexpr int kQueryTile = 128;    // query rows of a prefill work item
+inline constexpr int kMaxDecodeRows = 8;  // rows of a sequence that the decode kernel takes: a new
+                                          // token and the drafts after it
 
 // Device arrays of the current step, at fixed addresses so that captured graphs stay valid.
 struct StepArrays {
@@ -23,9 +24,9 @@ struct StepArrays {
   int32_t* kv_len = nullptr;        // [S]
   int32_t* sample_rows = nullptr;   // [R]
   int32_t* split_start = nullptr;   // [S] first decode item of the sequence
-  int2* decode_items = nullptr;     // (sequence, split), sequence -1 on padding
+  int2* decode_items = nullptr;     // (sequence, part), sequence -1 on padding
   int2* query_tiles = nullptr;      // (sequence, first query row of the tile within it)
-  int32_t* block_stride = nullptr;  // [1] row length of block_table
+  int32_t* block_stride = nullptr;  // [2] row length of block_table; decode items without padding
   int32_t* block_table = nullptr;   // [S, block_stride]
 };
 
@@ -65,9 +66,9 @@ void embed(const LaunchContext& context, const void* table, int64_t ld_table, in
            const int32_t* token_ids, void* x, int rows, int columns);
 
 struct RopeKvArgs {
-  void* qkv = nullptr;      // [T, (Hq + 2 Hkv) * D]; q is rotated in place
-  void* k_cache = nullptr;  // [B, Hkv, 64, D]
-  void* v_cache = nullptr;
+  void* qkv = nullptr;    // [T, (Hq + 2 Hkv) * D]; q is rotated in place
+  void* cache = nullptr;  // a layer: [B, Hkv, 2 (K, V)] tiles of kv_tile_bytes
+  int kv_bits = 16;
   const float* inv_freq = nullptr;  // [D / 2]
   float attention_scaling = 1.0F;
   const float* q_norm = nullptr;  // [D] or null
@@ -83,16 +84,20 @@ struct RopeKvArgs {
 };
 void rope_kv(const LaunchContext& context, DType dtype, const RopeKvArgs& args);
 
+// Bytes of the keys, or of the values, of one block and KV head: device/kv_tile.cuh.
+size_t kv_tile_bytes(int head_dim, int bits);
+
 struct DecodeAttentionArgs {
   const void* qkv = nullptr;  // [T, (Hq + 2 Hkv) * D], q rotated
   void* y = nullptr;          // [T, Hq * D]
-  const void* k_cache = nullptr;
-  const void* v_cache = nullptr;
+  const void* cache = nullptr;
+  int kv_bits = 16;
   StepArrays step;
-  int num_items = 0;                  // CTAs along x; padding items exit at once
-  float* partial_out = nullptr;       // [items, Hq, D]
-  float2* partial_max_sum = nullptr;  // [items, Hq]
-  uint32_t* tickets = nullptr;        // [S, Hkv], zero between launches
+  int num_items = 0;                  // with padding
+  int max_rows = 1;                   // most rows of a sequence with items
+  float* partial_out = nullptr;       // [items * max_rows, 2 Hq, D]
+  float2* partial_max_sum = nullptr;  // [items * max_rows, 2 Hq]
+  uint32_t* tickets = nullptr;        // [S * max_rows, Hq], zero between launches
   int num_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
@@ -103,14 +108,16 @@ void decode_attention(const LaunchContext& context, DType dtype, const DecodeAtt
 struct PrefillAttentionArgs {
   const void* qkv = nullptr;
   void* y = nullptr;
-  const void* k_cache = nullptr;
-  const void* v_cache = nullptr;
+  const void* cache = nullptr;
+  int kv_bits = 16;
   StepArrays step;
+  int tokens = 0;     // T
   int num_tiles = 0;  // query tiles of the step
   int num_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
   float softmax_scale = 0.0F;
+  bool portable = false;  // mma.sync even where wgmma could run: for tests and benchmarks
 };
 void prefill_attention(const LaunchContext& context, DType dtype, const PrefillAttentionArgs& args);
 
@@ -122,6 +129,7 @@ struct TileAttentionArgs {    // non-causal, contiguous keys: the vision tower
   int num_heads = 0;
   int head_dim = 0;
   float softmax_scale = 0.0F;
+  bool portable = false;
 };
 void tile_attention(const LaunchContext& context, DType dtype, const TileAttentionArgs& args);
 

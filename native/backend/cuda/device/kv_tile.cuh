@@ -1,0 +1,247 @@
+// Layout of a KV tile: the keys or the values of one block (64 tokens) and one KV head, contiguous,
+// so that one bulk copy moves it. 16-bit tiles lie in memory as the swizzled rows that ldmatrix and
+// wgmma read from shared memory without bank conflicts; 8 and 4-bit tiles lie in the order in which
+// a lane needs them as the A fragment of an m16n8k16 product (K: keys x dims; V: dims x keys), then
+// 64 words of scale (low half) and zero (high half), f16, one a token. Dequantised integers are exact
+// in bf16 and f16; scales and zeros are applied to scores and probabilities.
+#pragma once
+
+#include "backend/cuda/device/convert.cuh"
+#include "backend/cuda/device/shared_memory.cuh"
+#include "backend/cuda/kernels/kernels.h"
+
+namespace turbomind::cuda {
+
+// 16-bit rows of kWidth dims, kDim / kWidth chunks of 64 rows.
+template <int kDim>
+struct HalfTile {
+  static constexpr int kWidth = kDim % 64 == 0 ? 64 : kDim % 32 == 0 ? 32 : 16;
+  static constexpr int kRowBytes = kWidth * 2;
+  static constexpr int kBytes = kBlockTokens * kDim * 2;
+  // Byte of an 8-aligned dim. The swizzles are those of wgmma for rows of 128, 64 and 32 bytes.
+  static __device__ __forceinline__ int offset(int token, int dim) {
+    const int plain =
+        dim / kWidth * (kBlockTokens * kRowBytes) + token * kRowBytes + dim % kWidth * 2;
+    return plain ^ (((plain >> 7) & (kRowBytes / 16 - 1)) << 4);
+  }
+};
+
+template <int kDim, int kBits>
+struct PackedTile {
+  static constexpr int kSteps = kDim / 16;
+  static constexpr int kDataBytes = kBlockTokens * kDim * kBits / 8;
+  static constexpr int kBytes = kDataBytes + kBlockTokens * 4;
+  // K: k16 steps whose values of a lane and key lie together, at most 16 bytes.
+  static constexpr int kMost = 32 / kBits;
+  static constexpr int kGroup = kSteps % kMost == 0 ? kMost
+                                : kSteps % 4 == 0   ? 4
+                                : kSteps % 2 == 0   ? 2
+                                                    : 1;
+  static constexpr int kLaneBytes = kGroup * 4 * kBits / 8;
+  static_assert(kLaneBytes <= 16);
+
+  // The byte that holds dim 16 s + i of a key (8 bits), or dims 16 s + i (low) and 16 s + i + 8
+  // (high, i < 8) (4 bits).
+  static __device__ __forceinline__ int key_offset(int token, int s, int i) {
+    const int lane = (s / kGroup * kBlockTokens + token) * 4 + i % 8 / 2;
+    const int e = s % kGroup;
+    if constexpr (kBits == 8) return lane * kLaneBytes + e * 4 + i % 2 + i / 8 * 2;
+    return lane * kLaneBytes + (kGroup == 1 ? i % 2 : e / 2 * 4 + e % 2 + i % 2 * 2);
+  }
+  // The same of a value: dim 16 m + i.
+  static __device__ __forceinline__ int value_offset(int token, int m, int i) {
+    const int step = token / 16;
+    const int c = token % 8 / 2;
+    const int j =
+        token % 2 + token % 16 / 8 * 2;  // which of the lane's keys 2c, 2c + 1, 2c + 8, 2c + 9
+    const int lane = i % 8 * 4 + c;
+    if constexpr (kBits == 8) {
+      return m * 1024 + step / 2 * 512 + lane * 16 + step % 2 * 8 + i / 8 * 4 + j;
+    }
+    return m * 512 + lane * 16 + step * 4 + j / 2 + j % 2 * 2;
+  }
+};
+
+template <int kDim, int kBits>
+inline constexpr int kTileBytes = kBits == 16 ? HalfTile<kDim>::kBytes : PackedTile < kDim,
+                     kBits == 16 ? 8 : kBits > ::kBytes;
+
+// ---- integers → pairs of T -----------------------------------------------------------------------
+
+template <class T>
+__device__ __forceinline__ uint32_t subtract_pair(uint32_t bits, uint32_t magic) {
+  if constexpr (__is_same(T, __nv_bfloat16)) {
+    const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(bits),
+                                         reinterpret_cast<const __nv_bfloat162&>(magic));
+    return reinterpret_cast<const uint32_t&>(value);
+  } else {
+    const __half2 value =
+        __hsub2(reinterpret_cast<const __half2&>(bits), reinterpret_cast<const __half2&>(magic));
+    return reinterpret_cast<const uint32_t&>(value);
+  }
+}
+
+// Levels come out centred, q - 2^(bits - 1), and the zero is that of the centre: rounding a
+// probability then costs a share of V's spread and not of its offset.
+template <int kBits>
+inline constexpr int kCentre = 1 << (kBits - 1);
+
+// Bytes 2 half and 2 half + 1 of a word.
+template <class T>
+__device__ __forceinline__ uint32_t bytes_to_pair(uint32_t word, int half) {
+  if constexpr (__is_same(T, __half)) {
+    return subtract_pair<T>(__byte_perm(word, 0x64646464U, half == 0 ? 0x4140 : 0x4342),
+                            0x64806480U);  // 1024 + 128
+  } else {
+    // 2^23 + q is exact in f32, and 8 bits fit bf16: its bits are the upper half of the float.
+    constexpr float kMagic = 8388608.0F + kCentre<8>;
+    const float low = __fsub_rn(
+        __uint_as_float(__byte_perm(word, 0x4b000000U, half == 0 ? 0x7440 : 0x7442)), kMagic);
+    const float high = __fsub_rn(
+        __uint_as_float(__byte_perm(word, 0x4b000000U, half == 0 ? 0x7441 : 0x7443)), kMagic);
+    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+  }
+}
+
+// (word & nibbles) | magic in one instruction; written in C it becomes two.
+__device__ __forceinline__ uint32_t nibble_bits(uint32_t word, uint32_t magic) {
+  uint32_t bits;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(bits) : "r"(word), "n"(0x000f000f), "r"(magic));
+  return bits;
+}
+
+// Nibbles p and p + 4 of a word.
+template <class T>
+__device__ __forceinline__ uint32_t nibbles_to_pair(uint32_t word, int p) {
+  constexpr uint32_t kMagic = __is_same(T, __nv_bfloat16) ? 0x43004300U : 0x64006400U;
+  return subtract_pair<T>(nibble_bits(word >> (4 * p), kMagic), kMagic + 0x00080008U);
+}
+
+// ---- fragments -----------------------------------------------------------------------------------
+
+// Reads the K tile at a shared address as A fragments of 16 keys x 16 dims: registers (key g, dims
+// 2c), (key g + 8, 2c), (g, 2c + 8), (g + 8, 2c + 8).
+template <class T, int kDim, int kBits>
+struct KeyFragments {
+  static constexpr int kGroup = kBits == 16 ? 1 : PackedTile < kDim,
+                       kBits == 16 ? 8 : kBits > ::kGroup;
+  static constexpr int kSteps = kDim / 16;
+
+  // kGroup steps from step `first` of the 16 keys from `key0`.
+  static __device__ __forceinline__ void load(uint32_t (&a)[kGroup][4], uint32_t tile, int key0,
+                                              int first, int lane) {
+    if constexpr (kBits == 16) {
+      ldmatrix_x4(a[0],
+                  tile + HalfTile<kDim>::offset(key0 + (lane & 15), first * 16 + (lane >> 4) * 8));
+    } else {
+      using Tile = PackedTile<kDim, kBits>;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int key = key0 + lane / 4 + 8 * r;
+        const uint32_t at =
+            tile + ((first / kGroup * kBlockTokens + key) * 4 + lane % 4) * Tile::kLaneBytes;
+        uint32_t words[4];
+        load_shared<Tile::kLaneBytes>(words, at);
+#pragma unroll
+        for (int e = 0; e < kGroup; ++e) {
+          if constexpr (kBits == 8) {
+            a[e][r] = bytes_to_pair<T>(words[e], 0);
+            a[e][r + 2] = bytes_to_pair<T>(words[e], 1);
+          } else if constexpr (kGroup == 1) {
+            const uint32_t spread = words[0] | (words[0] << 8);
+            a[e][r] = nibbles_to_pair<T>(spread, 0);
+            a[e][r + 2] = nibbles_to_pair<T>(spread, 1);
+          } else {
+            a[e][r] = nibbles_to_pair<T>(words[e / 2], e % 2 * 2);
+            a[e][r + 2] = nibbles_to_pair<T>(words[e / 2], e % 2 * 2 + 1);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Reads the V tile as A fragments of 16 dims x 16 tokens: registers (dim g, tokens 2c), (g + 8, 2c),
+// (g, 2c + 8), (g + 8, 2c + 8). All four k16 steps of the tile for the dims from 16 m.
+template <class T, int kDim, int kBits>
+__device__ __forceinline__ void load_values(uint32_t (&a)[4][4], uint32_t tile, int m, int lane) {
+  if constexpr (kBits == 16) {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      ldmatrix_x4_trans(a[step],
+                        tile + HalfTile<kDim>::offset(step * 16 + (lane >> 4) * 8 + (lane & 7),
+                                                      m * 16 + ((lane >> 3) & 1) * 8));
+    }
+  } else if constexpr (kBits == 8) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      uint32_t words[4];
+      load_shared<16>(words, tile + m * 1024 + pair * 512 + lane * 16);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          a[pair * 2 + e][i] = bytes_to_pair<T>(words[e * 2 + i % 2], i / 2);
+        }
+      }
+    }
+  } else {
+    uint32_t words[4];
+    load_shared<16>(words, tile + m * 512 + lane * 16);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[step][i] = nibbles_to_pair<T>(words[step], i);
+    }
+  }
+}
+
+// Scale of a token of a packed tile, and the value of the centre level.
+template <int kBits>
+__device__ __forceinline__ float2 unpack_scale_zero(uint32_t word) {
+  const float scale = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
+  const float zero = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+  return {scale, fmaf(scale, static_cast<float>(kCentre<kBits>), zero)};
+}
+
+// Packed tile → the 16-bit tile of its integers in shared memory, by `warps` warps.
+template <class T, int kDim, int kBits>
+__device__ __forceinline__ void unpack_keys(uint32_t half_tile, uint32_t packed, int warp,
+                                            int warps, int lane) {
+  using Fragments = KeyFragments<T, kDim, kBits>;
+  for (int key0 = warp * 16; key0 < kBlockTokens; key0 += warps * 16) {
+#pragma unroll
+    for (int s = 0; s < kDim / 16; s += Fragments::kGroup) {
+      uint32_t a[Fragments::kGroup][4];
+      Fragments::load(a, packed, key0, s, lane);
+#pragma unroll
+      for (int e = 0; e < Fragments::kGroup; ++e) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int key = key0 + lane / 4 + i % 2 * 8;
+          const int dim = (s + e) * 16 + i / 2 * 8 + lane % 4 * 2;
+          store_shared(half_tile + HalfTile<kDim>::offset(key, dim), a[e][i]);
+        }
+      }
+    }
+  }
+}
+template <class T, int kDim, int kBits>
+__device__ __forceinline__ void unpack_values(uint32_t half_tile, uint32_t packed, int warp,
+                                              int warps, int lane) {
+  for (int m = warp; m < kDim / 16; m += warps) {
+    uint32_t a[4][4];
+    load_values<T, kDim, kBits>(a, packed, m, lane);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = step * 16 + i / 2 * 8 + lane / 4;
+        const int dim = m * 16 + i % 2 * 8 + lane % 4 * 2;
+        store_shared(half_tile + HalfTile<kDim>::offset(token, dim), transpose_8x8(a[step][i]));
+      }
+    }
+  }
+}
+
+}  // namespace turbomind::cuda

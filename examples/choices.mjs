@@ -3,7 +3,7 @@
 //   node examples/choices.mjs
 import { pipeline } from '@org/turbomind-node';
 
-await using pipe = await pipeline();
+const pipe = await pipeline();
 
 const { choices } = await pipe('Spell the word house.', {
   n: 3,
@@ -22,3 +22,5 @@ for (const { tokenId, logprob, topLogprobs } of logprobs ?? []) {
 for await (const part of pipe.stream('Hello!', { n: 2, doSample: true, randomSeed: 7 })) {
   if (part.response) console.log(`choice ${part.choice}:`, part.response.text);
 }
+
+await pipe.close();

@@ -3,7 +3,7 @@
 //   node examples/embed.mjs
 import { pipeline } from '@org/turbomind-node';
 
-await using pipe = await pipeline();
+const pipe = await pipeline();
 
 const texts = ['The receipt says 12.50.', 'A red circle above a blue square.', 'Spell tensor.'];
 const question = await pipe.embed('Which shape is red?', { pooling: 'mean' });
@@ -19,3 +19,5 @@ const likelihoods = await pipe.getPpl(texts);
 for (const [index, nats] of likelihoods.entries()) {
   console.log(`perplexity ${Math.exp(nats).toFixed(1)}:`, texts[index]);
 }
+
+await pipe.close();

@@ -28,10 +28,11 @@ const schema = {
 
 const receipt = 'Cafe Blau, 2026-03-14. Espresso 2.80 EUR, cake 4.20 EUR. Total 7.00 EUR.';
 const text = picture ? 'Read this receipt as JSON.' : `Write this receipt as JSON: ${receipt}`;
-await using pipe = await pipeline(model);
+const pipe = await pipeline(model);
 const response = await pipe(picture ? { text, images: [picture] } : text, {
   responseFormat: { type: 'json_schema', jsonSchema: { name: 'receipt', schema } },
   maxNewTokens: null,
 });
 if (response.finishReason !== 'stop') throw new Error(`cut short: ${response.finishReason}`);
 console.log(JSON.parse(response.text));
+await pipe.close();

@@ -22,7 +22,7 @@ const fixtures = JSON.parse(readFileSync(url, 'utf8')).filter(
 );
 const prompts = ['Hello!', 'What is 27 + 45?', 'Reverse the word cat.', 'Spell the word house.'];
 
-await using pipe = await pipeline({ device: 'cpu' });
+const pipe = await pipeline({ device: 'cpu' });
 const failures = [];
 const openMs = [];
 let valid = 0;
@@ -75,6 +75,7 @@ console.log(
     1,
   ),
 );
+await pipe.close();
 process.exitCode = failures.length === 0 ? 0 : 1;
 
 function judge(schema, { text, finishReason, error }) {

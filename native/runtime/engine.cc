@@ -349,7 +349,6 @@ void EngineImpl::admit_one(SubmitMessage message, std::vector<Event>& events) {
                   format("request id %llu is in use; ids must be unique among requests in flight",
                          static_cast<unsigned long long>(id)));
     }
-    if (message.request.outputs.reads_prompt()) message.request.share_prefix = false;
     const Admission admission = scheduler_.add(std::move(message.request), message.submitted);
     if (admission.admit == Admit::never) throw Error(admission.code, admission.reason);
   } catch (...) {

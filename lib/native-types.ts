@@ -67,6 +67,8 @@ export interface NativeOpenOptions {
   readonly tensors: readonly TensorEntry[];
   /** 'cpu' | 'cuda' | 'cuda:N'; 'auto' is resolved before. */
   readonly device: string;
+  /** 'auto' | 'float16' | 'bfloat16'; on the CPU 'auto'. */
+  readonly dtype: string;
   /** 0: as many as the process may use. */
   readonly threads: number;
   /** Tokens; 0: the model's maxPositionEmbeddings. */

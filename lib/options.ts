@@ -39,6 +39,12 @@ export interface SpeculativeConfig {
 export interface PipelineOptions {
   /** 'auto' | 'cpu' | 'cuda' | 'cuda:N'. Defaults to 'auto'. */
   readonly device?: Device | undefined;
+  /**
+   * What activations and the KV cache are kept in on a GPU: 'auto' takes the checkpoint's own type
+   * (bfloat16 where it has any such tensor, else float16). The CPU computes in float32: there
+   * anything but 'auto' is refused. Defaults to 'auto'.
+   */
+  readonly dtype?: 'auto' | 'float16' | 'bfloat16' | undefined;
   /** CPU threads. Defaults to 0: as many as the process may use. */
   readonly threads?: number | undefined;
   /** Most tokens of prompt and completion together. Defaults to what the model was made for. */
@@ -184,6 +190,7 @@ export interface GenerationOptions {
 /** PipelineOptions with defaults filled in; what the model decides is left open. */
 export interface ResolvedPipelineOptions {
   readonly device: Device;
+  readonly dtype: 'auto' | 'float16' | 'bfloat16';
   readonly threads: number;
   readonly sessionLen: number;
   readonly maxBatchSize: number;
@@ -283,6 +290,7 @@ const tokenizer: check.Rule = (value) =>
 
 const PIPELINE_RULES: check.Rules<PipelineOptions> = {
   device,
+  dtype: check.oneOf('auto', 'float16', 'bfloat16'),
   threads: check.integer(0, 1024),
   sessionLen: check.integer(1, MAX_INT32),
   maxBatchSize: check.integer(1, 4096),
@@ -374,6 +382,7 @@ export function resolvePipelineOptions(options: PipelineOptions = {}): ResolvedP
   check.checkOptions<PipelineOptions>('pipeline options', options, PIPELINE_RULES);
   return {
     device: options.device ?? 'auto',
+    dtype: options.dtype ?? 'auto',
     threads: options.threads ?? 0,
     sessionLen: options.sessionLen ?? 0,
     maxBatchSize: options.maxBatchSize ?? 128,

@@ -392,6 +392,7 @@ export async function openPipeline(
     openCheckpoint(model),
   ]);
   signal?.throwIfAborted();
+  checkDtype(options, device);
   const checkpoint = withTemplate(found, options.chatTemplate);
   const router = new EventRouter();
   const opening = openEngine(addon, nativeOptions(checkpoint, options, device), router, options);
@@ -410,6 +411,17 @@ export async function openPipeline(
     );
     throw error;
   }
+}
+
+// A wish that this device cannot honour is refused, never dropped.
+function checkDtype({ dtype, device }: ResolvedPipelineOptions, resolved: ResolvedDevice): void {
+  if (dtype === 'auto' || resolved.device !== 'cpu') return;
+  const found = device === 'auto' ? " (device: 'auto' found no usable GPU)" : '';
+  throw new TurbomindError(
+    'ERR_TM_INVALID_OPTION',
+    `dtype: '${dtype}' needs a GPU, and this pipeline runs on the CPU${found}, which computes in ` +
+      "float32; use dtype: 'auto'",
+  );
 }
 
 function withTemplate(checkpoint: Checkpoint, template: string | undefined): Checkpoint {
@@ -441,6 +453,7 @@ function nativeOptions(
     files: checkpoint.files,
     tensors: checkpoint.tensors,
     device,
+    dtype: options.dtype,
     threads: options.threads,
     sessionLen: options.sessionLen,
     maxBatchSize: options.maxBatchSize,

@@ -390,6 +390,14 @@ Napi::Function Field::function() const {
   return value_.As<Napi::Function>();
 }
 
+std::optional<DType> to_activation_dtype(const Field& f) {
+  const std::string name = f.string();
+  if (name == "auto") return std::nullopt;
+  if (name == "float16") return DType::f16;
+  if (name == "bfloat16") return DType::bf16;
+  f.fail("'auto', 'float16' or 'bfloat16'");
+}
+
 EngineOptions to_engine_options(const Field& f) {
   EngineOptions options;
   options.spec = to_spec(f["spec"]);
@@ -405,6 +413,7 @@ EngineOptions to_engine_options(const Field& f) {
   options.backend.threads = f["threads"].int32(0);
   options.backend.cuda_library = f["cudaLibrary"].string();
   options.backend.cpu_isa = f["cpuIsa"].string();
+  options.dtype = to_activation_dtype(f["dtype"]);
   options.session_len = f["sessionLen"].int32(0);
   options.max_batch_size = f["maxBatchSize"].int32(1);
   options.max_prefill_token_num = f["maxPrefillTokenNum"].int32(1);

@@ -7,6 +7,7 @@
 // Activations are `activation_dtype()`, row-major, contiguous.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -14,6 +15,7 @@
 #include <string>
 #include <utility>
 
+#include "backend/op_kinds.h"
 #include "backend/weights.h"
 #include "base/error.h"
 #include "base/sampling.h"
@@ -78,21 +80,12 @@ struct StepBatch {
   int num_sequences() const { return static_cast<int>(kv_len.size()); }
 };
 
-enum class NormKind : uint8_t { rms, layer };
-
 // y = norm(x) * weight (+ bias); weight and bias are f32 device vectors of the row's length.
 struct Norm {
   NormKind kind = NormKind::rms;
   ConstTensorView weight;
   ConstTensorView bias;  // layer norm only; may be empty
   float eps = 1e-6F;
-};
-
-enum class Epilogue : uint8_t {
-  none,
-  gelu,      // exact, erf
-  silu_mul,  // silu(gate) * up; weight loaded with PartOrder::gate_up; y is [T, N / 2]
-  residual   // y += scale * result; scale [N] f32 or empty (1)
 };
 
 struct LinearArgs {
@@ -207,6 +200,27 @@ struct WorkspaceBytes {
   bool operator==(const WorkspaceBytes&) const = default;
 };
 
+// Times the ops between start_timer() and stop() as the device runs them, without waiting for them.
+// Its functions never throw: on a lost device, which the ops report, the time is 0.
+class OpTimer {
+ public:
+  virtual ~OpTimer() = default;
+  virtual void stop() = 0;  // after the last op
+  virtual double ms() = 0;  // waits until the ops before stop() have finished
+};
+
+// For devices whose ops have finished when they return.
+class HostOpTimer final : public OpTimer {
+ public:
+  void stop() override { stop_ = Clock::now(); }
+  double ms() override { return std::chrono::duration<double, std::milli>(stop_ - start_).count(); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point start_ = Clock::now();
+  Clock::time_point stop_ = start_;
+};
+
 struct DeviceInfo {
   std::string name;         // "cpu", "NVIDIA H100 80GB HBM3"
   std::string description;  // instruction sets and threads, or compute capability and driver
@@ -227,6 +241,7 @@ class Backend {
   virtual void upload(TensorView device, const void* host) = 0;   // device.bytes() bytes
   virtual void download(void* host, ConstTensorView device) = 0;  // waits for the ops before it
   virtual void synchronize() = 0;
+  virtual std::unique_ptr<OpTimer> start_timer() { return std::make_unique<HostOpTimer>(); }
   // Host memory that copies to and from the device reach at full speed (pinned where it matters).
   virtual std::unique_ptr<Buffer> allocate_host(size_t bytes) = 0;
 
@@ -292,6 +307,9 @@ class Backend {
   virtual void norm(const Norm& norm, ConstTensorView x, TensorView y) = 0;  // [T, C]; y may be x
   virtual void linear(const LinearArgs& args) = 0;
   virtual void attention(const AttentionArgs& args) = 0;
+  // The end of a step's forward, inside `execute`: lets a device begin what sample() or logits()
+  // will ask (the logits, the greedy tokens). args has no rows and no results. Optional.
+  virtual void start_sample(const SampleArgs& args) { (void)args; }
   virtual void sample(const SampleArgs& args) = 0;  // waits; results are on the host
   // Running ahead: what sample() does in two halves, so that the host plans and launches the next
   // step meanwhile. `launch_sample` starts it and keeps nothing of `args`; it answers false, having

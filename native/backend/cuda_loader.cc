@@ -75,6 +75,9 @@ class CudaProxy final : public Backend {
     call([&] { backend_->synchronize(); });
   }
 
+  std::unique_ptr<OpTimer> start_timer() override {
+    return call([&] { return backend_->start_timer(); });
+  }
   std::unique_ptr<Buffer> allocate_host(size_t bytes) override {
     return call([&] { return backend_->allocate_host(bytes); });
   }
@@ -159,6 +162,9 @@ class CudaProxy final : public Backend {
   }
   void attention(const AttentionArgs& args) override {
     call([&] { backend_->attention(args); });
+  }
+  void start_sample(const SampleArgs& args) override {
+    call([&] { backend_->start_sample(args); });
   }
   void sample(const SampleArgs& args) override {
     call([&] { backend_->sample(args); });

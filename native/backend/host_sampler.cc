@@ -3,25 +3,19 @@
 #include "backend/host_sampler.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#include "backend/sampling_math.h"
+
 namespace turbomind {
 namespace {
 
-constexpr size_t kBlock = 64;     // logits behind one entry of block_max_
-constexpr int kHeapLimit = 4096;  // above, selecting by partition beats a heap
+constexpr size_t kBlock = kSumBlock;  // logits behind one entry of block_max_
+constexpr int kHeapLimit = 4096;      // above, selecting by partition beats a heap
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// The digits of a float's bits, high to low.
-struct RadixDigit {
-  int shift;
-  int bits;
-};
-constexpr RadixDigit kRadixDigits[] = {{21, 11}, {10, 11}, {0, 10}};
 
 // Four lanes by the compiler's vector extension: SSE2 or NEON, which every target has. Wider
 // instructions would gain little, for the logits come from the second-level cache.
@@ -37,8 +31,7 @@ inline void store(float* p, F4 v) { std::memcpy(p, &v, sizeof v); }
 inline F4 splat(float x) { return F4{x, x, x, x}; }
 inline float largest(F4 v) { return std::max(std::max(v[0], v[1]), std::max(v[2], v[3])); }
 
-// exp(x) for x <= 0, to 2 ulp; 0 below -87. Our own, so that a draw does not depend on the C
-// library; multiplications and additions only, so that it does not depend on fma either.
+// The exp_nonpositive of sampling_math.h, four at a time: the same operations.
 inline F4 exp_nonpositive(F4 x) {
   const I4 tiny = x < -87.0F;
   const F4 clamped = tiny ? splat(-87.0F) : x;
@@ -55,12 +48,6 @@ inline F4 exp_nonpositive(F4 x) {
   return tiny ? splat(0.0F) : y * std::bit_cast<F4>(power);
 }
 
-// Probability mass the nucleus must reach. The margin is there because 0.1 is not a float: ten of
-// a hundred equal tokens are enough for it.
-double nucleus_mass(float top_p, double total) {
-  return static_cast<double>(top_p) * total * (1.0 - 1e-7);
-}
-
 // What one block of at most kBlock values gives; a short block is padded with `pad`.
 template <class Body>
 inline void for_each_block(std::span<float> values, float pad, Body&& body) {
@@ -75,40 +62,51 @@ inline void for_each_block(std::span<float> values, float pad, Body&& body) {
   std::copy(padded, padded + rest, tail);
 }
 
-// The sum of a block in a fixed order.
+// The sum of a block in the order of sampling_math.h.
 inline float block_sum(const float* v) {
-  F4 sum = splat(0.0F);
-  for (size_t i = 0; i < kBlock; i += 4) sum += load(v + i);
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  F4 q[4];
+  for (size_t m = 0; m < 4; ++m) {
+    const float* e = v + 4 * m;
+    q[m] = (load(e) + load(e + 16)) + (load(e + 32) + load(e + 48));
+  }
+  const F4 sum = (q[0] + q[2]) + (q[1] + q[3]);
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-// values[i] = exp((values[i] - max) / temperature); block sums to `sums`; returns the total.
-double exponentials(std::span<float> values, float max, float temperature,
-                    std::vector<float>& sums) {
-  sums.resize((values.size() + kBlock - 1) / kBlock);
+// Group sums of block sums, and their total.
+double add_groups(std::span<const float> sums, std::vector<double>& groups) {
+  groups.clear();
   double total = 0.0;
+  for (size_t begin = 0; begin < sums.size(); begin += kSumGroup) {
+    const size_t end = std::min(sums.size(), begin + kSumGroup);
+    double group = 0.0;
+    for (size_t i = begin; i < end; ++i) group += sums[i];
+    groups.push_back(group);
+    total += group;
+  }
+  return total;
+}
+
+// values[i] = exp((values[i] - max) / temperature); block sums to `sums`.
+void exponentials(std::span<float> values, float max, float temperature, std::vector<float>& sums) {
+  sums.resize((values.size() + kBlock - 1) / kBlock);
   for_each_block(values, kMinusInfinity, [&](size_t block, float* v) {
     for (size_t i = 0; i < kBlock; i += 4) {
       store(v + i, exp_nonpositive((load(v + i) - max) / temperature));
     }
     sums[block] = block_sum(v);
-    total += sums[block];
   });
-  return total;
 }
 
-// Clears what lies below `cut`; block sums to `sums`; returns the total.
-double clear_below(std::span<float> values, float cut, std::vector<float>& sums) {
-  double total = 0.0;
+// Clears what lies below `cut`; block sums to `sums`.
+void clear_below(std::span<float> values, float cut, std::vector<float>& sums) {
   for_each_block(values, 0.0F, [&](size_t block, float* v) {
     for (size_t i = 0; i < kBlock; i += 4) {
       const F4 x = load(v + i);
       store(v + i, x < cut ? splat(0.0F) : x);
     }
     sums[block] = block_sum(v);
-    total += sums[block];
   });
-  return total;
 }
 
 }  // namespace
@@ -124,26 +122,6 @@ const char* describe(SampleStatus status) {
              "format allows exclude each other";
   }
   return "?";
-}
-
-double counter_uniform(uint64_t seed, uint32_t index) {
-  constexpr uint64_t kMultiplier0 = 0xD2511F53U;
-  constexpr uint64_t kMultiplier1 = 0xCD9E8D57U;
-  constexpr uint32_t kWeyl0 = 0x9E3779B9U;
-  constexpr uint32_t kWeyl1 = 0xBB67AE85U;
-  std::array<uint32_t, 4> x = {index, 0, 0, 0};
-  auto key0 = static_cast<uint32_t>(seed);
-  auto key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = kMultiplier0 * x[0];
-    const uint64_t b = kMultiplier1 * x[2];
-    x = {static_cast<uint32_t>(b >> 32) ^ x[1] ^ key0, static_cast<uint32_t>(b),
-         static_cast<uint32_t>(a >> 32) ^ x[3] ^ key1, static_cast<uint32_t>(a)};
-    key0 += kWeyl0;
-    key1 += kWeyl1;
-  }
-  const uint64_t bits = (static_cast<uint64_t>(x[1]) << 32 | x[0]) >> 11;
-  return static_cast<double>(bits) * 0x1p-53;
 }
 
 // Fills block_max_, returns the largest logit. A NaN or +infinity clears *finite.
@@ -276,75 +254,62 @@ TokenId HostSampler::draw_from_best(std::span<const float> logits, const SampleR
   select_best(logits, params.top_k);
   const float max = candidates_.front().logit;
   shares_.clear();
-  double total = 0.0;
   for (const Candidate& candidate : candidates_) {
-    shares_.push_back(exp_nonpositive(splat((candidate.logit - max) / params.temperature))[0]);
-    total += shares_.back();
+    shares_.push_back(exp_nonpositive((candidate.logit - max) / params.temperature));
   }
-  size_t kept = 0;
-  double mass = 0.0;
-  const double wanted = nucleus_mass(params.top_p, total);
-  while (kept < shares_.size()) {
-    const double share = shares_[kept];
-    if (params.top_p < 1.0F && kept > 0 && mass >= wanted) break;
-    if (share <= 0.0 || share < static_cast<double>(params.min_p)) break;
-    mass += share;
-    ++kept;
-  }
-  const double target = counter_uniform(params.seed, row.completion_idx) * mass;
-  double running = 0.0;
-  for (size_t i = 0; i < kept; ++i) {
-    running += shares_[i];
-    if (running > target) return candidates_[i].id;
-  }
-  return candidates_[kept - 1].id;
+  const int drawn = draw_from_shares(static_cast<int>(shares_.size()), params.top_p, params.min_p,
+                                     counter_uniform(params.seed, row.completion_idx),
+                                     [&](int i) { return shares_[static_cast<size_t>(i)]; });
+  return candidates_[static_cast<size_t>(drawn)].id;
 }
 
 // The smallest probability in the nucleus, and how many of those equal to it belong to it. Found by
-// radix selection on the bits of the (non-negative) probabilities, digit by digit: no sort.
+// radix selection on the bits of the (non-negative) probabilities, digit by digit: no sort. After the
+// first digit all sums are exact. Value 0: `values` do not reach `wanted`.
 HostSampler::Border HostSampler::nucleus_border(std::span<const float> values, double wanted) {
   double above = 0.0;   // mass of what is certainly larger than the border
   uint32_t prefix = 0;  // its known high bits
-  for (const RadixDigit digit : kRadixDigits) {
+  for (int d = 0; d < kNumRadixDigits; ++d) {
+    const RadixDigit digit = radix_digit(d);
     const uint32_t bins = 1U << digit.bits;
     const uint32_t known = digit.shift + digit.bits == 32 ? 0U : ~0U << (digit.shift + digit.bits);
     shares_.assign(bins, 0.0);
     for (float p : values) {
-      const uint32_t bits = std::bit_cast<uint32_t>(p);
+      const uint32_t bits = bits_of(p);
       if ((bits & known) == prefix) shares_[(bits >> digit.shift) & (bins - 1)] += p;
     }
     uint32_t bin = bins - 1;
-    while (bin > 0 && above + shares_[bin] < wanted) above += shares_[bin--];
+    double inside = 0.0;
+    while (bin > 0 && above + (inside + shares_[bin]) < wanted) inside += shares_[bin--];
+    if (d == 0 && bin == 0) return {};
+    above += inside;
     prefix |= bin << digit.shift;
   }
-  const float value = std::bit_cast<float>(prefix);
-  if (value <= 0.0F) return {};
+  const float value = float_of(prefix);
   const double count = std::ceil((wanted - above) / value);
   return {value, std::max<int64_t>(1, static_cast<int64_t>(count))};
 }
 
-// Most nuclei hold likely tokens only: if those above kLikely have the mass, the search runs over
-// them. The answer is the same, for what is left out is smaller than every one of them.
+// Most nuclei hold likely tokens only, so the search runs over those first. The answer is the same,
+// for what is left out is smaller than every one of them.
 HostSampler::Border HostSampler::find_border(std::span<const float> values, double wanted) {
-  constexpr float kLikely = 0x1p-12F;
   likely_.clear();
-  double mass = 0.0;
   for (size_t block = 0; block < block_sum_.size(); ++block) {
     if (block_sum_[block] < kLikely) continue;
     const size_t end = std::min(values.size(), (block + 1) * kBlock);
     for (size_t i = block * kBlock; i < end; ++i) {
-      if (values[i] < kLikely) continue;
-      likely_.push_back(values[i]);
-      mass += values[i];
+      if (values[i] >= kLikely) likely_.push_back(values[i]);
     }
   }
-  return nucleus_border(mass >= wanted ? std::span<const float>(likely_) : values, wanted);
+  const Border border = nucleus_border(likely_, wanted);
+  return border.value > 0.0F ? border : nucleus_border(values, wanted);
 }
 
 // No top-k: probabilities of the whole vocabulary, in place; what the filters drop becomes 0.
 TokenId HostSampler::draw_from_all(std::span<float> values, float max, const SampleRow& row) {
   const SamplingParams& params = *row.params;
-  double total = exponentials(values, max, params.temperature, block_sum_);
+  exponentials(values, max, params.temperature, block_sum_);
+  double total = add_groups(block_sum_, group_sum_);
   Border border;
   if (params.top_p < 1.0F) border = find_border(values, nucleus_mass(params.top_p, total));
   if (border.value > 0.0F) {
@@ -354,26 +319,26 @@ TokenId HostSampler::draw_from_all(std::span<float> values, float max, const Sam
     }
   }
   const float cut = std::max(border.value, params.min_p);
-  if (cut > 0.0F) total = clear_below(values, cut, block_sum_);
+  if (cut > 0.0F) {
+    clear_below(values, cut, block_sum_);
+    total = add_groups(block_sum_, group_sum_);
+  }
 
   const double target = counter_uniform(params.seed, row.completion_idx) * total;
   double running = 0.0;
-  size_t block = 0;
-  size_t last = 0;  // the last block that holds anything
-  for (; block < block_sum_.size() && running + block_sum_[block] <= target; ++block) {
-    running += block_sum_[block];
-    if (block_sum_[block] > 0.0F) last = block;
-  }
-  if (block == block_sum_.size()) block = last;
-  const size_t end = std::min(values.size(), (block + 1) * kBlock);
-  TokenId chosen = -1;
-  for (size_t i = block * kBlock; i < end; ++i) {
-    if (values[i] <= 0.0F) continue;
-    chosen = static_cast<TokenId>(i);
-    running += values[i];
-    if (running > target) break;
-  }
-  return chosen;
+  const auto at = [](auto span, size_t first, size_t size) {
+    return span.subspan(first, std::min(size, span.size() - first));
+  };
+  const auto walk = [&](auto shares) {
+    return static_cast<size_t>(walk_shares(static_cast<int>(shares.size()), target, running,
+                                           [&](int i) { return shares[static_cast<size_t>(i)]; }));
+  };
+  const size_t group = walk(std::span<const double>(group_sum_));
+  const size_t first_block = group * kSumGroup;
+  const size_t block =
+      first_block + walk(at(std::span<const float>(block_sum_), first_block, kSumGroup));
+  return static_cast<TokenId>(block * kBlock +
+                              walk(at(std::span<const float>(values), block * kBlock, kBlock)));
 }
 
 TokenId HostSampler::first_equal(std::span<const float> logits, float max) const {
@@ -406,7 +371,8 @@ SampleStatus HostSampler::sample(std::span<float> logits, const SampleRow& row,
   double normalizer = 0.0;
   if (wants_logprobs) {
     raw_.assign(logits.begin(), logits.end());
-    normalizer = max + std::log(exponentials(raw_, max, 1.0F, block_sum_));
+    exponentials(raw_, max, 1.0F, block_sum_);
+    normalizer = max + std::log(add_groups(block_sum_, group_sum_));
     raw_.assign(logits.begin(), logits.end());
     report_best(params.num_logprobs, normalizer, result);
   }

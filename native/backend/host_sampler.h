@@ -26,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include "backend/sampling_math.h"
 #include "base/sampling.h"
 
 namespace turbomind {
@@ -36,9 +37,6 @@ enum class [[nodiscard]] SampleStatus{
     all_banned   // no token is left
 };
 const char* describe(SampleStatus status);
-
-// Uniform in [0, 1): 53 random bits of (seed, index). Philox4x32-10 (Salmon et al., 2011).
-double counter_uniform(uint64_t seed, uint32_t index);
 
 class HostSampler {
  public:
@@ -76,6 +74,7 @@ class HostSampler {
 
   std::vector<float> block_max_;       // of kBlock logits each
   std::vector<float> block_sum_;       // of kBlock probabilities each
+  std::vector<double> group_sum_;      // of kSumGroup blocks each
   std::vector<uint64_t> seen_;         // bit per token, zero between calls
   std::vector<int32_t> counts_;        // of each token in the completion, zero between calls
   std::vector<Candidate> candidates_;  // best first after select_best

@@ -152,6 +152,9 @@ void Decoder::forward(const StepBatch& batch, KvCache& cache,
     for (int i = 0; i < spec_.num_layers; ++i) {
       run_layer(layers_[static_cast<size_t>(i)], i, num_tokens_, cache);
     }
+    if (num_rows_ > 0) {
+      backend_.start_sample({.head = head_.get(), .norm = &final_norm_, .x = x});
+    }
   });
 }
 

@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,10 +18,11 @@ struct EngineOptions {
   ModelSpec spec;
   CheckpointFiles files;
   BackendOptions backend;
-  int session_len = 0;                 // tokens of prompt and completion; 0: the model's positions
-  int max_batch_size = 128;            // sequences in one step
-  int max_prefill_token_num = 512;     // token budget of one step
-  int block_size = 64;                 // tokens a KV block
+  std::optional<DType> dtype;       // of a GPU's activations: f16 or bf16; none: the checkpoint's
+  int session_len = 0;              // tokens of prompt and completion; 0: the model's positions
+  int max_batch_size = 128;         // sequences in one step
+  int max_prefill_token_num = 512;  // token budget of one step
+  int block_size = 64;              // tokens a KV block
   double cache_max_entry_count = 0.8;  // share of free memory after weights for KV blocks; the
                                        // pool never exceeds max_batch_size full sessions
   int max_drafts = 0;                  // speculated tokens of a sequence in a step, 0 to 7; 0: none

@@ -18,11 +18,23 @@ DType activations_of(const CheckpointFiles& files) {
   return has(DType::f16) && !has(DType::bf16) ? DType::f16 : DType::bf16;
 }
 
+DType chosen_activations(const EngineOptions& options) {
+  if (!options.dtype) return activations_of(options.files);
+  if (options.backend.device == "cpu") {
+    throw Error(
+        ErrorCode::invalid_argument,
+        format("dtype %s on the CPU, whose activations are always float32; leave dtype out, "
+               "or name a GPU as the device",
+               to_string(*options.dtype).data()));
+  }
+  return *options.dtype;
+}
+
 }  // namespace
 
 std::unique_ptr<Engine> Engine::open(EngineOptions options, EventSink sink, ProgressFn progress) {
   const Stepping stepping = options.manual_stepping ? Stepping::manual : Stepping::own_thread;
-  options.backend.activations = activations_of(options.files);
+  options.backend.activations = chosen_activations(options);
   return make_engine(load_model(options, make_backend(options.backend), progress), std::move(sink),
                      stepping);
 }

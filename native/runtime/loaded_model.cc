@@ -30,9 +30,11 @@ class LoadedModel final : public Model {
 
   std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) override {
     TM_CHECK(vision_ != nullptr, "an image for a text model");
+    std::unique_ptr<OpTimer> timer = backend_->start_timer();
     std::unique_ptr<Buffer> buffer = vision_->encode(tiles);
+    timer->stop();
     const ConstTensorView view = vision_->embeddings(*buffer, static_cast<int>(tiles.dim(0)));
-    return std::make_unique<TileEmbeddings>(std::move(buffer), view);
+    return std::make_unique<TileEmbeddings>(std::move(buffer), view, std::move(timer));
   }
   void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) override {
     decoder_->forward(batch, *cache_, overrides);

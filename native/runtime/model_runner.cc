@@ -91,7 +91,6 @@ void ModelRunner::encode(const ScheduledTiles& scheduled) {
   SequenceImage& image = scheduled.sequence->images()[static_cast<size_t>(scheduled.image_idx)];
   TM_CHECK(image.num_encoded() == scheduled.first_tile, "tiles from %d on after %d",
            scheduled.first_tile, image.num_encoded());
-  const Clock::time_point begin = Clock::now();
   const int64_t side = image.tiles->tile_size;
   const ConstTensorView tiles(image.tiles->pixels.data(), DType::u8,
                               {image.num_tiles(), side, side, 3});
@@ -102,7 +101,6 @@ void ModelRunner::encode(const ScheduledTiles& scheduled) {
            "%lld embeddings for %d tiles of %d tokens", static_cast<long long>(rows),
            scheduled.num_tiles, image.tokens_per_tile);
   image.encoded.push_back({scheduled.first_tile, scheduled.num_tiles, std::move(embeddings)});
-  scheduled.sequence->add_vision_ms(ms_between(begin, Clock::now()));
 }
 
 }  // namespace turbomind

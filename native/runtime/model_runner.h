@@ -15,13 +15,16 @@ namespace turbomind {
 
 class TileEmbeddings final : public ImageEmbeddings {
  public:
-  TileEmbeddings(std::unique_ptr<Buffer> buffer, ConstTensorView view)
-      : buffer_(std::move(buffer)), view_(view) {}
+  TileEmbeddings(std::unique_ptr<Buffer> buffer, ConstTensorView view,
+                 std::unique_ptr<OpTimer> timer = nullptr)
+      : buffer_(std::move(buffer)), view_(view), timer_(std::move(timer)) {}
   ConstTensorView view() const { return view_; }  // [tiles * tokens per tile, H]
+  double encode_ms() const override { return timer_ ? timer_->ms() : 0; }
 
  private:
   std::unique_ptr<Buffer> buffer_;
   ConstTensorView view_;
+  std::unique_ptr<OpTimer> timer_;
 };
 
 // A loaded model with its KV cache. The result for a row depends on its own sequence alone.

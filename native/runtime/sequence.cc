@@ -76,7 +76,15 @@ void Sequence::advance(int count) {
            num_pending());
   num_computed_ += count;
   if (num_computed_ < num_prompt_tokens_) return;
-  for (SequenceImage& image : images_) image.encoded.clear();
+  drop_embeddings();
+}
+
+// The step that read them has been waited for, so their times are known and nothing blocks.
+void Sequence::drop_embeddings() {
+  for (SequenceImage& image : images_) {
+    for (const EncodedTiles& tiles : image.encoded) vision_ms_ += tiles.embeddings->encode_ms();
+    image.encoded.clear();
+  }
 }
 
 FinishReason Sequence::append(TokenId token, Clock::time_point now) {

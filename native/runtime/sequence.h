@@ -22,6 +22,8 @@ double ms_between(Clock::time_point from, Clock::time_point to);
 class ImageEmbeddings {
  public:
   virtual ~ImageEmbeddings() = default;
+  // Time that the device spent on them; waits until it has finished them.
+  virtual double encode_ms() const { return 0; }
 };
 
 // A run of one image's tiles, and later their embeddings.
@@ -101,7 +103,6 @@ class Sequence {
   FinishReason finish_reason() const { return finish_reason_; }
 
   void mark_scheduled(Clock::time_point now);  // the first time only
-  void add_vision_ms(double ms) { vision_ms_ += ms; }
   // `count` more tokens are in the cache. Embeddings are dropped once the prompt is.
   void advance(int count);
   // Appends a drawn token and drops the drafts; answers why the sequence ended, or none.
@@ -116,6 +117,8 @@ class Sequence {
   RequestTimings timings() const;
 
  private:
+  void drop_embeddings();
+
   Request request_;
   std::vector<TokenId> tokens_;  // known ones, then drafts; never reallocated
   int num_tokens_ = 0;           // known

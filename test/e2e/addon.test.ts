@@ -34,6 +34,7 @@ const OPEN_OPTIONS: NativeOpenOptions = {
   files: [],
   tensors: [],
   device: 'cpu',
+  dtype: 'auto',
   threads: 1,
   sessionLen: 0,
   maxBatchSize: 4,

@@ -30,6 +30,7 @@ const OPTIONS: NativeOpenOptions = {
   files: native.files.map((file) => MODEL + file),
   tensors: native.tensors,
   device: 'cpu',
+  dtype: 'auto',
   threads: 1,
   sessionLen: 0,
   maxBatchSize: 4,

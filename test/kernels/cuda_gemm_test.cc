@@ -2,6 +2,7 @@
 // and that a row of the result depends neither on M, nor on its place, nor on the run.
 #include <algorithm>
 #include <map>
+#include <memory>
 
 #include "backend/cuda/gemm/gemm_table.h"
 #include "backend/cuda/kernels/kernels.h"

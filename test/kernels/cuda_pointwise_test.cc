@@ -1,4 +1,4 @@
-// Norms, embeddings, argmax and the vision tower's data movement against host loops.
+// Norms, embeddings and the vision tower's data movement against host loops.
 #include <algorithm>
 
 #include "backend/cuda/kernels/kernels.h"
@@ -46,34 +46,6 @@ TEST("RMS and layer norms of aligned, odd, strided and gathered rows") {
       }
     }
   }
-}
-
-TEST("argmax takes the largest, the lowest id among equals, and ignores NaN") {
-  const int vocab = 151674;
-  const int rows = 5;
-  Random random(2);
-  std::vector<float> logits = random.floats(static_cast<size_t>(rows) * vocab);
-  std::vector<int32_t> expected;
-  logits[3] = logits[151673] = logits[77777] = 9.0F;
-  logits[vocab + 151673] = 8.0F;
-  logits[vocab + 5] = NAN;
-  std::fill(logits.begin() + 2 * vocab, logits.begin() + 3 * vocab, -INFINITY);
-  std::fill(logits.begin() + 3 * vocab, logits.begin() + 4 * vocab, NAN);
-  const DeviceArray<float> device(logits);
-  DeviceArray<char> scratch(argmax_scratch_bytes(8));
-  scratch.zero();
-  const DeviceArray<int32_t> ids(rows);
-  for (const int count : {rows, 1, rows}) {  // the scratch serves any number of rows
-    argmax(test_context(), device.get(), count, vocab, scratch.get(), 8, ids.get());
-    cuda_check(cudaDeviceSynchronize());
-  }
-  const std::vector<int32_t> out = ids.host();
-  const auto last = logits.begin() + 4 * vocab;
-  EXPECT_EQ(out[0], 3);
-  EXPECT_EQ(out[1], 151673);
-  EXPECT_EQ(out[2], 0);
-  EXPECT_EQ(out[3], -1);
-  EXPECT_EQ(out[4], static_cast<int32_t>(std::max_element(last, last + vocab) - last));
 }
 
 TEST("embedding rows, padding copies, patches, class token and pixel shuffle") {

@@ -3,12 +3,14 @@
 // launches are captured in one graph; figures are medians of nine replays. Ceilings are measured in
 // the same run. Usage: kernel_bench OUT.json [quick | decode | drafts | prefill | vision]
 #include <algorithm>
+#include <chrono>
 #include <fstream>
 #include <functional>
 #include <memory>
 #include <set>
 #include <string>
 
+#include "backend/cuda/cuda_sampler.h"
 #include "backend/cuda/gemm/gemm_table.h"
 #include "backend/cuda/kernels/kernels.h"
 #include "gpu_test.h"
@@ -302,12 +304,32 @@ void bench_small(Report& report, const LaunchContext& context) {
     report.add("norm", format("%d x 5120", rows), us, 4.0 * rows * 5120, 0);
   }
   const DeviceArray<float> logits(Random(1).floats(size_t{16} * 152064));
-  DeviceArray<char> scratch(argmax_scratch_bytes(16));
-  scratch.zero();
-  const DeviceArray<int32_t> ids(16);
+  DevicePool pool;
+  const SamplerSizes sizes = sampler_sizes({.max_rows = 64, .vocab_size = 152064, .max_kv_len = 1024}, 64);
+  CudaSampler sampler(sizes, context, pool);
+  cuda_check(cudaMemcpy(sampler.logits(), logits.get(), logits.size() * sizeof(float), cudaMemcpyDeviceToDevice));
   for (int rows : {1, 16}) {
-    const double us = time_us(30, [&](int) { argmax(context, logits.get(), rows, 152064, scratch.get(), 16, ids.get()); });
-    report.add("argmax", format("%d x 152064", rows), us, 4.0 * rows * 152064, 0);
+    const double us = time_us(30, [&](int) { sampler.scan(context, rows, 152064); });
+    report.add("scan_logits", format("%d x 152064", rows), us, 4.0 * rows * 152064, 0);
+  }
+  // Upload, kernel and download of a step's sampling, host clock included: what a step waits for.
+  SamplingParams top_k, top_p, plain;
+  top_k.do_sample = top_p.do_sample = plain.do_sample = true;
+  top_k.top_k = 50;
+  top_p.top_p = 0.9F;
+  for (const auto& [name, params] : {std::pair{"top-k 50", &top_k}, {"top-p 0.9", &top_p}, {"temperature", &plain}}) {
+    for (size_t rows : {size_t{1}, size_t{16}}) {
+      const std::vector<SampleRow> wanted(rows, SampleRow{.params = params});
+      std::vector<SampleResult> results(rows);
+      std::vector<double> times;
+      for (int i = 0; i < 30; ++i) {
+        const auto begin = std::chrono::steady_clock::now();
+        sampler.sample(context, 152064, wanted, results);
+        times.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count());
+      }
+      std::sort(times.begin(), times.end());
+      report.add("sample", format("%zu rows, %s", rows, name), times[times.size() / 2], 4.0 * static_cast<double>(rows) * 152064, 0);
+    }
   }
 }
 

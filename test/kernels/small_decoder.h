@@ -92,8 +92,11 @@ class SmallDecoder {
                           .block_table = table, .max_blocks = stride, .sample_rows = sample_rows};
     backend_.begin_step(batch);
     const auto tokens = static_cast<int64_t>(ids.size());
-    backend_.execute([&] { forward(tokens); });
     const SampleArgs args{.head = head_.get(), .norm = &norm_, .x = view(*x_, tokens, spec_.hidden)};
+    backend_.execute([&] {
+      forward(tokens);
+      if (!sample_rows.empty() && start_sample) backend_.start_sample(args);
+    });
     if (logits != nullptr) {
       logits->resize(sample_rows.size() * static_cast<size_t>(spec_.vocab));
       const auto vocab = static_cast<size_t>(spec_.vocab);
@@ -114,6 +117,7 @@ class SmallDecoder {
   }
 
   SamplingParams params;
+  bool start_sample = true;  // head inside the captured step
 
  private:
   TensorView view(Buffer& buffer, int64_t rows, int64_t columns) const {

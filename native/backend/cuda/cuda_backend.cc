@@ -28,6 +28,38 @@ class TrackedBuffer final : public Buffer {
   std::unique_ptr<Buffer> buffer_;
 };
 
+// Two events in the stream. An event that could not be recorded counts as no time: the device is
+// lost then, and the next op says so.
+class CudaOpTimer final : public OpTimer {
+ public:
+  explicit CudaOpTimer(CudaStream stream) : stream_(stream) {
+    cuda_check(cudaEventCreate(&start_));
+    cuda_check(cudaEventCreate(&stop_));
+    cuda_check(cudaEventRecord(start_, stream_));
+  }
+  ~CudaOpTimer() override {
+    (void)cudaEventDestroy(start_);
+    (void)cudaEventDestroy(stop_);
+  }
+  CudaOpTimer(const CudaOpTimer&) = delete;
+  CudaOpTimer& operator=(const CudaOpTimer&) = delete;
+  void stop() override { stopped_ = cudaEventRecord(stop_, stream_) == cudaSuccess; }
+  double ms() override {
+    float ms = 0;
+    if (!stopped_ || cudaEventSynchronize(stop_) != cudaSuccess ||
+        cudaEventElapsedTime(&ms, start_, stop_) != cudaSuccess) {
+      return 0;
+    }
+    return static_cast<double>(ms);
+  }
+
+ private:
+  CudaStream stream_;
+  cudaEvent_t start_ = nullptr;
+  cudaEvent_t stop_ = nullptr;
+  bool stopped_ = false;
+};
+
 const CudaLinear& as_cuda(const LinearWeight* weight) {
   TM_CHECK(weight != nullptr, "an op without its weight");
   return static_cast<const CudaLinear&>(*weight);
@@ -147,8 +179,14 @@ void CudaBackend::synchronize() {
   cuda_check(cudaStreamSynchronize(context_.stream), "waiting for the GPU");
 }
 
+std::unique_ptr<OpTimer> CudaBackend::start_timer() {
+  use_device();
+  return std::make_unique<CudaOpTimer>(context_.stream);
+}
+
 CudaCounters CudaBackend::counters() const {
-  return {pool_.driver_allocations(), graphs_.captures(), pool_.bytes_in_use()};
+  return {pool_.driver_allocations(), graphs_.captures(), pool_.bytes_in_use(),
+          workspace_.sampler ? workspace_.sampler->rows_on_host() : 0};
 }
 
 // ---- KV cache ------------------------------------------------------------------------------------
@@ -431,7 +469,7 @@ void CudaBackend::compute_logits(const LogitsArgs& args, const int32_t* gather, 
   use_device();
   const CudaLinear& head = as_cuda(args.head);
   Workspace& w = workspace_;
-  TM_CHECK(w.logits != nullptr && head.matrix.n <= w.spec.vocab_size,
+  TM_CHECK(w.sampler != nullptr && head.matrix.n <= w.spec.vocab_size,
            "a head of %lld rows; the workspace was made for %lld",
            static_cast<long long>(head.matrix.n), static_cast<long long>(w.spec.vocab_size));
   const int64_t hidden = args.x.row_elements();
@@ -454,7 +492,27 @@ void CudaBackend::compute_logits(const LogitsArgs& args, const int32_t* gather, 
   } else {
     copy_rows(context_, args.x.data, hidden, gather, x, hidden, rows, static_cast<int>(hidden));
   }
-  run_gemm(head, x, hidden, rows, w.logits->data(), head.matrix.n, true, Epilogue::none, nullptr);
+  run_gemm(head, x, hidden, rows, w.sampler->logits(), head.matrix.n, true, Epilogue::none,
+           nullptr);
+}
+
+void CudaBackend::launch_head(const SampleArgs& args, int rows) {
+  compute_logits({.head = args.head, .norm = args.norm, .x = args.x}, workspace_.step.sample_rows,
+                 rows);
+  workspace_.sampler->scan(context_, rows, as_cuda(args.head).matrix.n);
+}
+
+void CudaBackend::start_sample(const SampleArgs& args) {
+  TM_CHECK(workspace_.sampler != nullptr, "sampling before reserve_workspace");
+  step_.started_head = args.head;
+  if (mode_ == Mode::sign) {
+    sign({5, address(args.head), args.norm != nullptr ? address(args.norm->weight.data) : 0});
+    sign_view(args.x.data, row_bytes(args.x));
+    capacity_rows_ = std::min<int64_t>(capacity_rows_, workspace_.sampler->sizes().rows);
+    return;
+  }
+  // Padding rows of a captured step repeat row 0.
+  launch_head(args, graph_rows_ > 0 ? graph_rows_ : step_.rows);
 }
 
 void CudaBackend::sample(const SampleArgs& args) {
@@ -463,52 +521,9 @@ void CudaBackend::sample(const SampleArgs& args) {
       "%zu sample rows and %zu results for a step that wants %d", args.rows.size(),
       args.results.size(), step_.rows);
   if (args.rows.empty()) return;
-  Workspace& w = workspace_;
-  compute_logits({.head = args.head, .norm = args.norm, .x = args.x}, w.step.sample_rows,
-                 step_.rows);
-  const int64_t vocab = as_cuda(args.head).matrix.n;
-  argmax(context_, static_cast<const float*>(w.logits->data()), step_.rows, vocab, w.argmax->data(),
-         std::max(w.spec.max_rows, 1), static_cast<int32_t*>(w.ids->data()));
-  cuda_check(cudaMemcpyAsync(w.host_ids->data(), w.ids->data(), args.rows.size() * sizeof(int32_t),
-                             cudaMemcpyDeviceToHost, context_.stream),
-             "reading the sampled tokens");
-  synchronize();
-  const auto* ids = reinterpret_cast<const int32_t*>(w.host_ids->data());
-  for (size_t r = 0; r < args.rows.size(); ++r) {
-    const SampleRow& row = args.rows[r];
-    const SamplingParams& params = *row.params;
-    args.results[r].top_logprobs.clear();
-    if (!params.do_sample && params.repetition_penalty == 1.0F && params.num_logprobs == 0 &&
-        params.frequency_penalty == 0.0F && params.presence_penalty == 0.0F &&
-        params.logit_bias.empty() && row.allowed.empty() && row.banned.empty() &&
-        params.bad_words.empty()) {
-      if (ids[r] < 0) {
-        throw Error(ErrorCode::device_error,
-                    format("row %zu of %zu cannot be sampled: no logit is a finite number", r,
-                           args.rows.size()));
-      }
-      args.results[r].token = ids[r];
-    } else {
-      sample_on_host(row, static_cast<int>(r), args.results[r]);
-    }
-  }
-}
-
-void CudaBackend::sample_on_host(const SampleRow& row, int row_idx, SampleResult& result) {
-  Workspace& w = workspace_;
-  const size_t vocab = w.host_logits->bytes() / sizeof(float);
-  const auto* logits =
-      static_cast<const float*>(w.logits->data()) + static_cast<size_t>(row_idx) * vocab;
-  cuda_check(cudaMemcpyAsync(w.host_logits->data(), logits, vocab * sizeof(float),
-                             cudaMemcpyDeviceToHost, context_.stream),
-             "reading logits");
-  synchronize();
-  const std::span<float> host(reinterpret_cast<float*>(w.host_logits->data()), vocab);
-  const SampleStatus status = host_sampler_.sample(host, row, result);
-  if (status == SampleStatus::ok) return;
-  throw Error(
-      status == SampleStatus::all_banned ? ErrorCode::invalid_argument : ErrorCode::device_error,
-      format("row %d cannot be sampled: %s", row_idx, describe(status)));
+  use_device();
+  if (step_.started_head != args.head) launch_head(args, step_.rows);
+  workspace_.sampler->sample(context_, as_cuda(args.head).matrix.n, args.rows, args.results);
 }
 
 void CudaBackend::logits(const LogitsArgs& args, std::span<float> out) {
@@ -516,14 +531,15 @@ void CudaBackend::logits(const LogitsArgs& args, std::span<float> out) {
   const int64_t vocab = as_cuda(args.head).matrix.n;
   TM_CHECK(static_cast<int64_t>(out.size()) == rows * vocab, "%zu logits for %lld rows of %lld",
            out.size(), static_cast<long long>(rows), static_cast<long long>(vocab));
-  const int64_t room = std::max(workspace_.spec.max_rows, 1);
+  step_.started_head = nullptr;  // its logits are overwritten
+  const int64_t room = workspace_.sampler->sizes().rows;
   for (int64_t begin = 0; begin < rows; begin += room) {
     const int64_t count = std::min(room, rows - begin);
     LogitsArgs part = args;
     part.x = args.x.rows(begin, count);
     compute_logits(part, nullptr, static_cast<int>(count));
     download(out.data() + begin * vocab,
-             ConstTensorView(workspace_.logits->data(), DType::f32, {count, vocab}));
+             ConstTensorView(workspace_.sampler->logits(), DType::f32, {count, vocab}));
   }
 }
 

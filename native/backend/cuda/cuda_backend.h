@@ -10,10 +10,10 @@
 #include "backend/backend.h"
 #include "backend/cuda/cuda_graph.h"
 #include "backend/cuda/cuda_memory.h"
+#include "backend/cuda/cuda_sampler.h"
 #include "backend/cuda/gemm/gemm_table.h"
 #include "backend/cuda/kernels/kernels.h"
 #include "backend/cuda_api.h"
-#include "backend/host_sampler.h"
 
 namespace turbomind::cuda {
 
@@ -47,23 +47,12 @@ class CudaKvCache final : public KvCache {
   std::unique_ptr<Buffer> buffer_;
 };
 
-class CudaStreamOwner {
- public:
-  CudaStreamOwner() { cuda_check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
-  ~CudaStreamOwner() { (void)cudaStreamDestroy(stream_); }
-  CudaStreamOwner(const CudaStreamOwner&) = delete;
-  CudaStreamOwner& operator=(const CudaStreamOwner&) = delete;
-  CudaStream get() const { return stream_; }
-
- private:
-  CudaStream stream_ = nullptr;
-};
-
 // What tests and benchmarks look at.
 struct CudaCounters {
   size_t driver_allocations = 0;
   size_t graph_captures = 0;
   size_t bytes_in_use = 0;
+  size_t rows_on_host = 0;  // sampled by HostSampler
 };
 
 class CudaBackend final : public Backend {
@@ -78,6 +67,7 @@ class CudaBackend final : public Backend {
   void upload(TensorView device, const void* host) override;
   void download(void* host, ConstTensorView device) override;
   void synchronize() override;
+  std::unique_ptr<OpTimer> start_timer() override;
   std::unique_ptr<Buffer> allocate_host(size_t bytes) override;
 
   size_t buffer_bytes(size_t bytes) const override { return DevicePool::size_of(bytes); }
@@ -105,6 +95,7 @@ class CudaBackend final : public Backend {
   void norm(const Norm& norm, ConstTensorView x, TensorView y) override;
   void linear(const LinearArgs& args) override;
   void attention(const AttentionArgs& args) override;
+  void start_sample(const SampleArgs& args) override;
   void sample(const SampleArgs& args) override;
   void logits(const LogitsArgs& args, std::span<float> out) override;
   void patchify(const PatchifyArgs& args) override;
@@ -136,11 +127,7 @@ class CudaBackend final : public Backend {
     std::unique_ptr<Buffer> attention_out;
     std::unique_ptr<Buffer> attention_max_sum;
     std::unique_ptr<Buffer> attention_tickets;
-    std::unique_ptr<Buffer> logits;  // f32 [max_rows, V]
-    std::unique_ptr<Buffer> argmax;
-    std::unique_ptr<Buffer> ids;  // i32 [max_rows]
-    std::unique_ptr<PinnedBuffer> host_ids;
-    std::unique_ptr<PinnedBuffer> host_logits;  // f32 [V]
+    std::unique_ptr<CudaSampler> sampler;  // null without a vocabulary
     StepArrays step;
   };
   struct WorkspaceSizes;
@@ -155,6 +142,7 @@ class CudaBackend final : public Backend {
     int padded_rows = 0;  // of a decode step: its bucket; else tokens
     int padded_items = 0;
     bool decode_only = false;
+    const void* started_head = nullptr;  // whose logits start_sample has launched
   };
 
   void use_device() const { cuda_check(cudaSetDevice(device_), "selecting the device"); }
@@ -180,9 +168,10 @@ class CudaBackend final : public Backend {
   void run_gemm(const CudaLinear& weight, const void* x, int64_t ldx, int rows, void* y,
                 int64_t ldy, bool y_is_f32, Epilogue epilogue, const float* scale);
   const void* padded_input(const CudaLinear& weight, const void* x, int rows, int64_t* ldx);
-  // Rows of x that `gather` lists (device memory; null: the first `rows`) into workspace_.logits.
+  // Rows of x that `gather` lists (device memory; null: the first `rows`) to the sampler's logits.
   void compute_logits(const LogitsArgs& args, const int32_t* gather, int rows);
-  void sample_on_host(const SampleRow& row, int row_idx, SampleResult& result);
+  // Logits of the step's sample rows and their greedy tokens, on the way to the host.
+  void launch_head(const SampleArgs& args, int rows);
 
   int device_ = 0;
   DType dtype_ = DType::bf16;
@@ -198,7 +187,6 @@ class CudaBackend final : public Backend {
   Step step_;
   GraphCache graphs_;
   std::unique_ptr<Buffer> tiles_;  // u8 pixels of a vision batch
-  HostSampler host_sampler_;
   std::string_view forced_gemm_;
 
   enum class Mode { run, sign };

@@ -177,6 +177,10 @@ void Event::wait() {
   if (event_ != nullptr) cuda_check(cudaEventSynchronize(event_), "waiting for the GPU");
 }
 
+void Event::make_wait(CudaStream stream) {
+  if (event_ != nullptr) cuda_check(cudaStreamWaitEvent(stream, event_), "ordering two streams");
+}
+
 ParallelCopy::ParallelCopy() {
   parts_ = std::clamp<size_t>(std::thread::hardware_concurrency(), 1, kMaxCopyThreads);
   for (size_t part = 1; part < parts_; ++part) helpers_.emplace_back([this, part] { work(part); });

@@ -77,6 +77,18 @@ class HostBuffer final : public Buffer {
   PinnedBuffer memory_;
 };
 
+class CudaStreamOwner {
+ public:
+  CudaStreamOwner() { cuda_check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  ~CudaStreamOwner() { (void)cudaStreamDestroy(stream_); }
+  CudaStreamOwner(const CudaStreamOwner&) = delete;
+  CudaStreamOwner& operator=(const CudaStreamOwner&) = delete;
+  CudaStream get() const { return stream_; }
+
+ private:
+  CudaStream stream_ = nullptr;
+};
+
 class Event {
  public:
   Event() = default;
@@ -87,7 +99,8 @@ class Event {
     return *this;
   }
   void record(CudaStream stream);
-  void wait();  // returns at once if never recorded
+  void wait();                        // returns at once if never recorded
+  void make_wait(CudaStream stream);  // what `stream` gets from now on runs after the record
 
  private:
   cudaEvent_t event_ = nullptr;

@@ -99,10 +99,7 @@ struct CudaBackend::WorkspaceSizes {
   size_t attention_out = 0;
   size_t attention_max_sum = 0;
   size_t attention_tickets = 0;
-  size_t logits = 0;  // 0: nothing is sampled
-  size_t argmax = 0;
-  size_t ids = 0;
-  size_t host_logits = 0;
+  SamplerSizes sampler;  // no rows: nothing is sampled
 
   explicit WorkspaceSizes(const WorkspaceSpec& spec);
 };
@@ -139,11 +136,8 @@ CudaBackend::WorkspaceSizes::WorkspaceSizes(const WorkspaceSpec& spec) {
   attention_max_sum = items * 2 * heads * sizeof(float2);
   attention_tickets = static_cast<size_t>(sequences) * kMaxDecodeRows * heads * sizeof(uint32_t);
   if (spec.vocab_size <= 0 || spec.max_rows <= 0) return;
-  const auto rows = static_cast<size_t>(spec.max_rows);
-  host_logits = static_cast<size_t>(spec.vocab_size) * sizeof(float);
-  logits = rows * host_logits;
-  argmax = argmax_scratch_bytes(spec.max_rows);
-  ids = rows * sizeof(int32_t);
+  // Captured steps compute the logits of padding rows too.
+  sampler = sampler_sizes(spec, row_bucket(spec.max_rows));
 }
 
 WorkspaceBytes CudaBackend::workspace_bytes(const WorkspaceSpec& spec) const {
@@ -155,10 +149,10 @@ WorkspaceBytes CudaBackend::workspace_bytes(const WorkspaceSpec& spec) const {
     bytes.scratch += buffer_bytes(part);
   }
   if (spec.vision_pixel_bytes > 0) bytes.scratch += buffer_bytes(spec.vision_pixel_bytes);
-  bytes.staging = 2 * sizes.step_bytes + sizes.ids + sizes.host_logits;
-  if (sizes.logits > 0) {
-    bytes.sampling =
-        buffer_bytes(sizes.logits) + buffer_bytes(sizes.argmax) + buffer_bytes(sizes.ids);
+  bytes.staging = 2 * sizes.step_bytes;
+  if (sizes.sampler.rows > 0) {
+    bytes.staging += sampler_host_bytes(sizes.sampler);
+    for (size_t part : sampler_buffers(sizes.sampler)) bytes.sampling += buffer_bytes(part);
   }
   if (use_graphs_) bytes.graphs = GraphCache::kMaxGraphs * GraphCache::kGraphBytes;
   return bytes;
@@ -205,12 +199,8 @@ WorkspaceBytes CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
   w.attention_out = pool_.allocate(sizes.attention_out);
   w.attention_max_sum = pool_.allocate(sizes.attention_max_sum);
   w.attention_tickets = zeroed(sizes.attention_tickets);
-  if (sizes.logits > 0) {
-    w.logits = pool_.allocate(sizes.logits);
-    w.argmax = zeroed(sizes.argmax);
-    w.ids = pool_.allocate(sizes.ids);
-    w.host_ids = std::make_unique<PinnedBuffer>(sizes.ids);
-    w.host_logits = std::make_unique<PinnedBuffer>(sizes.host_logits);
+  if (sizes.sampler.rows > 0) {
+    w.sampler = std::make_unique<CudaSampler>(sizes.sampler, context_, pool_);
   }
   tiles_.reset();
   if (spec.vision_pixel_bytes > 0) tiles_ = pool_.allocate(spec.vision_pixel_bytes);
@@ -270,7 +260,9 @@ void CudaBackend::begin_step(const StepBatch& batch) {
   fill(blob.add(w.step.slots, padded), batch.slots, -1);
   fill(blob.add(w.step.query_start, batch.query_start.size()), batch.query_start, 0);
   fill(blob.add(w.step.kv_len, batch.kv_len.size()), batch.kv_len, 0);
-  fill(blob.add(w.step.sample_rows, batch.sample_rows.size()), batch.sample_rows, 0);
+  const size_t sampled = batch.sample_rows.size();
+  fill(blob.add(w.step.sample_rows, step_.decode_only ? std::max(sampled, padded) : sampled),
+       batch.sample_rows, 0);
   const std::span<int32_t> split_start =
       blob.add(w.step.split_start, static_cast<size_t>(sequences));
   const std::span<int32_t> items = blob.add(reinterpret_cast<int32_t*>(w.step.decode_items),

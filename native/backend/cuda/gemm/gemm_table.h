@@ -9,8 +9,9 @@
 #include <span>
 #include <string_view>
 
-#include "backend/backend.h"
 #include "backend/cuda/cuda_check.h"
+#include "backend/op_kinds.h"
+#include "backend/weights.h"
 
 namespace turbomind::cuda {
 

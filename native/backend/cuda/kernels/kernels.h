@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "backend/backend.h"
 #include "backend/cuda/cuda_check.h"
+#include "backend/op_kinds.h"
 
 namespace turbomind::cuda {
 
@@ -133,11 +133,75 @@ struct TileAttentionArgs {    // non-causal, contiguous keys: the vision tower
 };
 void tile_attention(const LaunchContext& context, DType dtype, const TileAttentionArgs& args);
 
-// Index of the largest of each row, the lowest index among equals, -1 if all are NaN. `scratch` has
-// argmax_scratch_bytes(max_rows) bytes, zeroed once.
-size_t argmax_scratch_bytes(int max_rows);
-void argmax(const LaunchContext& context, const float* logits, int rows, int64_t vocab,
-            void* scratch, int max_rows, int32_t* ids);
+// One pass over rows of logits: the largest of each block of 64 to block_max [rows, ceil(V / 64)] and
+// the index of the row's largest, the lowest index among equals, to ids; or, instead of an index,
+// kNotFinite where a logit is NaN or +infinity, kNoTokenLeft where all are -infinity. `scratch` has
+// scan_scratch_bytes(max_rows) bytes, zeroed once.
+inline constexpr int32_t kNotFinite = -1;
+inline constexpr int32_t kNoTokenLeft = -2;
+size_t scan_scratch_bytes(int max_rows);
+void scan_logits(const LaunchContext& context, const float* logits, int rows, int64_t vocab,
+                 void* scratch, int max_rows, float* block_max, int32_t* ids);
+
+// What sample_rows can serve; the host's sampler does the rest.
+inline constexpr int kMaxSampleVocab = 1 << 19;
+inline constexpr int kMaxBestTokens = 1024;        // top-k, and best tokens reported
+inline constexpr int kMaxSampleCompletion = 6144;  // tokens that frequency and presence count
+
+// One row's sampling. Offsets are in words of SampleRowsArgs::words.
+struct SampleTask {
+  uint64_t seed = 0;
+  uint32_t completion_idx = 0;
+  int32_t row = 0;        // of the logits
+  int32_t do_sample = 0;  // 0: the best token
+  float temperature = 1;
+  float top_p = 1;
+  float min_p = 0;
+  int32_t top_k = 0;
+  float repetition_penalty = 1;
+  float frequency_penalty = 0;
+  float presence_penalty = 0;
+  int32_t num_logprobs = 0;
+  int32_t top = 0;     // first entry in SampleRowsArgs::top
+  int32_t spare = -1;  // row of SampleRowsArgs::spare, if raw logits must outlive the edits
+  int32_t edits = 0;   // whether any of the following changes a logit
+  int32_t tokens = 0;  // prompt and completion: ids
+  int32_t num_tokens = 0;
+  int32_t num_completion = 0;  // the last ones of tokens
+  int32_t bias = 0;            // pairs of id and f32
+  int32_t num_bias = 0;
+  int32_t bans = 0;  // ids within the vocabulary
+  int32_t num_bans = 0;
+  int32_t allowed = -1;  // bits; -1: all are allowed
+  int32_t allowed_words = 0;
+};
+
+enum class SampleOutcome : int32_t { ok, not_finite, all_banned };
+struct SampleOutput {
+  SampleOutcome status = SampleOutcome::ok;
+  int32_t token = -1;
+  float raw_logit = 0;   // of `token`; the rest with num_logprobs only
+  float raw_max = 0;     // the largest logit before edits
+  double raw_total = 0;  // sum of exp(logit - raw_max)
+};
+struct TopLogit {
+  float logit = 0;
+  int32_t id = 0;
+};
+
+struct SampleRowsArgs {
+  const SampleTask* tasks = nullptr;
+  const uint32_t* words = nullptr;
+  float* logits = nullptr;  // [*, V]; edits are made in place
+  int64_t vocab = 0;
+  const float* block_max = nullptr;  // of scan_logits
+  const int32_t* greedy = nullptr;   // of scan_logits
+  float* spare = nullptr;            // [*, V]
+  SampleOutput* outputs = nullptr;   // [tasks]
+  TopLogit* top = nullptr;           // best first
+};
+size_t sample_rows_shared_bytes(int64_t vocab);
+void sample_rows(const LaunchContext& context, const SampleRowsArgs& args, int tasks);
 
 struct PatchifyLaunch {
   const uint8_t* tiles = nullptr;  // [n, S, S, 3]

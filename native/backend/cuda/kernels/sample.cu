@@ -1,58 +1,71 @@
-// Greedy sampling: the index of each row's largest logit, the lowest among equals, NaN losing to
-// everything. Pieces of a row go to kPieces CTAs; the last to finish compares their winners.
-// Bound by reading R * V * 4 bytes.
+// The pass over logits that every sampled row needs, greedy or not: block maxima, the index of the
+// largest, and whether all are finite. Pieces of a row go to kPieces CTAs; the last to finish
+// compares their winners. Bound by reading R * V * 4 bytes.
 #include "backend/cuda/device/memory.cuh"
 #include "backend/cuda/kernels/kernels.h"
+#include "backend/sampling_math.h"
 
 namespace turbomind::cuda {
 namespace {
 
 constexpr int kThreads = 512;
 constexpr int kPieces = 32;
+constexpr int kBlocksARound = kThreads / 16;
 
 struct Best {
   float value;
-  int32_t index;
+  int32_t index;  // kNotFinite beats everything, kNoTokenLeft nothing
 };
 
 __device__ Best better(Best a, Best b) {
+  if (a.index == kNotFinite || b.index == kNotFinite) return {0.0F, kNotFinite};
   if (b.index < 0) return a;
   if (a.index < 0 || b.value > a.value || (b.value == a.value && b.index < a.index)) return b;
   return a;
 }
 
-__device__ Best cta_best(Best best, Best* shared) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const Best other{__shfl_xor_sync(~0U, best.value, offset),
-                     __shfl_xor_sync(~0U, best.index, offset)};
-    best = better(best, other);
-  }
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = best;
-  __syncthreads();
-  best = shared[0];
-  for (int i = 1; i < static_cast<int>(blockDim.x) / 32; ++i) best = better(best, shared[i]);
-  return best;
+__device__ Best shuffled(Best best, int offset) {
+  return {__shfl_xor_sync(~0U, best.value, offset), __shfl_xor_sync(~0U, best.index, offset)};
 }
 
 // partial: [rows, kPieces]; tickets: [rows], zero between launches.
 __global__ void __launch_bounds__(kThreads)
-    argmax_kernel(const float* logits, int64_t vocab, Best* partial, uint32_t* tickets,
-                  int32_t* ids) {
+    scan_kernel(const float* logits, int64_t vocab, Best* partial, uint32_t* tickets,
+                float* block_max, int32_t* ids) {
   __shared__ Best shared[kThreads / 32];
   __shared__ bool last;
   grid_dependency_wait();
   grid_dependency_launch();
-  const int row = blockIdx.y;
-  const int64_t piece = (vocab + kPieces - 1) / kPieces;
-  const int64_t begin = blockIdx.x * piece;
-  const int64_t end = begin + piece < vocab ? begin + piece : vocab;
-  Best best{-INFINITY, -1};
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const float value = logits[row * vocab + i];
-    if (!isnan(value)) best = better(best, {value, static_cast<int32_t>(i)});
+  const int64_t row = blockIdx.y;
+  const float* x = logits + row * vocab;
+  const int blocks = static_cast<int>((vocab + kSumBlock - 1) / kSumBlock);
+  const int piece = (blocks + kPieces - 1) / kPieces;
+  const int begin = blockIdx.x * piece;
+  const int end = min(blocks, begin + piece);
+  const int lane = threadIdx.x % 16;
+  Best best{-INFINITY, kNoTokenLeft};
+  for (int round = begin; round < end; round += kBlocksARound) {
+    const int block = round + static_cast<int>(threadIdx.x) / 16;
+    Best mine{-INFINITY, kNoTokenLeft};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int id = block * kSumBlock + 16 * j + lane;
+      const float value = block < end && id < vocab ? x[id] : -INFINITY;
+      if (isnan(value) || value == INFINITY) mine = {0.0F, kNotFinite};
+      if (value > -INFINITY) mine = better(mine, {value, id});
+    }
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2) mine = better(mine, shuffled(mine, offset));
+    if (lane == 0 && block < end) {
+      block_max[row * blocks + block] = mine.index >= 0 ? mine.value : -INFINITY;
+    }
+    best = better(best, mine);
   }
-  best = cta_best(best, shared);
+  best = better(best, shuffled(best, 16));
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = best;
+  __syncthreads();
   if (threadIdx.x == 0) {
+    for (int i = 1; i < kThreads / 32; ++i) best = better(best, shared[i]);
     partial[row * kPieces + blockIdx.x] = best;
     __threadfence();
     last = atomicAdd(&tickets[row], 1U) == kPieces - 1;
@@ -61,7 +74,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!last || threadIdx.x != 0) return;
   __threadfence();
   const volatile Best* pieces = partial + row * kPieces;
-  best = {-INFINITY, -1};
+  best = {-INFINITY, kNoTokenLeft};
   for (int i = 0; i < kPieces; ++i) best = better(best, {pieces[i].value, pieces[i].index});
   ids[row] = best.index;
   tickets[row] = 0;
@@ -69,18 +82,18 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-size_t argmax_scratch_bytes(int max_rows) {
+size_t scan_scratch_bytes(int max_rows) {
   return static_cast<size_t>(max_rows) * (kPieces * sizeof(Best) + sizeof(uint32_t));
 }
 
-void argmax(const LaunchContext& context, const float* logits, int rows, int64_t vocab,
-            void* scratch, int max_rows, int32_t* ids) {
+void scan_logits(const LaunchContext& context, const float* logits, int rows, int64_t vocab,
+                 void* scratch, int max_rows, float* block_max, int32_t* ids) {
   if (rows == 0) return;
-  TM_CHECK(rows <= max_rows, "argmax of %d rows, sized for %d", rows, max_rows);
+  TM_CHECK(rows <= max_rows, "a scan of %d rows, sized for %d", rows, max_rows);
   auto* partial = static_cast<Best*>(scratch);
   auto* tickets = reinterpret_cast<uint32_t*>(partial + static_cast<int64_t>(max_rows) * kPieces);
-  launch(argmax_kernel, {.grid = dim3(kPieces, static_cast<unsigned>(rows)), .threads = kThreads},
-         context.stream, context.programmatic, logits, vocab, partial, tickets, ids);
+  launch(scan_kernel, {.grid = dim3(kPieces, static_cast<unsigned>(rows)), .threads = kThreads},
+         context.stream, context.programmatic, logits, vocab, partial, tickets, block_max, ids);
 }
 
 }  // namespace turbomind::cuda

@@ -3,12 +3,18 @@
 // make_checkpoint.py's folders. Without a usable GPU it prints SKIP and exits 0.
 //   node scripts/gpu/bench-gpu.mjs MODEL [--batch 1,16,64] [--context 1024] [--new 64] [--repeats 3] [--picture]
 //     [--device cuda] [--out FILE] [--trace FILE]
-// --picture adds a picture of 12 tiles and a thumbnail at batch 1. --trace writes what
+//   node scripts/gpu/bench-gpu.mjs MODEL --kernels libstep_trace.so --peaks PEAKS.json [the same options]
+// --kernels runs all that in a traced child process (test/kernels/step_trace.cc; libcupti is needed, TM_CUPTI
+// names it) and prints a table of each configuration's decode step and prefill against --peaks, which
+// device_peaks.py measured. --picture adds a picture of 12 tiles and a thumbnail at batch 1. --trace writes what
 // reference_logits.py compares: a few requests alone and together, 33 tokens each.
-import { writeFileSync } from 'node:fs';
+import { spawnSync } from 'node:child_process';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { parseArgs } from 'node:util';
+import { decoderShape, readTrace, splitSteps, tableOf, toMarkdown } from './step-table.mjs';
 
 const root = resolve(dirname(fileURLToPath(import.meta.url)), '../..');
 const { values: flags, positionals } = parseArgs({
@@ -23,10 +29,19 @@ const { values: flags, positionals } = parseArgs({
     picture: { type: 'boolean', default: false },
     out: { type: 'string' },
     trace: { type: 'string' },
+    kernels: { type: 'string' },
+    peaks: { type: 'string' },
+    windows: { type: 'string' },
+    dtype: { type: 'string', default: 'auto' },
+    quant: { type: 'string', default: '0' },
   },
 });
 const model = positionals[0];
 if (!model) throw new Error('usage: bench-gpu.mjs MODEL [options]; see the head of this file');
+if (flags.kernels) {
+  tabulate();
+  process.exit(0);
+}
 const { pipeline } = await import(pathToFileURL(join(root, 'dist', 'index.js')));
 const { probeCuda } = await import(pathToFileURL(join(root, 'dist', 'device.js')));
 const found = await probeCuda();
@@ -37,6 +52,51 @@ if (
   console.log(`SKIP: ${[found.reason, ...found.problems].filter(Boolean).join('; ') || 'no GPU'}`);
   process.exit(0);
 }
+// This very benchmark in a process whose driver loads the tracer, then the tables of what it traced.
+function tabulate() {
+  const folder = mkdtempSync(join(tmpdir(), 'tm-trace-'));
+  const windows = join(folder, 'windows.json');
+  const skipped = new Set(['--kernels', '--peaks', '--out']);
+  const args = process.argv.slice(2).filter((text, i, all) => {
+    const name = text.split('=')[0];
+    return !skipped.has(name) && !(skipped.has(all[i - 1]) && !all[i - 1].includes('='));
+  });
+  const env = {
+    ...process.env,
+    CUDA_INJECTION64_PATH: resolve(flags.kernels),
+    TM_TRACE_OUT: join(folder, 'trace'),
+  };
+  const self = fileURLToPath(import.meta.url);
+  const child = spawnSync(process.execPath, [self, ...args, '--windows', windows], {
+    env,
+    stdio: 'inherit',
+  });
+  if (child.status !== 0) throw new Error(`the traced run ended with ${child.status}`);
+  const { pid, runs } = JSON.parse(readFileSync(windows, 'utf8'));
+  const peaks = JSON.parse(readFileSync(flags.peaks, 'utf8'));
+  const steps = splitSteps(readTrace(join(folder, `trace.${pid}`)));
+  const shape = decoderShape(model);
+  const rowsOf = (step) => step.kernels.find(({ name }) => name.startsWith('embed'))?.grid[0] ?? 0;
+  const tables = [];
+  for (const { context, batch, from, to } of runs) {
+    const within = steps.filter(({ begin }) => begin >= from * 1e6 && begin <= to * 1e6);
+    for (const decode of [true, false]) {
+      const kind = within.filter((step) => step.decode === decode);
+      const rows = Math.max(0, ...kind.map(rowsOf));
+      const same = kind.filter((step) => rowsOf(step) === rows);
+      if (rows === 0 || same.length === 0) continue;
+      const tokens = decode ? context + Number(flags.new) / 2 : context;
+      const table = tableOf(same, shape, { rows, context: tokens, batch }, peaks);
+      const what = decode ? `decode, batch ${batch}, context ${context}` : `prefill, ${rows} rows`;
+      tables.push({ what, context, batch, decode, rows, steps: same.length, ...table });
+      console.log(toMarkdown(what, table));
+    }
+  }
+  if (flags.out) writeFileSync(flags.out, `${JSON.stringify({ model, peaks, tables }, null, 1)}\n`);
+  rmSync(folder, { recursive: true });
+}
+
+const realtime = () => performance.timeOrigin + performance.now();
 const numbers = (text) => text.split(',').map(Number);
 const median = (list) => [...list].sort((a, b) => a - b)[Math.floor(list.length / 2)];
 const round = (value, digits = 3) => Number(value.toFixed(digits));
@@ -67,6 +127,8 @@ const pipe = await pipeline(model, {
   device: flags.device,
   sessionLen: Number(flags.session),
   maxBatchSize: Math.max(64, ...batches),
+  dtype: flags.dtype,
+  quantPolicy: Number(flags.quant),
 });
 const openMs = performance.now() - openedAt;
 const stats = pipe.stats();
@@ -84,6 +146,7 @@ const report = {
 console.log(JSON.stringify(report));
 
 const newTokens = Number(flags.new);
+const windows = [];
 if (!flags.trace) {
   for (const context of numbers(flags.context)) {
     for (const batch of batches) {
@@ -92,6 +155,7 @@ if (!flags.trace) {
       const first = [];
       const decode = [];
       const walls = [];
+      const from = realtime();
       for (let repeat = 0; repeat < Number(flags.repeats); repeat += 1) {
         const begin = performance.now();
         const responses = await pipe(prompts(), settings);
@@ -106,6 +170,7 @@ if (!flags.trace) {
           ),
         );
       }
+      windows.push({ context, batch, from, to: realtime() });
       const run = {
         context,
         batch,
@@ -175,4 +240,6 @@ if (flags.trace) {
   );
 }
 await pipe.close();
+if (flags.windows)
+  writeFileSync(flags.windows, JSON.stringify({ pid: process.pid, runs: windows }));
 if (flags.out) writeFileSync(flags.out, `${JSON.stringify(report, null, 1)}\n`);

@@ -168,6 +168,10 @@ TEST("shapes and options that the kernels cannot serve are refused by name") {
   options = {};
   options.activation_dtype = static_cast<int>(DType::i8);
   EXPECT_ERROR(CudaBackend(options), ErrorCode::invalid_argument);
+  cudaDeviceProp turing{};
+  turing.major = 7;
+  turing.minor = 5;
+  EXPECT_ERROR((check_supported(0, turing), 0), ErrorCode::unsupported_device);
   const auto backend = backend_with(1);
   EXPECT_ERROR(backend->make_kv_cache({1, 1, 64, 16, 4}), ErrorCode::invalid_argument);
   const std::vector<uint16_t> weight(64 * 64);

@@ -99,6 +99,7 @@ describe('values', () => {
   test.each([
     { device: 'gpu' },
     { device: 'cuda:x' },
+    { dtype: 'float32' },
     { threads: -1 },
     { sessionLen: 0 },
     { maxBatchSize: 0 },

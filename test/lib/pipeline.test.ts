@@ -389,6 +389,30 @@ describe('opening', () => {
     expect(pipe.decode(await pipe.promptIds('plain'))).toBe('plain');
   });
 
+  test.each(['cpu', 'auto'] as const)('dtype needs a GPU: device %s refuses it', async (device) => {
+    const nothing = { library: '', driver: false, devices: [], problems: [], reason: 'none' };
+    const opening = openPipeline(
+      embeddedModel(),
+      { device, dtype: 'float16' },
+      makeFakeAddon(saying('')),
+      async () => nothing,
+    );
+    await expect(opening).rejects.toMatchObject({
+      code: 'ERR_TM_INVALID_OPTION',
+      message: expect.stringContaining("dtype: 'float16' needs a GPU"),
+    });
+  });
+
+  test.each([
+    ['bfloat16', 'bfloat16'],
+    [undefined, 'auto'],
+  ] as const)('dtype %s reaches the engine as %s', async (dtype, wanted) => {
+    const addon = makeFakeAddon(saying(''));
+    const found = { library: 'l', driver: true, devices: ['GPU'], problems: [''], reason: '' };
+    await openPipeline(embeddedModel(), { device: 'cuda', dtype }, addon, async () => found);
+    expect(addon.opened[0]?.dtype).toBe(wanted);
+  });
+
   test('a folder that does not exist is named', async () => {
     const opening = openPipeline('/no/such/model', { device: 'cpu' }, makeFakeAddon(saying('')));
     await expect(opening).rejects.toMatchObject({ code: 'ERR_TM_MODEL_NOT_FOUND' });

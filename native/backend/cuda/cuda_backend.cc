@@ -86,6 +86,13 @@ std::unique_ptr<Backend> make_cuda_backend(const CreateOptions& options) {
   return std::make_unique<CudaBackend>(options);
 }
 
+void check_supported(int device, const cudaDeviceProp& properties) {
+  if (properties.major * 10 + properties.minor >= kLeastSm) return;
+  throw Error(ErrorCode::unsupported_device,
+              format("cuda:%d (%s) has compute capability %d.%d; 8.0 or newer is needed", device,
+                     properties.name, properties.major, properties.minor));
+}
+
 CudaBackend::CudaBackend(const CreateOptions& options)
     : device_(options.device),
       dtype_(static_cast<DType>(options.activation_dtype)),
@@ -106,12 +113,8 @@ CudaBackend::CudaBackend(const CreateOptions& options)
   }
   use_device();
   cuda_check(cudaGetDeviceProperties(&properties_, device_), "reading the device's properties");
+  check_supported(device_, properties_);
   const int sm = properties_.major * 10 + properties_.minor;
-  if (sm < kLeastSm) {
-    throw Error(ErrorCode::unsupported_device,
-                format("cuda:%d (%s) has compute capability %d.%d; 8.0 or newer is needed", device_,
-                       properties_.name, properties_.major, properties_.minor));
-  }
   stream_ = std::make_unique<CudaStreamOwner>();
   context_ = {.stream = stream_->get(),
               .sm = sm,

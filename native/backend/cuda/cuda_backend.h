@@ -18,6 +18,8 @@
 namespace turbomind::cuda {
 
 std::unique_ptr<Backend> make_cuda_backend(const CreateOptions& options);
+// Throws Error{unsupported_device} for a device older than any kernel.
+void check_supported(int device, const cudaDeviceProp& properties);
 
 class CudaLinear final : public LinearWeight {
  public:

@@ -1,0 +1,177 @@
+// From the trace of test/kernels/step_trace.cc to tables: which kernels a step is made of, how long each
+// takes, how near it comes to the device's measured rates, and where the time between kernels goes.
+// What a GEMM reads and computes follows from the model's config.json and its place in the layer.
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+
+/** Sizes of the decoder in a model folder. */
+export function decoderShape(folder) {
+  const config = JSON.parse(readFileSync(join(folder, 'config.json'), 'utf8'));
+  const text = config.llm_config ?? config.text_config ?? config;
+  const quant = config.quantization_config ?? text.quantization_config;
+  const heads = text.num_attention_heads;
+  const headDim = text.head_dim ?? text.hidden_size / heads;
+  return {
+    hidden: text.hidden_size,
+    mlp: text.intermediate_size,
+    layers: text.num_hidden_layers,
+    heads,
+    kvHeads: text.num_key_value_heads,
+    headDim,
+    vocab: text.vocab_size,
+    weightBits: quant ? 4 + 32 / (quant.group_size ?? 128) : 16,
+  };
+}
+
+const GEMMS = ['qkv', 'o', 'gate-up', 'down'];
+
+/** [N, K] of each linear layer. */
+function linearShapes({ hidden, mlp, heads, kvHeads, headDim }) {
+  return {
+    qkv: [(heads + 2 * kvHeads) * headDim, hidden],
+    o: [hidden, heads * headDim],
+    'gate-up': [2 * mlp, hidden],
+    down: [hidden, mlp],
+  };
+}
+
+/** Bytes that a decode step cannot do without: all weights once, keys and values of every token. */
+export function stepFloorBytes(shape, batch, context, kvBytes = 2) {
+  const layer = Object.values(linearShapes(shape)).reduce((sum, [n, k]) => sum + n * k, 0);
+  const weights = (layer * shape.layers * shape.weightBits) / 8 + shape.vocab * shape.hidden * 2;
+  const kv = 2 * shape.layers * shape.kvHeads * shape.headDim * context * batch * kvBytes;
+  return weights + kv;
+}
+
+/** Kernel records in order of time, in ns of Date.now()'s clock. */
+export function readTrace(file) {
+  const lines = readFileSync(file, 'utf8').split('\n').filter(Boolean);
+  const { clock, realtime } = JSON.parse(lines[0]);
+  return lines
+    .slice(1)
+    .map((line) => JSON.parse(line))
+    .map(({ n, s, e, x, y, z, g }) => ({
+      name: shortName(n),
+      begin: s - clock + realtime,
+      end: e - clock + realtime,
+      grid: [x, y, z],
+      inGraph: g !== 0,
+    }))
+    .sort((a, b) => a.begin - b.begin);
+}
+
+// The last `..._kernel` of a mangled name; lengths go before identifiers there.
+function shortName(mangled) {
+  const found = [...mangled.matchAll(/([a-z][a-z0-9_]*_kernel)/g)].at(-1);
+  return found ? found[1] : mangled.slice(0, 48);
+}
+
+/** Steps: each begins with the kernel that spreads its arrays. */
+export function splitSteps(kernels) {
+  const steps = [];
+  for (const kernel of kernels) {
+    if (kernel.name.startsWith('unpack_step')) steps.push([]);
+    steps.at(-1)?.push(kernel);
+  }
+  return steps.map((list) => ({
+    kernels: list,
+    begin: list[0].begin,
+    decode: list.some(({ inGraph }) => inGraph),
+    us: (Math.max(...list.map(({ end }) => end)) - list[0].begin) / 1000,
+  }));
+}
+
+// What a kernel of the step is for, with its bytes and operations where the model tells.
+function describe(step, shape, rows, context, batch) {
+  const linears = linearShapes(shape);
+  let gemm = 0;
+  return step.kernels.map((kernel) => {
+    const us = (kernel.end - kernel.begin) / 1000;
+    if (/gemm/.test(kernel.name)) {
+      const inLayers = gemm < 4 * shape.layers;
+      const label = inLayers ? GEMMS[gemm % 4] : 'head';
+      const [n, k] = inLayers ? linears[label] : [shape.vocab, shape.hidden];
+      gemm += 1;
+      const m = inLayers ? rows : Math.min(rows, batch);
+      const bits = inLayers ? shape.weightBits : 16;
+      const bytes = (n * k * bits) / 8 + 2 * m * (k + n);
+      return { label: `${label} (${kernel.name})`, us, bytes, flops: 2 * m * n * k };
+    }
+    const kv = 4 * shape.kvHeads * shape.headDim * context * batch;
+    const bytes = /attention/.test(kernel.name) && step.decode ? kv : 0;
+    return { label: kernel.name, us, bytes, flops: 0 };
+  });
+}
+
+const median = (list) => [...list].sort((a, b) => a - b)[Math.floor(list.length / 2)];
+
+/**
+ * The table of the median one of `steps`, which all have the same kernels.
+ * peaks: { copyTBs, bf16TFLOPs }.
+ */
+export function tableOf(steps, shape, { rows, context, batch }, peaks) {
+  const wanted = median(steps.map(({ us }) => us));
+  const step = steps.reduce((a, b) => (Math.abs(b.us - wanted) < Math.abs(a.us - wanted) ? b : a));
+  const groups = new Map();
+  for (const { label, us, bytes, flops } of describe(step, shape, rows, context, batch)) {
+    const group = groups.get(label) ?? { kernel: label, count: 0, us: 0, bytes: 0, flops: 0 };
+    group.count += 1;
+    group.us += us;
+    group.bytes += bytes;
+    group.flops += flops;
+    groups.set(label, group);
+  }
+  // Time in which no kernel ran; kernels overlap where the next one starts early.
+  let idle = 0;
+  let reached = step.kernels[0].begin;
+  for (const { begin, end } of step.kernels) {
+    if (begin > reached) idle += begin - reached;
+    reached = Math.max(reached, end);
+  }
+  const floorUs = stepFloorBytes(shape, batch, context) / peaks.copyTBs / 1e6;
+  return {
+    stepUs: step.us,
+    kernels: step.kernels.length,
+    kernelsPerLayer: (step.kernels.length - 4) / shape.layers,
+    idleUs: idle / 1000,
+    ...(step.decode ? { floorUs, shareOfFloor: floorUs / step.us } : {}),
+    rows: [...groups.values()]
+      .sort((a, b) => b.us - a.us)
+      .map(({ kernel, count, us, bytes, flops }) => ({
+        kernel,
+        count,
+        usEach: us / count,
+        usTotal: us,
+        ...(bytes > 0
+          ? { GBs: bytes / us / 1000, copyShare: bytes / us / 1e6 / peaks.copyTBs }
+          : {}),
+        ...(flops > 0
+          ? { TFLOPs: flops / us / 1e6, bf16Share: flops / us / 1e6 / peaks.bf16TFLOPs }
+          : {}),
+      })),
+  };
+}
+
+const fixed = (value, digits) => (value === undefined ? '' : value.toFixed(digits));
+const percent = (value) => (value === undefined ? '' : `${(100 * value).toFixed(0)}%`);
+
+/** A table as Markdown. */
+export function toMarkdown(title, table) {
+  const head =
+    `${title}: ${fixed(table.stepUs, 0)} us, ${table.kernels} kernels ` +
+    `(${fixed(table.kernelsPerLayer, 1)} a layer), ${fixed(table.idleUs, 0)} us without a kernel` +
+    (table.floorUs ? `, floor ${fixed(table.floorUs, 0)} us = ${percent(table.shareOfFloor)}` : '');
+  const rows = table.rows.map(
+    (r) =>
+      `| ${r.kernel} | ${r.count} | ${fixed(r.usEach, 1)} | ${fixed(r.usTotal, 0)} | ` +
+      `${fixed(r.GBs, 0)} | ${percent(r.copyShare)} | ${fixed(r.TFLOPs, 0)} | ${percent(r.bf16Share)} |`,
+  );
+  return [
+    head,
+    '',
+    '| kernel | count | us each | us | GB/s | of copy | TFLOP/s | of bf16 |',
+    '| --- | --- | --- | --- | --- | --- | --- | --- |',
+    ...rows,
+    '',
+  ].join('\n');
+}

@@ -64,10 +64,9 @@ SamplerSizes sampler_sizes(const Backend::WorkspaceSpec& spec, int logit_rows) {
   return sizes;
 }
 
-std::array<size_t, 7> sampler_buffers(const SamplerSizes& sizes) {
+std::array<size_t, 6> sampler_buffers(const SamplerSizes& sizes) {
   const DeviceBytes bytes = device_bytes(sizes);
-  return {bytes.logits, bytes.block_max, bytes.scan, bytes.ids, bytes.tasks, bytes.outputs,
-          bytes.spare};
+  return {bytes.logits, bytes.block_max, bytes.scan, bytes.ids, bytes.tasks, bytes.spare};
 }
 
 size_t sampler_host_bytes(const SamplerSizes& sizes) {
@@ -92,7 +91,6 @@ CudaSampler::CudaSampler(const SamplerSizes& sizes, const LaunchContext& context
   cuda_check(cudaMemsetAsync(scan_->data(), 0, bytes.scan, context.stream), "clearing memory");
   ids_ = pool.allocate(bytes.ids);
   tasks_ = pool.allocate(bytes.tasks);
-  outputs_ = pool.allocate(bytes.outputs);
   spare_ = pool.allocate(bytes.spare);
   ways_.reserve(static_cast<size_t>(sizes.tasks));
   task_rows_.reserve(static_cast<size_t>(sizes.tasks));
@@ -103,11 +101,8 @@ void CudaSampler::scan(const LaunchContext& context, int rows, int64_t vocab) {
            "%d rows of %lld logits; made for %d of %lld", rows, static_cast<long long>(vocab),
            sizes_.rows, static_cast<long long>(sizes_.vocab));
   scan_logits(context, logits(), rows, vocab, scan_->data(), sizes_.rows,
-              static_cast<float*>(block_max_->data()), static_cast<int32_t*>(ids_->data()));
-  cuda_check(
-      cudaMemcpyAsync(host_ids_.data(), ids_->data(), static_cast<size_t>(rows) * sizeof(int32_t),
-                      cudaMemcpyDeviceToHost, context.stream),
-      "reading the best tokens");
+              static_cast<float*>(block_max_->data()), static_cast<int32_t*>(ids_->data()),
+              reinterpret_cast<int32_t*>(host_ids_.data()));
 }
 
 void CudaSampler::sample(const LaunchContext& context, int64_t vocab,
@@ -256,7 +251,7 @@ void CudaSampler::launch_tasks(const LaunchContext& context, int64_t vocab) {
   }
   uploaded_.record(upload);
   uploaded_.make_wait(context.stream);
-  char* outputs = static_cast<char*>(outputs_->data());
+  char* outputs = host_outputs_.data();  // written by the kernel itself: no copy to wait for
   sample_rows(context,
               {.tasks = reinterpret_cast<const SampleTask*>(device),
                .words = reinterpret_cast<const uint32_t*>(device + task_bytes(sizes_)),
@@ -268,16 +263,6 @@ void CudaSampler::launch_tasks(const LaunchContext& context, int64_t vocab) {
                .outputs = reinterpret_cast<SampleOutput*>(outputs),
                .top = reinterpret_cast<TopLogit*>(outputs + output_bytes(sizes_))},
               static_cast<int>(tasks));
-  cuda_check(cudaMemcpyAsync(host_outputs_.data(), outputs, tasks * sizeof(SampleOutput),
-                             cudaMemcpyDeviceToHost, context.stream),
-             "reading the drawn tokens");
-  if (used_top_ > 0) {
-    const size_t at = output_bytes(sizes_);
-    cuda_check(
-        cudaMemcpyAsync(host_outputs_.data() + at, outputs + at, used_top_ * sizeof(TopLogit),
-                        cudaMemcpyDeviceToHost, context.stream),
-        "reading the best tokens' logits");
-  }
 }
 
 SampleStatus CudaSampler::finish(int task_idx, int64_t vocab, SampleResult& result) const {

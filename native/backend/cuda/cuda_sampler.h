@@ -28,7 +28,7 @@ struct SamplerSizes {
 };
 SamplerSizes sampler_sizes(const Backend::WorkspaceSpec& spec, int logit_rows);
 // Bytes of each device buffer.
-std::array<size_t, 7> sampler_buffers(const SamplerSizes& sizes);
+std::array<size_t, 6> sampler_buffers(const SamplerSizes& sizes);
 size_t sampler_host_bytes(const SamplerSizes& sizes);
 
 class CudaSampler {
@@ -61,10 +61,9 @@ class CudaSampler {
   std::unique_ptr<Buffer> logits_;     // f32 [rows, V]
   std::unique_ptr<Buffer> block_max_;  // f32 [rows, V / 64]
   std::unique_ptr<Buffer> scan_;
-  std::unique_ptr<Buffer> ids_;      // i32 [rows]
-  std::unique_ptr<Buffer> tasks_;    // SampleTask [tasks], words
-  std::unique_ptr<Buffer> outputs_;  // SampleOutput [tasks], TopLogit [top_entries]
-  std::unique_ptr<Buffer> spare_;    // f32 [spare_rows, V]
+  std::unique_ptr<Buffer> ids_;    // i32 [rows]
+  std::unique_ptr<Buffer> tasks_;  // SampleTask [tasks], words
+  std::unique_ptr<Buffer> spare_;  // f32 [spare_rows, V]
   PinnedBuffer host_ids_;
   PinnedBuffer host_tasks_;
   PinnedBuffer host_outputs_;

@@ -134,14 +134,14 @@ struct TileAttentionArgs {    // non-causal, contiguous keys: the vision tower
 void tile_attention(const LaunchContext& context, DType dtype, const TileAttentionArgs& args);
 
 // One pass over rows of logits: the largest of each block of 64 to block_max [rows, ceil(V / 64)] and
-// the index of the row's largest, the lowest index among equals, to ids; or, instead of an index,
+// the index of the row's largest, the lowest index among equals, to ids and to host_ids (pinned); or, instead of an index,
 // kNotFinite where a logit is NaN or +infinity, kNoTokenLeft where all are -infinity. `scratch` has
 // scan_scratch_bytes(max_rows) bytes, zeroed once.
 inline constexpr int32_t kNotFinite = -1;
 inline constexpr int32_t kNoTokenLeft = -2;
 size_t scan_scratch_bytes(int max_rows);
 void scan_logits(const LaunchContext& context, const float* logits, int rows, int64_t vocab,
-                 void* scratch, int max_rows, float* block_max, int32_t* ids);
+                 void* scratch, int max_rows, float* block_max, int32_t* ids, int32_t* host_ids);
 
 // What sample_rows can serve; the host's sampler does the rest.
 inline constexpr int kMaxSampleVocab = 1 << 19;

@@ -31,7 +31,7 @@ __device__ Best shuffled(Best best, int offset) {
 // partial: [rows, kPieces]; tickets: [rows], zero between launches.
 __global__ void __launch_bounds__(kThreads)
     scan_kernel(const float* logits, int64_t vocab, Best* partial, uint32_t* tickets,
-                float* block_max, int32_t* ids) {
+                float* block_max, int32_t* ids, int32_t* host_ids) {
   __shared__ Best shared[kThreads / 32];
   __shared__ bool last;
   grid_dependency_wait();
@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads)
   best = {-INFINITY, kNoTokenLeft};
   for (int i = 0; i < kPieces; ++i) best = better(best, {pieces[i].value, pieces[i].index});
   ids[row] = best.index;
+  host_ids[row] = best.index;
   tickets[row] = 0;
 }
 
@@ -87,13 +88,14 @@ size_t scan_scratch_bytes(int max_rows) {
 }
 
 void scan_logits(const LaunchContext& context, const float* logits, int rows, int64_t vocab,
-                 void* scratch, int max_rows, float* block_max, int32_t* ids) {
+                 void* scratch, int max_rows, float* block_max, int32_t* ids, int32_t* host_ids) {
   if (rows == 0) return;
   TM_CHECK(rows <= max_rows, "a scan of %d rows, sized for %d", rows, max_rows);
   auto* partial = static_cast<Best*>(scratch);
   auto* tickets = reinterpret_cast<uint32_t*>(partial + static_cast<int64_t>(max_rows) * kPieces);
   launch(scan_kernel, {.grid = dim3(kPieces, static_cast<unsigned>(rows)), .threads = kThreads},
-         context.stream, context.programmatic, logits, vocab, partial, tickets, block_max, ids);
+         context.stream, context.programmatic, logits, vocab, partial, tickets, block_max, ids,
+         host_ids);
 }
 
 }  // namespace turbomind::cuda

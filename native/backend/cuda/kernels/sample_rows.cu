@@ -95,6 +95,7 @@ __device__ __forceinline__ void for_each_block(const Row& row, const float* x, f
         values[u][j] = active[u] && i < row.vocab ? x[i] : pad;
       }
     }
+    __syncwarp();  // `use` may write what `skip` read
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (__any_sync(~0U, active[u])) {

@@ -353,7 +353,8 @@ double HostSampler::log_sum_exp(std::span<float> logits) {
   bool finite = true;
   const float max = scan(logits, &finite);
   if (!finite) return std::numeric_limits<double>::quiet_NaN();
-  return max + std::log(exponentials(logits, max, 1.0F, block_sum_));
+  exponentials(logits, max, 1.0F, block_sum_);
+  return max + std::log(add_groups(block_sum_, group_sum_));
 }
 
 SampleStatus HostSampler::sample(std::span<float> logits, const SampleRow& row,

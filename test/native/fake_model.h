@@ -85,6 +85,7 @@ class FakeModel final : public Model {
   int64_t forwards = 0;
 
   std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) override {
+    auto timer = std::make_unique<HostOpTimer>();
     const int64_t num_tiles = tiles.dim(0);
     const size_t tile_bytes = tiles.bytes() / static_cast<size_t>(num_tiles);
     const int64_t rows = num_tiles * spec_.tokens_per_tile;
@@ -97,7 +98,8 @@ class FakeModel final : public Model {
     }
     tiles_encoded += num_tiles;
     const ConstTensorView view(out, DType::i32, {rows, 1});
-    return std::make_unique<TileEmbeddings>(std::move(buffer), view);
+    timer->stop();
+    return std::make_unique<TileEmbeddings>(std::move(buffer), view, std::move(timer));
   }
 
   void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) override {

@@ -91,8 +91,9 @@ void Batch::take_masks(const StepPlan& plan) {
 void Batch::add_images(const Sequence& sequence, int begin, int end, int first_row) {
   for (const SequenceImage& image : sequence.images()) {
     int next = std::max(begin, image.token_offset);  // token to cover
-    const int image_end = std::min(end, image.token_offset + image.num_tokens());
-    for (const EncodedTiles& tiles : image.encoded) {
+    const int image_end = std::min(end, image.end());
+    if (next >= image_end) continue;
+    for (const EncodedTiles& tiles : image.encoded->runs()) {
       const int tiles_begin = image.token_offset + tiles.first_tile * image.tokens_per_tile;
       const int tiles_end = tiles_begin + tiles.num_tiles * image.tokens_per_tile;
       if (next >= image_end || next < tiles_begin || next >= tiles_end) continue;

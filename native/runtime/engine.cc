@@ -64,6 +64,9 @@ class EngineImpl final : public Engine {
                     .max_batch_size = parts.memory.max_sequences,
                     .max_prefill_token_num = parts.max_prefill_token_num,
                     .max_tiles = parts.memory.max_tiles,
+                    .max_queue_size = parts.max_queue_size,
+                    .max_inter_token_ms = parts.max_inter_token_ms,
+                    .enable_prefix_caching = parts.enable_prefix_caching,
                     .speculation = {.max_drafts = parts.max_drafts,
                                     .max_rows = parts.memory.max_rows - parts.memory.max_sequences,
                                     .measured = parts.measure_drafts}},
@@ -117,6 +120,7 @@ class EngineImpl final : public Engine {
  private:
   void loop();
   void admit();
+  void expire();
   void admit_one(SubmitMessage message, std::vector<Event>& events);
   void take_guide(GuideMessage message, std::vector<Event>& events);
   void await_masks(const StepPlan& plan);
@@ -160,6 +164,7 @@ class EngineImpl final : public Engine {
 bool EngineImpl::step() {
   try {
     admit();
+    expire();
     std::vector<Event> events;
     if (runner_->num_launched() == 0) {
       const StepPlan& plan = scheduler_.plan();
@@ -311,9 +316,13 @@ void EngineImpl::publish_stats() {
   stats_.total_blocks = blocks_.num_blocks();
   stats_.free_blocks = blocks_.num_free();
   stats_.steps = num_steps_;
-  stats_.preemptions = scheduler_.num_preemptions();
-  stats_.prompt_tokens = scheduler_.num_prompt_tokens();
-  stats_.completion_tokens = scheduler_.num_completion_tokens();
+  const SchedulerCounters& counters = scheduler_.counters();
+  stats_.cached_blocks = blocks_.num_cached();
+  stats_.preemptions = counters.preemptions;
+  stats_.prompt_tokens = counters.prompt_tokens;
+  stats_.completion_tokens = counters.completion_tokens;
+  stats_.prefix_queries = counters.prefix_queries;
+  stats_.prefix_hits = counters.prefix_hits;
   stats_.drafted_tokens = scheduler_.drafts().num_drafted();
   stats_.accepted_tokens = scheduler_.drafts().num_accepted();
 }
@@ -338,6 +347,11 @@ void EngineImpl::admit() {
   emit(std::move(events));
 }
 
+void EngineImpl::expire() {
+  std::vector<Event> events = scheduler_.expire(Clock::now());
+  if (!events.empty()) emit(std::move(events));
+}
+
 // Every request is answered: whatever goes wrong here is the answer, and the others go on.
 void EngineImpl::admit_one(SubmitMessage message, std::vector<Event>& events) {
   const RequestId id = message.request.id;
@@ -350,7 +364,7 @@ void EngineImpl::admit_one(SubmitMessage message, std::vector<Event>& events) {
                          static_cast<unsigned long long>(id)));
     }
     const Admission admission = scheduler_.add(std::move(message.request), message.submitted);
-    if (admission.admit == Admit::never) throw Error(admission.code, admission.reason);
+    if (admission.admit != Admit::ok) throw Error(admission.code, admission.reason);
   } catch (...) {
     events.push_back(error_event(id, to_error(std::current_exception())));
   }

@@ -25,6 +25,9 @@ struct EngineOptions {
   int block_size = 64;              // tokens a KV block
   double cache_max_entry_count = 0.8;  // share of free memory after weights for KV blocks; the
                                        // pool never exceeds max_batch_size full sessions
+  bool enable_prefix_caching = true;   // equal prefixes are computed once
+  int max_queue_size = 0;              // requests that may wait for their first step; 0: no limit
+  double max_inter_token_ms = 0;       // goal for steps of running streams; 0: none
   int max_drafts = 0;                  // speculated tokens of a sequence in a step, 0 to 7; 0: none
   int kv_bits = 16;                    // 16: the backend's unquantised cache; 8 | 4
   bool manual_stepping = false;        // tests: no thread; the owner calls step()
@@ -35,12 +38,15 @@ struct EngineStats {
   int waiting = 0;  // sequences queued
   int total_blocks = 0;
   int free_blocks = 0;
+  int cached_blocks = 0;  // of the free ones, those that can still be found by their content
   uint64_t steps = 0;
   uint64_t preemptions = 0;
   uint64_t prompt_tokens = 0;  // computed, preempted work counted again
   uint64_t completion_tokens = 0;
   uint64_t drafted_tokens = 0;   // run as guesses
   uint64_t accepted_tokens = 0;  // of these, that were right
+  uint64_t prefix_queries = 0;   // prompt tokens of the requests that began
+  uint64_t prefix_hits = 0;      // of these, found in the cache
   size_t weight_bytes = 0;
   size_t kv_cache_bytes = 0;
   size_t workspace_bytes = 0;

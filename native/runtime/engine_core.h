@@ -18,6 +18,9 @@ struct EngineParts {
   int session_len = 0;            // tokens
   int max_prefill_token_num = 0;  // tokens
   int block_size = 0;             // tokens
+  bool enable_prefix_caching = true;
+  int max_queue_size = 0;         // 0: no limit
+  double max_inter_token_ms = 0;  // 0: no goal
   int max_drafts = 0;             // speculated tokens of a sequence in a step
   bool measure_drafts = true;     // false (tests): draft at every match, whether it pays or not
   EngineStats stats;              // weight, cache and workspace bytes, load time, device

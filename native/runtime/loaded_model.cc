@@ -36,6 +36,9 @@ class LoadedModel final : public Model {
     const ConstTensorView view = vision_->embeddings(*buffer, static_cast<int>(tiles.dim(0)));
     return std::make_unique<TileEmbeddings>(std::move(buffer), view, std::move(timer));
   }
+  void copy_blocks(std::span<const std::pair<BlockId, BlockId>> from_to) override {
+    backend_->copy_blocks(*cache_, from_to);
+  }
   void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) override {
     decoder_->forward(batch, *cache_, overrides);
   }
@@ -161,6 +164,9 @@ EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> ba
   parts.max_prefill_token_num = options.max_prefill_token_num;
   parts.block_size = options.block_size;
   parts.max_drafts = options.max_drafts;
+  parts.enable_prefix_caching = options.enable_prefix_caching;
+  parts.max_queue_size = options.max_queue_size;
+  parts.max_inter_token_ms = options.max_inter_token_ms;
   parts.stats.weight_bytes = model->weight_bytes();
   parts.stats.kv_cache_bytes = parts.memory.kv_cache_bytes;
   parts.stats.device_name = info.name;

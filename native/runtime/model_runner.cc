@@ -19,6 +19,7 @@ void ModelRunner::forward(const StepPlan& plan) {
   Slot& slot = slots_[next_slot_];
   slot.launched = Clock::now();
   slot.drawn_on_device = false;
+  if (!plan.copies.empty()) model_.copy_blocks(plan.copies);
   for (const ScheduledTiles& tiles : plan.tiles) encode(tiles);
   slot.batch.build(plan);
   overrides_.clear();
@@ -88,9 +89,8 @@ void ModelRunner::run_logits(const StepPlan& plan, std::span<float> out) {
 }
 
 void ModelRunner::encode(const ScheduledTiles& scheduled) {
-  SequenceImage& image = scheduled.sequence->images()[static_cast<size_t>(scheduled.image_idx)];
-  TM_CHECK(image.num_encoded() == scheduled.first_tile, "tiles from %d on after %d",
-           scheduled.first_tile, image.num_encoded());
+  const SequenceImage& image =
+      scheduled.sequence->images()[static_cast<size_t>(scheduled.image_idx)];
   const int64_t side = image.tiles->tile_size;
   const ConstTensorView tiles(image.tiles->pixels.data(), DType::u8,
                               {image.num_tiles(), side, side, 3});
@@ -100,7 +100,7 @@ void ModelRunner::encode(const ScheduledTiles& scheduled) {
   TM_CHECK(rows == int64_t{scheduled.num_tiles} * image.tokens_per_tile,
            "%lld embeddings for %d tiles of %d tokens", static_cast<long long>(rows),
            scheduled.num_tiles, image.tokens_per_tile);
-  image.encoded.push_back({scheduled.first_tile, scheduled.num_tiles, std::move(embeddings)});
+  scheduled.image->add({scheduled.first_tile, scheduled.num_tiles, std::move(embeddings)});
 }
 
 }  // namespace turbomind

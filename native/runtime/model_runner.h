@@ -33,6 +33,9 @@ class Model {
   virtual ~Model() = default;
   // tiles: [n, S, S, 3] u8 in host memory.
   virtual std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) = 0;
+  // Copies KV block `first` over block `second` of each pair, all layers. No block is both read and
+  // written, nor written twice.
+  virtual void copy_blocks(std::span<const std::pair<BlockId, BlockId>> from_to) = 0;
   // K and V of all rows are written; `batch` stays valid until sample() has returned.
   virtual void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) = 0;
   virtual void synchronize() {}  // until the forward has run

@@ -1,16 +1,20 @@
-// Who runs in the next step, and how many tokens each. First come, first served:
-//   - decode rows of all running sequences first, then prefill chunks in order of arrival, then
-//     sequences from the queue; a step prefills at most max_prefill_token_num tokens, and decode
-//     rows come on top of them (at most max_batch_size), so neither can starve the other;
-//   - a sequence joins with the blocks of all its tokens. When decoding runs out of blocks, the
-//     youngest running sequence gives its own back, returns to the front of the queue and is
-//     computed again. The oldest one is never preempted, so every request ends;
+// Who runs in the next step, and how many tokens each.
+//   - All requests have one order (Rank): first come, first served, with each level of priority
+//     worth kPriorityStep of waiting. Decode rows of all running sequences come first, then prefill
+//     in that order, of running sequences and of those that wait; a step prefills at most its token
+//     budget, and decode rows come on top of it, so neither can starve the other.
+//   - What a sequence shares with earlier ones is found, not computed (prefix_sharing.h). One that
+//     lacks just what another computes in this step waits for the next step.
+//   - A sequence joins with the blocks of all its tokens. When decoding runs out of blocks, the last
+//     running sequence in the order gives its own back, returns to the queue and is computed again.
+//     The first one is never preempted, so every request ends. A waiting request may take the place
+//     of running ones of lower priority that come after it.
 //   - prompt + completion never exceeds min(session_len, the pool): max_new_tokens is capped when a
 //     request is added, so a lone sequence always fits and ends with `length`.
 // Pure logic: knows no model, no device. Engine thread.
 #pragma once
 
-#include <deque>
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <span>
@@ -20,19 +24,25 @@
 #include "base/sampling.h"
 #include "runtime/block_manager.h"
 #include "runtime/draft_planner.h"
+#include "runtime/prefix_sharing.h"
+#include "runtime/step_budget.h"
 #include "runtime/step_plan.h"
 
 namespace turbomind {
 
 struct SchedulerLimits {
-  int session_len = 0;              // tokens
-  int max_batch_size = 0;           // sequences that hold blocks
-  int max_prefill_token_num = 0;    // prefill tokens of a step
-  int max_tiles = 1;                // image tiles encoded in a step
+  int session_len = 0;            // tokens
+  int max_batch_size = 0;         // sequences that hold blocks
+  int max_prefill_token_num = 0;  // prefill tokens of a step
+  int max_tiles = 1;              // image tiles encoded in a step
+  int max_held_tiles = 0;         // whose embeddings exist at a time; 0: 4 * max_tiles
+  int max_queue_size = 0;         // requests that wait for their first step; 0: no limit
+  double max_inter_token_ms = 0;  // goal for steps of running streams; 0: none
+  bool enable_prefix_caching = true;
   SpeculationLimits speculation{};  // none unless asked for
 };
 
-// What a step drew: one result for each sampling row of its plan, in order. A row whose token is -1
+// What a step drew: one result for each sampled token of its plan, in order. A row whose token is -1
 // could not be sampled, for the reason in `failure`; it ends with that error, the others go on.
 struct StepResults {
   std::span<const SampleResult> rows;  // [R]
@@ -40,19 +50,33 @@ struct StepResults {
   double ms = 0;  // the step took, planning not counted; 0: not measured
 };
 
-enum class Admit : uint8_t { ok, never };
+enum class Admit : uint8_t { ok, never, refused };  // refused: not now
 
 struct [[nodiscard]] Admission {
   Admit admit = Admit::ok;
-  ErrorCode code = ErrorCode::internal;  // Admit::never only
+  ErrorCode code = ErrorCode::internal;  // unless ok
   std::string reason;
+};
+
+struct SchedulerCounters {
+  uint64_t preemptions = 0;
+  uint64_t prompt_tokens = 0;  // computed, preempted work counted again
+  uint64_t completion_tokens = 0;
+  uint64_t prefix_queries = 0;  // prompt tokens of the requests that began
+  uint64_t prefix_hits = 0;     // of these, tokens that were found
 };
 
 class Scheduler {
  public:
+  // How much longer a request of the next priority may have waited, to come at the same time. So a
+  // request is overtaken only by those submitted less than (their priority - its own) *
+  // kPriorityStep after it.
+  static constexpr std::chrono::seconds kPriorityStep{10};
+
   Scheduler(const SchedulerLimits& limits, BlockManager& blocks);
 
-  // Queues a validated request; `never` if it could not run even alone.
+  // Queues a validated request; `never` if it could not run even alone, `refused` if the
+  // queue is full.
   Admission add(Request request, Clock::time_point submitted = Clock::now());
   // `never` for a prompt that could not run even alone.
   Admission fits(int num_prompt_tokens) const;
@@ -80,26 +104,41 @@ class Scheduler {
   std::vector<Event> abort_all();
   std::vector<Event> fail_planned(const Error& error);  // the sequences of the current plan
   std::vector<Event> fail_all(const Error& error);
+  std::vector<Event> expire(Clock::time_point now);  // those that waited too long for their start
 
   const SchedulerLimits& limits() const { return limits_; }
   bool has(RequestId id) const;
   bool idle() const { return running_.empty() && waiting_.empty(); }
   int num_running() const { return static_cast<int>(running_.size()); }
   int num_waiting() const { return static_cast<int>(waiting_.size()); }
-  uint64_t num_preemptions() const { return num_preemptions_; }
-  uint64_t num_prompt_tokens() const { return num_prompt_tokens_; }
-  uint64_t num_completion_tokens() const { return num_completion_tokens_; }
+  const SchedulerCounters& counters() const { return counters_; }
   const DraftPlanner& drafts() const { return drafts_; }
   // Throws unless queue order, limits and block tables are consistent. Linear in everything.
   void check_invariants() const;
 
  private:
   using Owner = std::unique_ptr<Sequence>;
+  enum class Joined : uint8_t { yes, later, full };
 
+  void release_copied();
+  void make_way();
   bool plan_decode();  // false if a sequence was preempted
-  void plan_prefill(StepBudget& budget);
-  void admit_waiting(StepBudget& budget);
-  void preempt_youngest();
+  void plan_prefill(StepBudget& budget, bool admit);
+  void continue_prefill(Sequence& sequence, StepBudget& budget);
+  Joined try_join(size_t waiting_idx, StepBudget& budget);
+  bool has_room(const Sequence& sequence, const PrefixMatch& match, int extra = 0) const;
+  void take_blocks(Sequence& sequence, const PrefixMatch& match);
+  void hold_tail(const PrefixMatch& match);
+  void copy_tail(Sequence& sequence, const PrefixMatch& match);
+  void skip(Sequence& sequence, int num_tokens);
+  void add_row(Sequence& sequence, StepBudget& budget);
+  void limit_held_tiles(StepBudget& budget);
+  void drop_tiles();
+  void open_images(Sequence& sequence);
+  void preempt_last();
+  void count_vision_time();
+  void publish(Sequence& sequence, bool prompt_ended);
+  void observe_step(Clock::time_point now);
   int growing_sequences() const;
   void forget(const Sequence& sequence);  // it ends; a step on the device may still hold its row
   void forget_plans();
@@ -112,16 +151,23 @@ class Scheduler {
 
   SchedulerLimits limits_;
   BlockManager& blocks_;
-  std::deque<Owner> waiting_;   // in order of arrival, all younger than the running ones
-  std::vector<Owner> running_;  // in order of arrival; these hold blocks
+  PrefixSharing sharing_;
+  StepBudgeter budgeter_;
+  ImageStore images_;
+  std::vector<Owner> waiting_;  // in order of rank
+  std::vector<Owner> running_;  // in order of rank; these hold blocks
   StepPlan plan_;
   StepPlan ahead_;
   bool may_join_ = false;  // something came or went since the last plan()
   int steps_ahead_ = 0;    // since then
   DraftPlanner drafts_;
-  uint64_t num_preemptions_ = 0;
-  uint64_t num_prompt_tokens_ = 0;
-  uint64_t num_completion_tokens_ = 0;
+  std::vector<Sequence*> prefilling_;       // while a step is planned
+  std::vector<const Sequence*> computing_;  // those with a prefill row in the plan
+  std::vector<BlockId> copied_;             // sources of the plan's copies, held until it ends
+  uint64_t num_added_ = 0;
+  Clock::time_point planned_at_;
+  Clock::time_point committed_at_;
+  SchedulerCounters counters_;
 };
 
 }  // namespace turbomind

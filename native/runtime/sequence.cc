@@ -10,18 +10,15 @@ double ms_between(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<double, std::milli>(to - from).count();
 }
 
-int SequenceImage::num_encoded() const {
-  return encoded.empty() ? 0 : encoded.back().first_tile + encoded.back().num_tiles;
-}
-
 Sequence::Sequence(Request request, Clock::time_point submitted, int max_tokens,
-                   BlockManager& blocks)
+                   BlockManager& blocks, Rank rank)
     : request_(std::move(request)),
       tokens_(std::move(request_.prompt_tokens)),
       num_tokens_(static_cast<int>(tokens_.size())),
       blocks_(blocks),
       num_prompt_tokens_(num_tokens_),
       max_new_tokens_(std::min(request_.max_new_tokens, max_tokens - num_prompt_tokens_)),
+      rank_(rank),
       submitted_(submitted) {
   TM_CHECK(num_prompt_tokens_ >= 1 && (max_new_tokens_ >= 1 || request_.max_new_tokens == 0),
            "request %llu: %d prompt tokens leave %d of %d for the completion",
@@ -30,13 +27,40 @@ Sequence::Sequence(Request request, Clock::time_point submitted, int max_tokens,
   tokens_.reserve(static_cast<size_t>(num_prompt_tokens_ + max_new_tokens_));
   blocks_.reserve(num_prompt_tokens_ + max_new_tokens_);
   if (request_.outputs.any()) outputs_ = std::make_shared<RequestOutputs>();
+  if (request_.outputs.reads_prompt()) request_.share_prefix = false;
   images_.reserve(request_.images.size());
   for (const ImageInput& input : request_.images) {
     SequenceImage& image = images_.emplace_back();
     image.tiles = input.tiles;
     image.token_offset = input.token_offset;
     image.tokens_per_tile = input.num_tokens / input.tiles->num_tiles;
+    image.encoded = std::make_shared<EncodedImage>(input.tiles->num_tiles);
+    // Without an identity its tokens look like those of any other picture.
+    const auto& hash = input.tiles->content_hash;
+    if (hash[0] == 0 && hash[1] == 0) request_.share_prefix = false;
   }
+}
+
+BlockContent Sequence::content(int idx, int end, std::vector<ImageSpan>& images) const {
+  const int block_size = blocks_.block_size();
+  const int begin = idx * block_size;
+  end = std::min(end, begin + block_size);
+  TM_CHECK(begin >= 0 && begin < end && end <= num_tokens(), "tokens %d to %d of %d", begin, end,
+           num_tokens());
+  images.clear();
+  for (const SequenceImage& image : images_) {
+    const int first = std::max(begin, image.token_offset);
+    const int last = std::min(end, image.end());
+    if (first >= last) continue;
+    const auto& hash = image.tiles->content_hash;
+    images.push_back({first - begin, last - first, first - image.token_offset, {hash[0], hash[1]}});
+  }
+  return {tokens().subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)), images};
+}
+
+bool Sequence::expired(Clock::time_point now) const {
+  const double longest = request_.queue_timeout_ms;
+  return longest > 0 && !started() && ms_between(submitted_, now) > longest;
 }
 
 void Sequence::set_drafts(std::span<const TokenId> drafts) {
@@ -75,16 +99,14 @@ void Sequence::advance(int count) {
   TM_CHECK(count >= 1 && count <= num_pending(), "advance by %d of %d pending tokens", count,
            num_pending());
   num_computed_ += count;
-  if (num_computed_ < num_prompt_tokens_) return;
-  drop_embeddings();
+  for (SequenceImage& image : images_) {
+    if (num_computed_ >= image.end()) image.encoded.reset();
+  }
 }
 
-// The step that read them has been waited for, so their times are known and nothing blocks.
-void Sequence::drop_embeddings() {
-  for (SequenceImage& image : images_) {
-    for (const EncodedTiles& tiles : image.encoded) vision_ms_ += tiles.embeddings->encode_ms();
-    image.encoded.clear();
-  }
+void Sequence::skip(int count) {
+  if (num_preemptions_ == 0) num_cached_tokens_ += count;
+  advance(count);
 }
 
 FinishReason Sequence::append(TokenId token, Clock::time_point now) {
@@ -113,6 +135,7 @@ void Sequence::preempt() {
   blocks_.clear();
   num_computed_ = 0;
   parked_ = false;
+  num_published_ = 0;
   ++num_preemptions_;
 }
 

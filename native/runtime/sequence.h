@@ -1,5 +1,5 @@
-// One request in flight: its tokens, its KV blocks, its image embeddings and its clock. Changed by
-// the scheduler alone, but for the embeddings, which the model runner attaches. Engine thread.
+// One request in flight: its tokens, its KV blocks, its images and its clock. Changed by the
+// scheduler alone, but for the embeddings, which the model runner attaches. Engine thread.
 #pragma once
 
 #include <chrono>
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "runtime/block_manager.h"
+#include "runtime/image_store.h"
 #include "runtime/request.h"
 #include "runtime/speculation.h"
 
@@ -18,30 +19,23 @@ using Clock = std::chrono::steady_clock;
 
 double ms_between(Clock::time_point from, Clock::time_point to);
 
-// What the vision tower made of some tiles, opaque here: the model runner knows the rest.
-class ImageEmbeddings {
- public:
-  virtual ~ImageEmbeddings() = default;
-  // Time that the device spent on them; waits until it has finished them.
-  virtual double encode_ms() const { return 0; }
-};
-
-// A run of one image's tiles, and later their embeddings.
-struct EncodedTiles {
-  int first_tile = 0;
-  int num_tiles = 0;
-  std::unique_ptr<ImageEmbeddings> embeddings;
-};
-
 struct SequenceImage {
   std::shared_ptr<const image::ImageTiles> tiles;
   int token_offset = 0;  // of its first image token in the prompt
   int tokens_per_tile = 0;
-  std::vector<EncodedTiles> encoded;  // adjacent runs from tile 0 on
+  std::shared_ptr<EncodedImage> encoded;  // null once its tokens are computed
 
   int num_tiles() const { return tiles->num_tiles; }
   int num_tokens() const { return num_tiles() * tokens_per_tile; }
-  int num_encoded() const;  // tiles
+  int end() const { return token_offset + num_tokens(); }
+};
+
+// Who goes first: the smaller rank. A level of priority is worth a fixed time of waiting, so a
+// request is overtaken only by those that come within that time, and nobody starves.
+struct Rank {
+  Clock::time_point time;  // of submission, put forward by the priority
+  uint64_t arrival = 0;    // among equal times
+  auto operator<=>(const Rank&) const = default;
 };
 
 // What JavaScript has said about the next token of a sequence.
@@ -56,7 +50,8 @@ class Sequence {
  public:
   // `max_tokens`: prompt and completion may not grow past it (session_len, the pool); at least
   // prompt + 1. The request must have been validated.
-  Sequence(Request request, Clock::time_point submitted, int max_tokens, BlockManager& blocks);
+  Sequence(Request request, Clock::time_point submitted, int max_tokens, BlockManager& blocks,
+           Rank rank = {});
 
   RequestId id() const { return request_.id; }
   const Request& request() const { return request_; }  // without its prompt tokens
@@ -99,26 +94,36 @@ class Sequence {
   const std::vector<SequenceImage>& images() const { return images_; }
   BlockTable& blocks() { return blocks_; }
   const BlockTable& blocks() const { return blocks_; }
+  const Rank& rank() const { return rank_; }
+  // Its first blocks that are in the index of prefixes.
+  int num_published() const { return num_published_; }
+  void set_published(int num_blocks) { num_published_ = num_blocks; }
+  // What block `idx` holds of the tokens before `end`; views `images`, which it overwrites.
+  BlockContent content(int idx, int end, std::vector<ImageSpan>& images) const;
   int num_preemptions() const { return num_preemptions_; }
+  int num_cached_tokens() const { return num_cached_tokens_; }  // prompt tokens found, not computed
+  bool started() const { return scheduled_.has_value(); }
+  // Waited too long for its first step.
+  bool expired(Clock::time_point now) const;
   FinishReason finish_reason() const { return finish_reason_; }
 
   void mark_scheduled(Clock::time_point now);  // the first time only
-  // `count` more tokens are in the cache. Embeddings are dropped once the prompt is.
+  void add_vision_ms(double ms) { vision_ms_ += ms; }
+  // `count` more tokens are in the cache. An image's embeddings are let go once its tokens are.
   void advance(int count);
+  // Like advance, for tokens that were found in the cache.
+  void skip(int count);
   // Appends a drawn token and drops the drafts; answers why the sequence ended, or none.
   FinishReason append(TokenId token, Clock::time_point now);
   // Ends a sequence that draws no tokens.
   FinishReason end_prompt() { return finish_reason_ = FinishReason::length; }
   void fail() { finish_reason_ = FinishReason::error; }
-  // Gives its blocks back; everything is computed again later. Embeddings of an unfinished prompt
-  // are kept, those of a finished one are encoded again: a tile's embeddings do not depend on what
-  // it is encoded with.
+  // Gives its blocks back; what is not found or loaded again later is computed again. A tile's
+  // embeddings do not depend on what it is encoded with, so those let go may be encoded again.
   void preempt();
   RequestTimings timings() const;
 
  private:
-  void drop_embeddings();
-
   Request request_;
   std::vector<TokenId> tokens_;  // known ones, then drafts; never reallocated
   int num_tokens_ = 0;           // known
@@ -131,7 +136,10 @@ class Sequence {
   int num_prompt_tokens_ = 0;
   int max_new_tokens_ = 0;
   int num_computed_ = 0;
+  int num_published_ = 0;
+  int num_cached_tokens_ = 0;
   int num_preemptions_ = 0;
+  Rank rank_;
   Clock::time_point submitted_;
   std::optional<Clock::time_point> scheduled_;
   std::optional<Clock::time_point> first_token_;

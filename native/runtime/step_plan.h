@@ -1,8 +1,10 @@
-// Who runs in one step: rows of tokens, the image tiles they need encoded first, and the limits they
-// were granted under. Made by the scheduler, run by the model runner. Engine thread.
+// Who runs in one step: rows of tokens, what must happen to blocks and image tiles before they run,
+// and the limits they were granted under. Made by the scheduler, run by the model runner.
+// Engine thread.
 #pragma once
 
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "runtime/sequence.h"
@@ -11,8 +13,9 @@ namespace turbomind {
 
 // What is left of a step's limits while it is planned.
 struct StepBudget {
-  int tokens = 0;  // prefill tokens
-  int tiles = 0;   // image tiles to encode
+  int tokens = 0;       // prefill tokens
+  int tiles = 0;        // image tiles to encode
+  int tile_tokens = 0;  // prefill tokens that take as long as a tile; 0: tiles cost none
 };
 
 struct ScheduledRow {
@@ -31,22 +34,27 @@ struct ScheduledRow {
 
 // Tiles to encode before the rows run.
 struct ScheduledTiles {
-  Sequence* sequence = nullptr;
+  Sequence* sequence = nullptr;  // that the time counts for; null: ended since
   int image_idx = 0;
   int first_tile = 0;
   int num_tiles = 0;
+  std::shared_ptr<EncodedImage> image;  // where the embeddings go
 };
 
 // Valid until the next call of the scheduler that made it.
 struct StepPlan {
+  std::vector<std::pair<BlockId, BlockId>> copies;  // (from, to), first of all
   std::vector<ScheduledTiles> tiles;
   std::vector<ScheduledRow> rows;  // decode rows first
+  int num_decode = 0;              // decode rows
   int num_tokens = 0;
   int num_prefill_tokens = 0;
   int num_samples = 0;  // R: those of all rows
 
   bool empty() const { return rows.empty(); }
+  // Tiles that were not encoded may be scheduled again.
   void clear();
+  // A sequence that draws its next token; also one that joins with all others found in the cache.
   void add_decode(Sequence& sequence);
   // A decode row of the token that row `fed_from` of the step before will draw.
   void add_ahead(Sequence& sequence, int fed_from);
@@ -54,9 +62,15 @@ struct StepPlan {
   void forget(const Sequence& sequence);
   // Appends drafts to the decode row rows[row]; their blocks must have been granted.
   void add_drafts(size_t row, std::span<const TokenId> drafts);
-  // The next prefill chunk of `sequence` and the tiles it needs; answers its tokens, 0 if the budget
-  // allows none. A chunk may end anywhere, but not in a tile that is not encoded yet.
+  // The next prefill chunk of `sequence` and the tiles it needs that nobody has encoded; answers its
+  // tokens, 0 if the budget allows none. A chunk may end anywhere, but not in a tile that is not
+  // encoded yet.
   int add_prefill(Sequence& sequence, StepBudget& budget);
+  // Whether `sequence` would get a row if its first `num_computed` tokens were in the cache.
+  static bool can_start(const Sequence& sequence, int num_computed, const StepBudget& budget);
+
+ private:
+  int grant_tiles(Sequence& sequence, int image_idx, int begin, int end, StepBudget& budget);
 };
 
 }  // namespace turbomind

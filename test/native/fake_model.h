@@ -1,7 +1,7 @@
 // A scripted model for the runtime's tests. Its KV cache holds one number a slot; the next token is
 // a hash of everything that the block table leads to, so a wrong slot, table, position, embedding or
-// leftover of another sequence changes the completion. `expected_completion` computes the same from
-// the request alone.
+// leftover of another sequence changes the completion, and so does a block of another prefix.
+// `expected_completion` computes the same from the request alone.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 #include <random>
 #include <vector>
 
+#include "image/content_hash.h"
 #include "runtime/model_runner.h"
 #include "runtime/request_check.h"
 #include "runtime/scheduler.h"
@@ -46,11 +47,19 @@ inline int32_t fake_embedding(const uint8_t* tile, size_t bytes, int token_idx) 
   return static_cast<int32_t>(mix(hash, static_cast<uint64_t>(token_idx)) | 0x40000000U);
 }
 
-// What the token after `values` (ids and embeddings) is drawn from.
+// What the next token is drawn from: all that the sequence has in the cache, and its last value.
+inline uint64_t fake_hash(uint64_t all, int32_t last, const FakeSpec& spec) {
+  return spec.loops && all % 12 != 0 ? mix(2, static_cast<uint64_t>(last)) : all;
+}
+// The same from the values (ids and embeddings) alone.
 inline uint64_t fake_hash(std::span<const int32_t> values, const FakeSpec& spec) {
   uint64_t all = 1;
-  for (int32_t value : values) all = mix(all, static_cast<uint64_t>(value));
-  return spec.loops && all % 12 != 0 ? mix(2, static_cast<uint64_t>(values.back())) : all;
+  uint64_t context = 1;
+  for (int32_t value : values) {
+    context = mix(context, static_cast<uint64_t>(value));
+    all = mix(all, context);
+  }
+  return fake_hash(all, values.back(), spec);
 }
 
 inline TokenId fake_draw(uint64_t hash, std::span<const TokenId> banned, const FakeSpec& spec) {
@@ -74,7 +83,9 @@ class FakeBuffer final : public Buffer {
 class FakeModel final : public Model {
  public:
   explicit FakeModel(const FakeSpec& spec)
-      : spec_(spec), cache_(static_cast<size_t>(spec.num_blocks * spec.block_size), -1) {}
+      : spec_(spec),
+        cache_(static_cast<size_t>(spec.num_blocks * spec.block_size), -1),
+        contexts_(cache_.size(), 0) {}
 
   std::function<void()> on_forward;  // may throw or wait
   uint64_t unsampled = 0;            // rows with this seed cannot be sampled; 0: all can
@@ -82,6 +93,7 @@ class FakeModel final : public Model {
   int launches_ahead = 0;            // launched while another was not collected
   int max_step_tokens = 0;
   int64_t tiles_encoded = 0;
+  int64_t blocks_copied = 0;
   int64_t forwards = 0;
 
   std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) override {
@@ -100,6 +112,16 @@ class FakeModel final : public Model {
     const ConstTensorView view(out, DType::i32, {rows, 1});
     timer->stop();
     return std::make_unique<TileEmbeddings>(std::move(buffer), view, std::move(timer));
+  }
+
+  void copy_blocks(std::span<const std::pair<BlockId, BlockId>> from_to) override {
+    const auto size = static_cast<ptrdiff_t>(spec_.block_size);
+    for (const auto& [from, to] : from_to) {
+      TM_CHECK(from != to, "copy of block %d over itself", from);
+      std::copy_n(cache_.begin() + from * size, size, cache_.begin() + to * size);
+      std::copy_n(contexts_.begin() + from * size, size, contexts_.begin() + to * size);
+    }
+    blocks_copied += static_cast<int64_t>(from_to.size());
   }
 
   void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) override {
@@ -207,7 +229,13 @@ class FakeModel final : public Model {
                position);
       TM_CHECK(batch.slots[i] == slot_of(s, position), "slot %d of position %d", batch.slots[i],
                position);
-      cache_.at(static_cast<size_t>(batch.slots[i])) = values[i];
+      // K and V of a real layer depend on all tokens before, so a block behind another prefix is
+      // another block.
+      const uint64_t before =
+          position == 0 ? 1 : contexts_.at(static_cast<size_t>(slot_of(s, position - 1)));
+      const auto slot = static_cast<size_t>(batch.slots[i]);
+      cache_.at(slot) = values[i];
+      contexts_.at(slot) = mix(before, static_cast<uint64_t>(values[i]));
     }
   }
   int sequence_of(int row) const {
@@ -226,11 +254,14 @@ class FakeModel final : public Model {
   // Of everything up to row `row`, as its block table finds it.
   uint64_t hash_of(int row) const {
     const int s = sequence_of(row);
-    std::vector<int32_t> values;
+    uint64_t all = 1;
+    int32_t last = 0;
     for (int i = 0; i <= batch_.positions[static_cast<size_t>(row)]; ++i) {
-      values.push_back(cache_.at(static_cast<size_t>(slot_of(s, i))));
+      const auto slot = static_cast<size_t>(slot_of(s, i));
+      all = mix(all, contexts_.at(slot));
+      last = cache_.at(slot);
     }
-    return fake_hash(values, spec_);
+    return fake_hash(all, last, spec_);
   }
 
   struct Launched {
@@ -241,7 +272,8 @@ class FakeModel final : public Model {
   StepBatch batch_;
   std::vector<Launched> launched_;
   std::vector<TokenId> last_drawn_;  // of the last launch, [R]
-  std::vector<int32_t> cache_;
+  std::vector<int32_t> cache_;       // [slots] the token or embedding written
+  std::vector<uint64_t> contexts_;   // [slots] it and all before it
 };
 
 struct Completion {
@@ -292,6 +324,8 @@ inline std::shared_ptr<const image::ImageTiles> fake_tiles(int num_tiles, uint8_
   for (size_t i = 0; i < tiles->pixels.size(); ++i) {
     tiles->pixels[i] = static_cast<uint8_t>(seed * 31 + i * 7 + 1);
   }
+  const image::ContentHash hash = image::content_hash(tiles->pixels.data(), tiles->pixels.size());
+  std::copy_n(hash.words, 2, tiles->content_hash);
   return tiles;
 }
 

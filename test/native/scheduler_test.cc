@@ -70,8 +70,8 @@ TEST("a prompt is prefilled in chunks of the token budget, then decoded a token 
   EXPECT_EQ(h.run_all(), 3 + 2);  // 8 + 8 + 3 tokens, the last chunk draws; then two more
   h.expect_same_as_alone(request);
   EXPECT(h.answers.at(1).reason == FinishReason::length);
-  EXPECT_EQ(h.scheduler.num_prompt_tokens(), 19U);
-  EXPECT_EQ(h.scheduler.num_completion_tokens(), 3U);
+  EXPECT_EQ(h.scheduler.counters().prompt_tokens, 19U);
+  EXPECT_EQ(h.scheduler.counters().completion_tokens, 3U);
   EXPECT_EQ(h.blocks.num_free(), h.spec.num_blocks);
 }
 
@@ -158,9 +158,9 @@ TEST("the youngest sequence is preempted, waits at the front and ends as if undi
   h.add(first);
   h.add(second);
   EXPECT(h.step());
-  while (h.scheduler.num_preemptions() == 0 && h.step()) {
+  while (h.scheduler.counters().preemptions == 0 && h.step()) {
   }
-  EXPECT_EQ(h.scheduler.num_preemptions(), 1U);
+  EXPECT_EQ(h.scheduler.counters().preemptions, 1U);
   EXPECT_EQ(h.scheduler.num_running(), 1);
   h.add(third);
   h.run_all();
@@ -280,7 +280,7 @@ TEST("drafts make a repetitive completion of fewer steps, with the same tokens a
   h.expect_same_as_alone(request);
   EXPECT_EQ(most_tokens, 8);
   EXPECT(steps < plain_steps * 3 / 4);
-  EXPECT_EQ(h.scheduler.num_completion_tokens(), 120U);
+  EXPECT_EQ(h.scheduler.counters().completion_tokens, 120U);
   EXPECT(h.scheduler.drafts().num_accepted() >= static_cast<uint64_t>(plain_steps - steps));
   EXPECT_EQ(h.blocks.num_free(), 64);
 }

@@ -18,7 +18,7 @@ export type {
 } from './messages.js';
 export type { PipelineMetrics } from './metrics.js';
 export type { MetricsRegistry, RegisterMetricsOptions } from './metrics-registry.js';
-export type { NativeStats } from './native-types.js';
+export type { MemoryReport, NativeStats } from './native-types.js';
 export type {
   GenerationOptions,
   ImageFetchOptions,
@@ -28,8 +28,8 @@ export type {
   QuantPolicy,
   SpeculativeConfig,
 } from './options.js';
-export type { PipelineInfo } from './pipeline.js';
-export { Pipeline, pipeline } from './pipeline.js';
+export type { EstimateOptions, PipelineInfo } from './pipeline.js';
+export { estimate, Pipeline, pipeline } from './pipeline.js';
 export type { EmbedOptions, GetPplOptions, RawPrompt } from './prompt-job.js';
 export type {
   FinishReason,

@@ -78,7 +78,14 @@ export interface NativeOpenOptions {
   readonly blockSize: number;
   /** Drafts of a sequence in a step, 0 to 7; 0: none. */
   readonly numSpeculativeTokens: number;
+  /** 0: 'auto'. */
   readonly cacheMaxEntryCount: number;
+  /** Bytes of the KV cache; 0: `cacheMaxEntryCount` decides. */
+  readonly kvCacheBytes: number;
+  /** Bytes of everything; 0: `cacheMaxEntryCount` decides. */
+  readonly memoryBudgetBytes: number;
+  /** Plans as if the device had so many bytes free; 0: what it has. */
+  readonly freeBytes: number;
   /** Bits of the KV cache: 8 or 4; 0: the device's unquantised format. */
   readonly quantPolicy: number;
   /** '' or a cap for tests: 'scalar' | 'avx2' | 'avx512' | 'amx'. */
@@ -229,6 +236,39 @@ export interface NativeStats {
   readonly deviceDescription: string;
 }
 
+/** The memory plan of a model on a device, in bytes where the name says so. */
+export interface MemoryReport {
+  readonly device: string;
+  /** Free before anything was taken. */
+  readonly freeBytes: number;
+  readonly weightBytes: number;
+  readonly visionWeightBytes: number;
+  /** Of the largest step. */
+  readonly activationBytes: number;
+  readonly visionActivationBytes: number;
+  /** Of the pictures of one full session. */
+  readonly imageEmbeddingBytes: number;
+  readonly scratchBytes: number;
+  readonly samplingBytes: number;
+  /** Bound of what captured steps take. */
+  readonly graphBytes: number;
+  /** Kept for the driver and for unused ends of allocations. */
+  readonly reserveBytes: number;
+  readonly kvCacheBytes: number;
+  /** All of the above together. */
+  readonly totalBytes: number;
+  /** Host memory of a GPU's staging buffers. */
+  readonly hostStagingBytes: number;
+  readonly kvBlockBytes: number;
+  readonly kvBlocks: number;
+  /** Tokens of a block. */
+  readonly kvBlockTokens: number;
+  /** 16: not quantised (f32 on the CPU). */
+  readonly kvBits: number;
+  /** Taken on the device once loaded; 0 in an estimate. */
+  readonly allocatedBytes: number;
+}
+
 export interface NativeEngine {
   /** Answers a bad request with an error event; throws ERR_TM_DISPOSED after close. */
   submit(request: NativeRequest): void;
@@ -243,6 +283,7 @@ export interface NativeEngine {
   /** Answers an event with `logits`: [V], copied; a token is drawn from them at once. */
   setLogits(id: number, completionIdx: number, logits: Float32Array): void;
   stats(): NativeStats;
+  memory(): MemoryReport;
   /** Aborts what runs, waits for native work, frees everything. Idempotent. */
   close(): Promise<void>;
   /** Logits of the token after the prompt, [V]; runs apart from the batch. */
@@ -283,6 +324,8 @@ export interface NativeAddon {
     onEvents: (events: readonly NativeEvent[]) => void,
     onProgress: (share: number) => void,
   ): Promise<NativeEngine>;
+  /** The plan of `open` without loading: maps the files, reads no weights. */
+  estimate(options: NativeOpenOptions): MemoryReport;
   /** Cuts an image into tiles on native threads. channels: 1, 3 or 4; pixels are copied. */
   makeTiles(
     pixels: Uint8Array,

@@ -187,6 +187,7 @@ const ADDON_FUNCTIONS = [
   'cpuInfo',
   'queryCuda',
   'open',
+  'estimate',
   'makeTiles',
   'chooseGrid',
   'resizeBicubic',

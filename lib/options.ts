@@ -53,8 +53,16 @@ export interface PipelineOptions {
   readonly maxBatchSize?: number | undefined;
   /** Most prompt tokens in one step. Defaults to 512 on the CPU, 8192 on a GPU. */
   readonly maxPrefillTokenNum?: number | undefined;
-  /** Share of the memory left after loading that the KV cache may take. Defaults to 0.8. */
-  readonly cacheMaxEntryCount?: number | undefined;
+  /**
+   * Share of the memory that weights and buffers leave free which the KV cache may take, up to 1;
+   * 'auto': 0.9 on a GPU, half on the CPU. Never more than `maxBatchSize` full sessions. Defaults
+   * to 0.8.
+   */
+  readonly cacheMaxEntryCount?: number | 'auto' | undefined;
+  /** Bytes of the KV cache, down to whole blocks, instead of `cacheMaxEntryCount`. */
+  readonly kvCacheBytes?: number | undefined;
+  /** Bytes of everything on the device, instead of `cacheMaxEntryCount`. */
+  readonly memoryBudgetBytes?: number | undefined;
   /** Tokens in a KV block. 64 is the only size implemented. */
   readonly cacheBlockSeqLen?: number | undefined;
   /**
@@ -196,7 +204,12 @@ export interface ResolvedPipelineOptions {
   readonly maxBatchSize: number;
   /** undefined: what suits the device. */
   readonly maxPrefillTokenNum: number | undefined;
+  /** 0: 'auto'. */
   readonly cacheMaxEntryCount: number;
+  /** 0: not given. */
+  readonly kvCacheBytes: number;
+  /** 0: not given. */
+  readonly memoryBudgetBytes: number;
   readonly quantPolicy: QuantPolicy;
   readonly blockSize: number;
   /** 0: no speculation; undefined: what suits the device. */
@@ -295,7 +308,12 @@ const PIPELINE_RULES: check.Rules<PipelineOptions> = {
   sessionLen: check.integer(1, MAX_INT32),
   maxBatchSize: check.integer(1, 4096),
   maxPrefillTokenNum: check.integer(1, 2 ** 20),
-  cacheMaxEntryCount: check.number('above 0 and at most 1', (value) => value > 0 && value <= 1),
+  cacheMaxEntryCount: check.either(
+    check.number('above 0 and at most 1', (value) => value > 0 && value <= 1),
+    check.oneOf('auto'),
+  ),
+  kvCacheBytes: check.integer(1),
+  memoryBudgetBytes: check.integer(1),
   cacheBlockSeqLen: check.exactly(64, '64: other block sizes are not implemented'),
   quantPolicy: (value) =>
     value === 0 || value === 4 || value === 8 ? undefined : '0 (not quantised), 8 or 4 bits',
@@ -380,6 +398,7 @@ const GENERATION_RULES: check.Rules<GenerationOptions> = {
 /** @throws TurbomindError ERR_TM_INVALID_OPTION */
 export function resolvePipelineOptions(options: PipelineOptions = {}): ResolvedPipelineOptions {
   check.checkOptions<PipelineOptions>('pipeline options', options, PIPELINE_RULES);
+  checkMemory(options);
   return {
     device: options.device ?? 'auto',
     dtype: options.dtype ?? 'auto',
@@ -387,7 +406,10 @@ export function resolvePipelineOptions(options: PipelineOptions = {}): ResolvedP
     sessionLen: options.sessionLen ?? 0,
     maxBatchSize: options.maxBatchSize ?? 128,
     maxPrefillTokenNum: options.maxPrefillTokenNum,
-    cacheMaxEntryCount: options.cacheMaxEntryCount ?? 0.8,
+    cacheMaxEntryCount:
+      options.cacheMaxEntryCount === 'auto' ? 0 : (options.cacheMaxEntryCount ?? 0.8),
+    kvCacheBytes: options.kvCacheBytes ?? 0,
+    memoryBudgetBytes: options.memoryBudgetBytes ?? 0,
     quantPolicy: options.quantPolicy ?? 0,
     blockSize: options.cacheBlockSeqLen ?? 64,
     numSpeculativeTokens: resolveSpeculation(options.speculativeConfig),
@@ -501,6 +523,18 @@ function resolveGrammar(options: GenerationOptions): GrammarSource | undefined {
     throw new TurbomindError('ERR_TM_INVALID_OPTION', `${message}; add stopTokenIds`);
   }
   return grammar;
+}
+
+// Three ways to size one cache.
+function checkMemory(options: PipelineOptions): void {
+  const given = (['cacheMaxEntryCount', 'kvCacheBytes', 'memoryBudgetBytes'] as const).filter(
+    (key) => options[key] !== undefined,
+  );
+  if (given.length < 2) return;
+  throw new TurbomindError(
+    'ERR_TM_INVALID_OPTION',
+    `${given.join(' and ')} exclude each other: each says how large the KV cache is; give one`,
+  );
 }
 
 const SAMPLING_ONLY = ['temperature', 'topK', 'topP', 'minP', 'randomSeed'] as const;

@@ -4,6 +4,7 @@
 import { join } from 'node:path';
 import { Call, type CallOptions } from './call.js';
 import { PromptBuilder } from './chat.js';
+import { invalidOption } from './check.js';
 import { type Checkpoint, openCheckpoint } from './checkpoint/checkpoint.js';
 import type { Completion, CompletionListener } from './completion.js';
 import { TextStream } from './detokenizer.js';
@@ -17,7 +18,13 @@ import {
   type RegisterMetricsOptions,
 } from './metrics-registry.js';
 import { fromNative, loadNative, packageRoot } from './native.js';
-import type { NativeAddon, NativeEngine, NativeOpenOptions, NativeStats } from './native-types.js';
+import type {
+  MemoryReport,
+  NativeAddon,
+  NativeEngine,
+  NativeOpenOptions,
+  NativeStats,
+} from './native-types.js';
 import {
   type GenerationOptions,
   type PipelineOptions,
@@ -224,6 +231,14 @@ export class Pipeline extends Callable implements AsyncDisposable {
       quantization: checkpoint.spec.quant.method,
       hasVision: checkpoint.image !== undefined,
     };
+  }
+
+  /**
+   * The memory plan, made before anything was taken, and what was taken then. What is in use of the
+   * KV cache is in `stats()`: `freeBlocks` of `totalBlocks`.
+   */
+  memory(): MemoryReport {
+    return this.#parts.router.engine.memory();
   }
 
   /** Load, memory and counters at this moment. */
@@ -439,6 +454,44 @@ const GPU_PREFILL_TOKENS = 8192;
 const CPU_SPECULATIVE_TOKENS = 7;
 const GPU_SPECULATIVE_TOKENS = 0;
 
+/** Options of `estimate()`. */
+export interface EstimateOptions extends PipelineOptions {
+  /** Plans as if the device had so many bytes free. Defaults to what it has. */
+  readonly freeBytes?: number | undefined;
+}
+
+/**
+ * The memory plan that `pipeline()` would make, from the checkpoint's headers alone.
+ *
+ * @example
+ * const { totalBytes, kvBlocks } = await estimate('/models/InternVL3-1B-hf', { quantPolicy: 8 });
+ */
+export async function estimate(
+  model?: string,
+  given: EstimateOptions = {},
+  givenAddon?: NativeAddon,
+): Promise<MemoryReport> {
+  const { freeBytes, ...rest } = given;
+  if (freeBytes !== undefined && !(Number.isSafeInteger(freeBytes) && freeBytes > 0)) {
+    throw invalidOption('freeBytes', freeBytes, 'an integer of at least 1');
+  }
+  const options = resolvePipelineOptions(rest);
+  const addon = givenAddon ?? loadNative().addon;
+  const [device, checkpoint] = await Promise.all([
+    resolveDevice(options.device),
+    openCheckpoint(model ?? embeddedModel()),
+  ]);
+  checkDtype(options, device);
+  try {
+    return addon.estimate({
+      ...nativeOptions(checkpoint, options, device),
+      freeBytes: freeBytes ?? 0,
+    });
+  } catch (error) {
+    throw fromNative(error);
+  }
+}
+
 function nativeOptions(
   checkpoint: Checkpoint,
   options: ResolvedPipelineOptions,
@@ -465,6 +518,9 @@ function nativeOptions(
       options.numSpeculativeTokens ??
       (device === 'cpu' ? CPU_SPECULATIVE_TOKENS : GPU_SPECULATIVE_TOKENS),
     cacheMaxEntryCount: options.cacheMaxEntryCount,
+    kvCacheBytes: options.kvCacheBytes,
+    memoryBudgetBytes: options.memoryBudgetBytes,
+    freeBytes: 0,
     quantPolicy: options.quantPolicy,
     cpuIsa: options.cpuIsa,
     cudaLibrary,

@@ -47,6 +47,14 @@ Napi::Value open(const Napi::CallbackInfo& info) {
   });
 }
 
+// Not a promise: the files are mapped, their weights are not read.
+Napi::Value estimate(const Napi::CallbackInfo& info) {
+  return guard(info.Env(), [&] {
+    return to_js(info.Env(),
+                 Engine::estimate(to_engine_options(Field(info[0], "estimate: options"))));
+  });
+}
+
 Napi::Value make_tiles(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return guard_promise(env, [&](const Napi::Promise::Deferred& deferred) {
@@ -110,6 +118,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("cpuInfo", Napi::Function::New(env, cpu_info, "cpuInfo"));
   exports.Set("queryCuda", Napi::Function::New(env, query_cuda, "queryCuda"));
   exports.Set("open", Napi::Function::New(env, open, "open"));
+  exports.Set("estimate", Napi::Function::New(env, estimate, "estimate"));
   exports.Set("makeTiles", Napi::Function::New(env, make_tiles, "makeTiles"));
   exports.Set("chooseGrid", Napi::Function::New(env, choose_grid, "chooseGrid"));
   exports.Set("resizeBicubic", Napi::Function::New(env, resize_bicubic, "resizeBicubic"));

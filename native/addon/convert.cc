@@ -419,7 +419,13 @@ EngineOptions to_engine_options(const Field& f) {
   options.max_prefill_token_num = f["maxPrefillTokenNum"].int32(1);
   options.block_size = f["blockSize"].int32(1);
   options.max_drafts = f["numSpeculativeTokens"].int32(0);
-  options.cache_max_entry_count = f["cacheMaxEntryCount"].number();
+  const double share = f["cacheMaxEntryCount"].number();
+  options.cache.automatic = share == 0.0;
+  if (!options.cache.automatic) options.cache.share = share;
+  options.cache.kv_bytes = static_cast<size_t>(f["kvCacheBytes"].integer(0, kMaxSafeInteger));
+  options.cache.total_bytes =
+      static_cast<size_t>(f["memoryBudgetBytes"].integer(0, kMaxSafeInteger));
+  options.cache.free_bytes = static_cast<size_t>(f["freeBytes"].integer(0, kMaxSafeInteger));
   const int quant_policy = f["quantPolicy"].int32(0);
   options.kv_bits = quant_policy == 0 ? 16 : quant_policy;
   return options;
@@ -478,6 +484,34 @@ Napi::Value to_js(Napi::Env env, const EngineStats& stats) {
   object.set("sessionLen", stats.session_len);
   object.set("deviceName", stats.device_name);
   object.set("deviceDescription", stats.device_description);
+  return {env, object.value().get()};
+}
+
+Napi::Value to_js(Napi::Env env, const MemoryReport& report) {
+  JsObject object(env);
+  const auto bytes = [&object](const char* name, size_t value) {
+    object.set(name, static_cast<double>(value));
+  };
+  const MemoryParts& parts = report.plan.parts;
+  object.set("device", report.device_name);
+  bytes("freeBytes", report.plan.free_bytes);
+  bytes("weightBytes", parts.weights);
+  bytes("visionWeightBytes", parts.vision_weights);
+  bytes("activationBytes", parts.activations);
+  bytes("visionActivationBytes", parts.vision_activations);
+  bytes("imageEmbeddingBytes", parts.image_embeddings);
+  bytes("scratchBytes", parts.scratch);
+  bytes("samplingBytes", parts.sampling);
+  bytes("graphBytes", parts.graphs);
+  bytes("reserveBytes", parts.reserve);
+  bytes("kvCacheBytes", report.plan.kv_cache_bytes);
+  bytes("totalBytes", parts.total() + report.plan.kv_cache_bytes);
+  bytes("hostStagingBytes", parts.staging);
+  bytes("kvBlockBytes", report.plan.block_bytes);
+  object.set("kvBlocks", report.plan.num_blocks);
+  object.set("kvBlockTokens", report.block_size);
+  object.set("kvBits", report.kv_bits);
+  bytes("allocatedBytes", report.allocated_bytes);
   return {env, object.value().get()};
 }
 

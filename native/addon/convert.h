@@ -48,5 +48,6 @@ Request to_request(const Field& request);
 
 Napi::Value to_js(Napi::Env env, const std::vector<Event>& events);
 Napi::Value to_js(Napi::Env env, const EngineStats& stats);
+Napi::Value to_js(Napi::Env env, const MemoryReport& report);
 
 }  // namespace turbomind::addon

@@ -13,6 +13,7 @@ Napi::Function EngineWrap::define(Napi::Env env) {
        InstanceMethod<&EngineWrap::set_mask>("setMask"),
        InstanceMethod<&EngineWrap::set_logits>("setLogits"),
        InstanceMethod<&EngineWrap::stats>("stats"), InstanceMethod<&EngineWrap::close>("close"),
+       InstanceMethod<&EngineWrap::memory>("memory"),
        InstanceMethod<&EngineWrap::prompt_logits>("promptLogits")});
 }
 
@@ -74,6 +75,10 @@ Napi::Value EngineWrap::set_logits(const Napi::CallbackInfo& info) {
 
 Napi::Value EngineWrap::stats(const Napi::CallbackInfo& info) {
   return guard(info.Env(), [&] { return to_js(info.Env(), session_->stats()); });
+}
+
+Napi::Value EngineWrap::memory(const Napi::CallbackInfo& info) {
+  return guard(info.Env(), [&] { return to_js(info.Env(), session_->stats().memory); });
 }
 
 Napi::Value EngineWrap::close(const Napi::CallbackInfo& info) {

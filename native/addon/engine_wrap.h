@@ -24,6 +24,7 @@ class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
   Napi::Value set_mask(const Napi::CallbackInfo& info);
   Napi::Value set_logits(const Napi::CallbackInfo& info);
   Napi::Value stats(const Napi::CallbackInfo& info);
+  Napi::Value memory(const Napi::CallbackInfo& info);
   Napi::Value close(const Napi::CallbackInfo& info);
   Napi::Value prompt_logits(const Napi::CallbackInfo& info);
 

@@ -42,8 +42,12 @@ ConstTensorView load_bias(const WeightStore& store, const LinearLayer& layer) {
 }  // namespace
 
 WeightLoader::WeightLoader(Backend& backend, const WeightStore& store, QuantSpec quant,
-                           LoadProgress progress)
-    : backend_(backend), store_(store), quant_(quant), progress_(std::move(progress)) {}
+                           LoadProgress progress, Mode mode)
+    : backend_(backend),
+      store_(store),
+      quant_(quant),
+      progress_(std::move(progress)),
+      mode_(mode) {}
 
 LinearSource WeightLoader::source(int64_t in_features, const std::vector<LinearLayer>& layers,
                                   PartOrder order) const {
@@ -73,7 +77,7 @@ std::unique_ptr<LinearWeight> WeightLoader::linear(int64_t in_features,
                                                    const std::vector<LinearLayer>& layers,
                                                    PartOrder order) {
   const LinearSource source = this->source(in_features, layers, order);
-  prefetch(source);
+  if (mode_ == Mode::load) prefetch(source);
   std::unique_ptr<LinearWeight> weight = backend_.load_linear(source);
   count(file_bytes(source), weight->bytes());
   return weight;

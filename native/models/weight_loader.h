@@ -30,9 +30,11 @@ struct LinearLayer {
 
 class WeightLoader {
  public:
+  // measure: the backend only adds up sizes, so nothing is read ahead.
+  enum class Mode : uint8_t { load, measure };
   // `store` must outlive every weight loaded: a backend may keep views of its mapping.
   WeightLoader(Backend& backend, const WeightStore& store, QuantSpec quant,
-               LoadProgress progress = nullptr);
+               LoadProgress progress = nullptr, Mode mode = Mode::load);
 
   Backend& backend() const { return backend_; }
 
@@ -62,6 +64,7 @@ class WeightLoader {
   const WeightStore& store_;
   QuantSpec quant_;
   LoadProgress progress_;
+  Mode mode_;
   size_t loaded_bytes_ = 0;
   size_t weight_bytes_ = 0;
 };

@@ -10,6 +10,7 @@
 
 #include "backend/backends.h"
 #include "models/model_spec.h"
+#include "runtime/memory_plan.h"
 #include "runtime/request.h"
 
 namespace turbomind {
@@ -23,14 +24,23 @@ struct EngineOptions {
   int max_batch_size = 128;         // sequences in one step
   int max_prefill_token_num = 512;  // token budget of one step
   int block_size = 64;              // tokens a KV block
-  double cache_max_entry_count = 0.8;  // share of free memory after weights for KV blocks; the
-                                       // pool never exceeds max_batch_size full sessions
-  bool enable_prefix_caching = true;   // equal prefixes are computed once
-  int max_queue_size = 0;              // requests that may wait for their first step; 0: no limit
-  double max_inter_token_ms = 0;       // goal for steps of running streams; 0: none
-  int max_drafts = 0;                  // speculated tokens of a sequence in a step, 0 to 7; 0: none
-  int kv_bits = 16;                    // 16: the backend's unquantised cache; 8 | 4
-  bool manual_stepping = false;        // tests: no thread; the owner calls step()
+  CacheBudget cache;
+  bool enable_prefix_caching = true;  // equal prefixes are computed once
+  int max_queue_size = 0;             // requests that may wait for their first step; 0: no limit
+  double max_inter_token_ms = 0;      // goal for steps of running streams; 0: none
+  int max_drafts = 0;                 // speculated tokens of a sequence in a step, 0 to 7; 0: none
+  int kv_bits = 16;                   // 16: the backend's unquantised cache; 8 | 4
+  bool manual_stepping = false;       // tests: no thread; the owner calls step()
+};
+
+// What was planned before loading, and what loading took. Later only image embeddings are taken,
+// which the plan has.
+struct MemoryReport {
+  std::string device_name;
+  MemoryPlan plan;
+  int block_size = 0;  // tokens
+  int kv_bits = 16;
+  size_t allocated_bytes = 0;  // on the device; 0 for an estimate
 };
 
 struct EngineStats {
@@ -50,6 +60,7 @@ struct EngineStats {
   size_t weight_bytes = 0;
   size_t kv_cache_bytes = 0;
   size_t workspace_bytes = 0;
+  MemoryReport memory;
   double load_ms = 0;
   int session_len = 0;
   std::string device_name;
@@ -64,6 +75,8 @@ class Engine {
   // Blocks while weights load (call it off the JS thread). Throws Error.
   static std::unique_ptr<Engine> open(EngineOptions options, EventSink sink, ProgressFn progress);
   virtual ~Engine() = default;  // close()
+  // The memory plan of an engine that is not opened. Reads no weights. Throws Error as open would.
+  static MemoryReport estimate(EngineOptions options);
 
   // Never throws for a bad request: it is answered by an error event. After close: Error{disposed}.
   virtual void submit(Request request) = 0;

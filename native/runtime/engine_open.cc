@@ -39,4 +39,10 @@ std::unique_ptr<Engine> Engine::open(EngineOptions options, EventSink sink, Prog
                      stepping);
 }
 
+MemoryReport Engine::estimate(EngineOptions options) {
+  options.backend.activations = chosen_activations(options);
+  const std::unique_ptr<Backend> backend = make_backend(options.backend);
+  return estimate_model(options, *backend);
+}
+
 }  // namespace turbomind

@@ -7,14 +7,10 @@
 #include "models/decoder.h"
 #include "models/vision_tower.h"
 #include "models/weight_loader.h"
+#include "runtime/measure.h"
 
 namespace turbomind {
 namespace {
-
-// Tiles through the vision tower at once: what suits the device, and no more than a step encodes.
-int tiles_per_pass(const Backend& backend, const VisionSpec& spec, int max_tiles) {
-  return std::min(max_tiles, VisionTower::tiles_per_pass(spec, backend.vision_rows_per_pass()));
-}
 
 // The real model behind the runner's seam. Members die in reverse order: weights may view the
 // store's mapping, and everything lives on the backend.
@@ -26,7 +22,7 @@ class LoadedModel final : public Model {
   void load(const ModelSpec& spec, const MemoryPlan& steps, const ProgressFn& progress);
   void make_cache(const KvCacheSpec& spec) { cache_ = backend_->make_kv_cache(spec); }
   Backend& backend() { return *backend_; }
-  size_t weight_bytes() const { return weight_bytes_; }
+  const WeightStore& store() const { return store_; }
 
   std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) override {
     TM_CHECK(vision_ != nullptr, "an image for a text model");
@@ -65,7 +61,6 @@ class LoadedModel final : public Model {
   std::unique_ptr<KvCache> cache_;
   std::unique_ptr<Decoder> decoder_;
   std::unique_ptr<VisionTower> vision_;  // null: text model
-  size_t weight_bytes_ = 0;
 };
 
 void LoadedModel::load(const ModelSpec& spec, const MemoryPlan& steps, const ProgressFn& progress) {
@@ -82,7 +77,6 @@ void LoadedModel::load(const ModelSpec& spec, const MemoryPlan& steps, const Pro
         std::make_unique<VisionTower>(loader, *spec.vision, spec.decoder.hidden_size,
                                       tiles_per_pass(*backend_, *spec.vision, steps.max_tiles));
   }
-  weight_bytes_ = loader.weight_bytes();
 }
 
 int session_len_of(const EngineOptions& options) {
@@ -100,7 +94,7 @@ MemoryBudget budget_of(const EngineOptions& options) {
   budget.max_batch_size = options.max_batch_size;
   budget.max_prefill_token_num = options.max_prefill_token_num;
   budget.block_size = options.block_size;
-  budget.cache_max_entry_count = options.cache_max_entry_count;
+  budget.cache = options.cache;
   budget.max_drafts = options.max_drafts;
   if (options.spec.vision) budget.tokens_per_tile = options.spec.vision->tokens_per_tile();
   return budget;
@@ -117,60 +111,80 @@ RequestRules rules_of(const ModelSpec& spec) {
   return rules;
 }
 
-// Bytes of activations and of the backend's scratch, all allocated here or in load().
-size_t reserve_workspace(Backend& backend, const ModelSpec& spec, const MemoryPlan& steps,
-                         const KvCacheSpec& cache, int session_len) {
-  const DType dtype = backend.activation_dtype();
-  Backend::WorkspaceSpec workspace = Decoder::workspace(
-      spec.decoder, steps.max_tokens, steps.max_sequences, steps.max_rows, session_len);
-  workspace.kv_bits = cache.bits;
-  workspace.kv_block_size = cache.block_size;
-  size_t bytes = Decoder::activation_bytes(spec.decoder, dtype, steps.max_tokens);
-  if (spec.vision) {
-    const int hidden = spec.decoder.hidden_size;
-    const int tiles = tiles_per_pass(backend, *spec.vision, steps.max_tiles);
-    workspace = merge(workspace, VisionTower::workspace(*spec.vision, hidden, tiles));
-    bytes += VisionTower::activation_bytes(*spec.vision, hidden, dtype, tiles);
+// The plan of everything, and what it was made from. `device.free_bytes` is read before anything is
+// taken.
+struct Planned {
+  DeviceInfo device;
+  MemoryPlan memory;
+  KvCacheSpec cache;
+};
+
+Planned plan_model(Backend& backend, const WeightStore& store, const EngineOptions& options) {
+  MemoryBudget budget = budget_of(options);
+  const MemoryPlan steps = plan_steps(budget);
+  Planned planned;
+  planned.device = backend.info();
+  planned.cache =
+      Decoder::kv_cache_spec(options.spec.decoder, options.block_size, 1, options.kv_bits);
+  budget.parts =
+      measure_model(backend, store, options.spec, steps, planned.cache, budget.session_len);
+  budget.block_bytes = backend.kv_block_bytes(planned.cache);
+  budget.free_bytes =
+      options.cache.free_bytes > 0 ? options.cache.free_bytes : planned.device.free_bytes;
+  if (options.cache.automatic) {
+    // A GPU is ours; a machine's memory is shared with everything else on it.
+    budget.cache.share = planned.device.name == "cpu" ? 0.5 : 0.9;
   }
-  return bytes + backend.reserve_workspace(workspace).device_bytes();
+  planned.memory = plan_memory(budget);
+  planned.cache.num_blocks = planned.memory.num_blocks;
+  return planned;
 }
 
 }  // namespace
+
+MemoryReport estimate_model(const EngineOptions& options, Backend& backend) {
+  validate(options.spec);
+  const WeightStore store(options.files);
+  const Planned planned = plan_model(backend, store, options);
+  return {.device_name = planned.device.name,
+          .plan = planned.memory,
+          .block_size = planned.cache.block_size,
+          .kv_bits = planned.cache.bits};
+}
 
 EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> backend,
                        const ProgressFn& progress) {
   const Clock::time_point begin = Clock::now();
   validate(options.spec);
-  MemoryBudget budget = budget_of(options);
-  const MemoryPlan steps = plan_steps(budget);
   auto model = std::make_unique<LoadedModel>(std::move(backend), options.files);
-  model->load(options.spec, steps, progress);
-
-  EngineParts parts;
   Backend& device = model->backend();
-  KvCacheSpec cache =
-      Decoder::kv_cache_spec(options.spec.decoder, options.block_size, 1, options.kv_bits);
-  parts.stats.workspace_bytes =
-      reserve_workspace(device, options.spec, steps, cache, budget.session_len);
-  budget.block_bytes = device.kv_block_bytes(cache);
-  const DeviceInfo info = device.info();
-  budget.free_bytes = info.free_bytes;
-  parts.memory = plan_memory(budget);
-  cache.num_blocks = parts.memory.num_blocks;
-  model->make_cache(cache);
+  const Planned planned = plan_model(device, model->store(), options);
+  EngineParts parts;
+  parts.memory = planned.memory;
+  parts.session_len = session_len_of(options);
+  model->load(options.spec, parts.memory, progress);
+  device.reserve_workspace(
+      workspace_of(device, options.spec, parts.memory, planned.cache, parts.session_len));
+  model->make_cache(planned.cache);
 
   parts.rules = rules_of(options.spec);
-  parts.session_len = budget.session_len;
   parts.max_prefill_token_num = options.max_prefill_token_num;
   parts.block_size = options.block_size;
   parts.max_drafts = options.max_drafts;
   parts.enable_prefix_caching = options.enable_prefix_caching;
   parts.max_queue_size = options.max_queue_size;
   parts.max_inter_token_ms = options.max_inter_token_ms;
-  parts.stats.weight_bytes = model->weight_bytes();
+  const MemoryParts& bytes = parts.memory.parts;
+  parts.stats.weight_bytes = bytes.weights + bytes.vision_weights;
   parts.stats.kv_cache_bytes = parts.memory.kv_cache_bytes;
-  parts.stats.device_name = info.name;
-  parts.stats.device_description = info.description;
+  parts.stats.workspace_bytes = bytes.total() - parts.stats.weight_bytes - bytes.reserve;
+  parts.stats.memory = {.device_name = planned.device.name,
+                        .plan = parts.memory,
+                        .block_size = planned.cache.block_size,
+                        .kv_bits = planned.cache.bits,
+                        .allocated_bytes = device.allocated_bytes()};
+  parts.stats.device_name = planned.device.name;
+  parts.stats.device_description = planned.device.description;
   parts.stats.load_ms = ms_between(begin, Clock::now());
   parts.model = std::move(model);
   return parts;

@@ -10,6 +10,9 @@
 
 namespace turbomind {
 
+// The numbers that load_model would plan with, from the table of tensors alone. Throws as it would.
+MemoryReport estimate_model(const EngineOptions& options, Backend& backend);
+
 // Throws Error: a bad spec or checkpoint, options out of range, or memory that does not suffice.
 EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> backend,
                        const ProgressFn& progress);

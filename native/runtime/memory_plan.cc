@@ -4,6 +4,8 @@
 #include <bit>
 #include <cstdint>
 #include <limits>
+#include <string>
+#include <utility>
 
 #include "base/error.h"
 #include "base/types.h"
@@ -52,36 +54,108 @@ MemoryPlan plan_steps(const MemoryBudget& budget) {
   return plan;
 }
 
+namespace {
+
+// "weights 1.0 MiB, activations 2.0 MiB, ...", parts of nothing left out.
+std::string describe(const MemoryParts& parts) {
+  const std::pair<const char*, size_t> named[] = {{"weights", parts.weights},
+                                                  {"vision weights", parts.vision_weights},
+                                                  {"activations", parts.activations},
+                                                  {"vision activations", parts.vision_activations},
+                                                  {"image embeddings", parts.image_embeddings},
+                                                  {"scratch", parts.scratch},
+                                                  {"sampling", parts.sampling},
+                                                  {"graphs", parts.graphs},
+                                                  {"reserve", parts.reserve}};
+  std::string text;
+  for (const auto& [name, bytes] : named) {
+    if (bytes == 0) continue;
+    text += format("%s%s %.1f MiB", text.empty() ? "" : ", ", name, mib(bytes));
+  }
+  return text;
+}
+
+void check_cache(const CacheBudget& cache) {
+  if (cache.kv_bytes > 0 && cache.total_bytes > 0) {
+    throw Error(ErrorCode::invalid_argument,
+                "kvCacheBytes and memoryBudgetBytes exclude each other; give one of them");
+  }
+  if (cache.share > 0.0 && cache.share <= 1.0) return;
+  throw Error(ErrorCode::invalid_argument,
+              format("cacheMaxEntryCount is %g; expected a share of free memory above 0 and at "
+                     "most 1",
+                     cache.share));
+}
+
+// Bytes that the pool may take, whatever it can use.
+double pool_bytes(const MemoryBudget& budget) {
+  const size_t parts = budget.parts.total();
+  const CacheBudget& cache = budget.cache;
+  const size_t total = cache.total_bytes > 0 ? cache.total_bytes : budget.free_bytes;
+  if (total > budget.free_bytes) {
+    throw Error(
+        ErrorCode::out_of_memory,
+        format("memoryBudgetBytes is %.1f MiB, but only %.1f MiB are free; lower it or free "
+               "memory",
+               mib(total), mib(budget.free_bytes)));
+  }
+  if (parts > total) {
+    throw Error(
+        ErrorCode::out_of_memory,
+        format("the model takes %.1f MiB without a KV cache (%s), but %.1f MiB are %s; lower "
+               "maxPrefillTokenNum or maxBatchSize, or %s",
+               mib(parts), describe(budget.parts).c_str(), mib(total),
+               cache.total_bytes > 0 ? "budgeted" : "free",
+               cache.total_bytes > 0 ? "raise memoryBudgetBytes" : "free memory"));
+  }
+  const size_t left = total - parts;
+  if (cache.total_bytes > 0) return static_cast<double>(left);
+  if (cache.kv_bytes == 0) return static_cast<double>(left) * cache.share;
+  if (cache.kv_bytes > left) {
+    throw Error(
+        ErrorCode::out_of_memory,
+        format("kvCacheBytes is %.1f MiB, but %.1f MiB free memory less %.1f MiB (%s) leave "
+               "%.1f MiB; lower it or free memory",
+               mib(cache.kv_bytes), mib(total), mib(parts), describe(budget.parts).c_str(),
+               mib(left)));
+  }
+  return static_cast<double>(cache.kv_bytes);
+}
+
+}  // namespace
+
 MemoryPlan plan_memory(const MemoryBudget& budget) {
   MemoryPlan plan = plan_steps(budget);
-  const double share = budget.cache_max_entry_count;
-  if (!(share > 0.0 && share <= 1.0)) {
-    throw Error(ErrorCode::invalid_argument,
-                format("cacheMaxEntryCount is %g; expected a share of free memory above 0 and at "
-                       "most 1",
-                       share));
-  }
+  check_cache(budget.cache);
   TM_CHECK(budget.block_bytes > 0, "KV blocks of 0 bytes");
-  const double affordable =
-      static_cast<double>(budget.free_bytes) * share / static_cast<double>(budget.block_bytes);
+  const double bytes = pool_bytes(budget);
+  const double affordable = bytes / static_cast<double>(budget.block_bytes);
   const int64_t useful = int64_t{plan.blocks_per_session} * budget.max_batch_size;
   // A slot, block * block_size + offset, is an int32.
   const int64_t addressable = std::numeric_limits<int32_t>::max() / budget.block_size;
-  const int64_t wanted = std::min(useful, addressable);
+  // An absolute amount is taken as it is: blocks beyond full sessions keep prefixes.
+  const bool absolute = budget.cache.kv_bytes > 0 || budget.cache.total_bytes > 0;
+  const int64_t wanted = absolute ? addressable : std::min(useful, addressable);
   const int64_t blocks =
       affordable < static_cast<double>(wanted) ? static_cast<int64_t>(affordable) : wanted;
   if (blocks < plan.blocks_per_session) {
     const auto session_bytes = static_cast<size_t>(plan.blocks_per_session) * budget.block_bytes;
-    throw Error(ErrorCode::out_of_memory,
-                format("the KV cache of one session of %d tokens takes %d blocks of %.2f MiB = "
-                       "%.1f MiB, but %.0f%% of %.1f MiB free memory holds %lld; lower sessionLen, "
-                       "raise cacheMaxEntryCount or free memory",
-                       budget.session_len, plan.blocks_per_session, mib(budget.block_bytes),
-                       mib(session_bytes), share * 100.0, mib(budget.free_bytes),
-                       static_cast<long long>(blocks)));
+    throw Error(
+        ErrorCode::out_of_memory,
+        format(
+            "the KV cache of one session of %d tokens takes %d blocks of %.2f MiB = %.1f MiB, "
+            "but the %.1f MiB for it (of %.1f MiB free, %.1f MiB taken by the model) holds %lld; "
+            "lower sessionLen, raise cacheMaxEntryCount, kvCacheBytes or memoryBudgetBytes, set "
+            "quantPolicy or free memory",
+            budget.session_len, plan.blocks_per_session, mib(budget.block_bytes),
+            mib(session_bytes), bytes / (1024.0 * 1024.0), mib(budget.free_bytes),
+            mib(budget.parts.total()), static_cast<long long>(blocks)));
   }
   plan.num_blocks = static_cast<int>(blocks);
   plan.kv_cache_bytes = static_cast<size_t>(blocks) * budget.block_bytes;
+  plan.block_bytes = budget.block_bytes;
+  plan.free_bytes = budget.free_bytes;
+  plan.parts = budget.parts;
   return plan;
 }
 

@@ -1,27 +1,60 @@
-// Decides how many KV blocks there will be, and how large a step may get, before anything of it is
-// allocated. Pure arithmetic; the engine asks the backend for the sizes that go in.
+// Decides how many KV blocks there will be, and how large a step may get, before anything is
+// allocated. Pure arithmetic; measure.h asks the backend for the sizes that go in.
 #pragma once
 
 #include <cstddef>
 
 namespace turbomind {
 
+// Bytes on the device of everything but the KV cache.
+struct MemoryParts {
+  size_t weights = 0;  // of the decoder, with embedding and head
+  size_t vision_weights = 0;
+  size_t activations = 0;  // of the largest step
+  size_t vision_activations = 0;
+  size_t image_embeddings = 0;  // of the images of one full session
+  size_t scratch = 0;           // Backend::WorkspaceBytes, and so on
+  size_t sampling = 0;
+  size_t graphs = 0;
+  size_t reserve = 0;  // Backend::slack_bytes
+  size_t staging = 0;  // host memory: not in total()
+
+  size_t total() const {
+    return weights + vision_weights + activations + vision_activations + image_embeddings +
+           scratch + sampling + graphs + reserve;
+  }
+  bool operator==(const MemoryParts&) const = default;
+};
+
+// How the KV cache is sized. At most one absolute amount is set.
+struct CacheBudget {
+  double share = 0.8;      // of what the parts leave of free memory, (0, 1]
+  bool automatic = false;  // share is chosen for the device
+  size_t kv_bytes = 0;     // > 0: the cache, to the block
+  size_t total_bytes = 0;  // > 0: parts and cache together
+  size_t free_bytes = 0;   // > 0: plan as if the device had so much (estimates)
+};
+
 struct MemoryBudget {
-  int session_len = 0;                 // tokens
-  int max_batch_size = 0;              // sequences
-  int max_prefill_token_num = 0;       // tokens
-  int max_drafts = 0;                  // speculated tokens of a sequence in a step
-  int block_size = 0;                  // tokens
-  double cache_max_entry_count = 0.8;  // share of free_bytes for KV blocks, (0, 1]
-  size_t free_bytes = 0;               // after weights and workspace
-  size_t block_bytes = 0;              // of one KV block, all layers
-  int tokens_per_tile = 0;             // 0: no vision tower
+  int session_len = 0;            // tokens
+  int max_batch_size = 0;         // sequences
+  int max_prefill_token_num = 0;  // tokens
+  int max_drafts = 0;             // speculated tokens of a sequence in a step
+  int block_size = 0;             // tokens
+  CacheBudget cache;
+  MemoryParts parts;
+  size_t free_bytes = 0;    // before anything is taken
+  size_t block_bytes = 0;   // of one KV block, all layers
+  int tokens_per_tile = 0;  // 0: no vision tower
 };
 
 struct MemoryPlan {
   int num_blocks = 0;
   int blocks_per_session = 0;
   size_t kv_cache_bytes = 0;
+  size_t block_bytes = 0;
+  size_t free_bytes = 0;  // as the plan found it
+  MemoryParts parts;
   int max_tokens = 0;     // T of a step: max_prefill_token_num and a decode row for each sequence
   int max_sequences = 0;  // S of a step
   int max_rows = 0;       // R of a step: one for each sequence, and drafts
@@ -32,8 +65,9 @@ struct MemoryPlan {
 // Error{invalid_argument} for a value out of range.
 MemoryPlan plan_steps(const MemoryBudget& budget);
 
-// Also the pool: min(share of free memory, max_batch_size full sessions). Throws
-// Error{out_of_memory} if it would not hold one session.
+// Also the pool: an absolute amount as given; or min(share of what is free, max_batch_size full
+// sessions). Throws Error{out_of_memory} with the numbers if the parts or the amount do not fit
+// into free memory, or the pool would not hold one session; Error{invalid_argument} for two amounts.
 MemoryPlan plan_memory(const MemoryBudget& budget);
 
 }  // namespace turbomind

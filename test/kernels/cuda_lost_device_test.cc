@@ -29,7 +29,7 @@ struct Client {
     options.session_len = 128;
     options.max_batch_size = 4;
     options.max_prefill_token_num = 64;
-    options.cache_max_entry_count = 0.05;
+    options.cache.share = 0.05;
     options.manual_stepping = true;
     engine = Engine::open(
         options,

@@ -51,7 +51,15 @@ function writeModule(version: string, names: readonly string[]): string {
   writeFileSync(path, `module.exports = { version: '${version}', ${functions} };`);
   return path;
 }
-const EXPORTS = ['cpuInfo', 'queryCuda', 'open', 'makeTiles', 'chooseGrid', 'resizeBicubic'];
+const EXPORTS = [
+  'cpuInfo',
+  'queryCuda',
+  'open',
+  'estimate',
+  'makeTiles',
+  'chooseGrid',
+  'resizeBicubic',
+];
 
 test('nothing there: every candidate is listed with its reason, and what to do', () => {
   const error = attemptsOf(() => findNative(search()));

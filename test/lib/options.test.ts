@@ -107,6 +107,9 @@ describe('values', () => {
     { cacheMaxEntryCount: 0 },
     { cacheMaxEntryCount: 1.1 },
     { cacheBlockSeqLen: 32 },
+    { cacheMaxEntryCount: 'all' },
+    { kvCacheBytes: 0 },
+    { memoryBudgetBytes: 1.5 },
     { quantPolicy: 2 },
     { quantPolicy: '8' },
     { speculativeConfig: 'ngram' },
@@ -129,6 +132,15 @@ describe('values', () => {
         ? /timeoutMs/
         : new RegExp(key === 'speculativeConfig' ? `${key}|method|numSpeculativeTokens` : key);
     expect(messageOf(() => open(options))).toMatch(inner);
+  });
+
+  test('one way to size the KV cache at a time', () => {
+    const two = { kvCacheBytes: 2 ** 30, memoryBudgetBytes: 2 ** 31 };
+    expect(messageOf(() => open(two))).toContain('exclude each other');
+    expect(messageOf(() => open({ kvCacheBytes: 1, cacheMaxEntryCount: 0.5 }))).toContain(
+      'cacheMaxEntryCount and kvCacheBytes',
+    );
+    expect(open({ cacheMaxEntryCount: 'auto' })).toMatchObject({ cacheMaxEntryCount: 0 });
   });
 
   test('what is not implemented says so', () => {

@@ -37,7 +37,7 @@ EngineOptions options_of(const TinyCheckpoint& checkpoint, const Run& run) {
   options.max_batch_size = run.max_batch_size;
   options.max_prefill_token_num = run.max_prefill_token_num;
   options.block_size = run.block_size;
-  options.cache_max_entry_count = 0.5;
+  options.cache.share = 0.5;
   options.max_drafts = run.max_drafts;
   return options;
 }
@@ -293,7 +293,7 @@ TEST("a session longer than the model's positions and a missing tensor are typed
   EXPECT_ERROR(load_model(options, make_cpu_backend("", 1), nullptr), ErrorCode::invalid_argument);
   options.session_len = 0;
   EXPECT_EQ(load_model(options, make_cpu_backend("", 1), nullptr).session_len, 512);
-  options.cache_max_entry_count = 1e-12;
+  options.cache.share = 1e-12;
   EXPECT_ERROR(load_model(options, make_cpu_backend("", 1), nullptr), ErrorCode::out_of_memory);
   options = options_of(checkpoint, {});
   options.files.tensors.erase(options.files.tensors.begin() + 3);

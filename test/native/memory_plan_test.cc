@@ -15,8 +15,9 @@ MemoryBudget budget() {
           .max_batch_size = 4,
           .max_prefill_token_num = 512,
           .block_size = 64,
-          .cache_max_entry_count = 0.5,
-          .free_bytes = 100 * 1000,
+          .cache = {.share = 0.5},
+          .parts = {.weights = 7000, .scratch = 3000},
+          .free_bytes = 110 * 1000,
           .block_bytes = 1000,
           .tokens_per_tile = 256};
 }
@@ -67,7 +68,7 @@ TEST("drafts add rows to a step, no more than the prefill they stand in for has 
 
 TEST("a pool that cannot hold one session is refused with the numbers and the remedy") {
   MemoryBudget b = budget();
-  b.free_bytes = 31 * 1000;  // 15.5 blocks of the 16 needed
+  b.free_bytes = 41 * 1000;  // 15.5 blocks of the 16 needed
   EXPECT_ERROR(plan_memory(b), ErrorCode::out_of_memory);
   try {
     (void)plan_memory(b);
@@ -78,8 +79,54 @@ TEST("a pool that cannot hold one session is refused with the numbers and the re
     EXPECT(message.find("lower sessionLen") != std::string::npos);
     EXPECT(message.find("cacheMaxEntryCount") != std::string::npos);
   }
-  b.free_bytes = 32 * 1000;
+  b.free_bytes = 42 * 1000;
   EXPECT_EQ(plan_memory(b).num_blocks, 16);
+}
+
+TEST("an absolute amount is honoured to the block, or refused with the numbers") {
+  MemoryBudget b = budget();
+  b.cache.kv_bytes = 90999;
+  EXPECT_EQ(plan_memory(b).num_blocks, 90);  // more than full sessions need: prefixes stay
+  b.cache.kv_bytes = 100 * 1000;
+  EXPECT_EQ(plan_memory(b).kv_cache_bytes, size_t{100000});
+  b.cache.kv_bytes = 100 * 1000 + 1;
+  EXPECT_ERROR(plan_memory(b), ErrorCode::out_of_memory);
+  b.cache.total_bytes = 50 * 1000;
+  EXPECT_ERROR(plan_memory(b), ErrorCode::invalid_argument);  // both
+  b.cache.kv_bytes = 0;
+  EXPECT_EQ(plan_memory(b).num_blocks, 40);
+  for (const size_t bytes : {size_t{9000}, size_t{25000}, size_t{110001}}) {
+    b.cache.total_bytes = bytes;  // less than the parts, than a session, more than there is
+    EXPECT_ERROR(plan_memory(b), ErrorCode::out_of_memory);
+  }
+  b.cache.total_bytes = 9000;
+  try {
+    (void)plan_memory(b);
+  } catch (const Error& error) {
+    const std::string message = error.what();
+    EXPECT(message.find("weights 0.0 MiB, scratch 0.0 MiB") != std::string::npos);
+    EXPECT(message.find("raise memoryBudgetBytes") != std::string::npos);
+  }
+}
+
+TEST("parts and pool never exceed free memory at any share and batch size") {
+  for (const double share : {0.01, 0.5, 0.9, 0.97, 1.0}) {
+    for (const int batch : {1, 5, 256, 65536}) {
+      for (const size_t free : {size_t{27000}, size_t{60000}, size_t{1} << 30}) {
+        MemoryBudget b = budget();
+        b.cache.share = share;
+        b.max_batch_size = batch;
+        b.free_bytes = free;
+        try {
+          const MemoryPlan plan = plan_memory(b);
+          EXPECT(plan.parts.total() + plan.kv_cache_bytes <= free);
+          EXPECT(plan.num_blocks >= plan.blocks_per_session);
+        } catch (const Error& error) {
+          EXPECT(error.code() == ErrorCode::out_of_memory);
+        }
+      }
+    }
+  }
 }
 
 TEST("slots stay within 32 bits however much memory there is") {
@@ -107,9 +154,9 @@ TEST("values out of range are invalid arguments") {
       with([](MemoryBudget& b) { b.max_prefill_token_num = 1 << 30; }),
       with([](MemoryBudget& b) { b.block_size = 0; }),
       with([](MemoryBudget& b) { b.block_size = 48; }),
-      with([](MemoryBudget& b) { b.cache_max_entry_count = 0.0; }),
-      with([](MemoryBudget& b) { b.cache_max_entry_count = 1.5; }),
-      with([](MemoryBudget& b) { b.cache_max_entry_count = std::nan(""); }),
+      with([](MemoryBudget& b) { b.cache.share = 0.0; }),
+      with([](MemoryBudget& b) { b.cache.share = 1.5; }),
+      with([](MemoryBudget& b) { b.cache.share = std::nan(""); }),
   };
   for (const MemoryBudget& b : bad) EXPECT_ERROR(plan_memory(b), ErrorCode::invalid_argument);
 }

@@ -2,6 +2,7 @@
 // one batch of events for all that run, as the real engine does. Steps run by themselves between
 // turns of the event loop, or by hand.
 import type {
+  MemoryReport,
   NativeAddon,
   NativeEngine,
   NativeEvent,
@@ -126,6 +127,10 @@ export class FakeEngine implements NativeEngine {
     };
   }
 
+  memory(): MemoryReport {
+    return fakeMemory();
+  }
+
   async close(): Promise<void> {
     this.numCloses += 1;
     this.isClosed = true;
@@ -248,12 +253,40 @@ export function makeFakeAddon(settings: FakeSettings): FakeAddon {
       engines.push(engine);
       return engine;
     },
+    estimate: (options) => {
+      opened.push(options);
+      return fakeMemory();
+    },
     makeTiles: async (_pixels, width, height, _channels, options) => {
       tiled.push({ ...options, width, height });
       return makeFakeTiles(options.maxTiles, options.tileSize);
     },
     chooseGrid: () => ({ columns: 1, rows: 1 }),
     resizeBicubic: (pixels) => pixels,
+  };
+}
+
+function fakeMemory(): MemoryReport {
+  return {
+    device: 'fake',
+    freeBytes: 100,
+    weightBytes: 1,
+    visionWeightBytes: 0,
+    activationBytes: 1,
+    visionActivationBytes: 0,
+    imageEmbeddingBytes: 0,
+    scratchBytes: 1,
+    samplingBytes: 1,
+    graphBytes: 0,
+    reserveBytes: 0,
+    kvCacheBytes: 8,
+    totalBytes: 12,
+    hostStagingBytes: 0,
+    kvBlockBytes: 1,
+    kvBlocks: 8,
+    kvBlockTokens: 64,
+    kvBits: 16,
+    allocatedBytes: 12,
   };
 }
 

@@ -13,6 +13,8 @@ const OCTET = '(?:25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)';
 const LABEL = '[A-Za-z0-9]{1,15}(?:-[A-Za-z0-9]{1,15}){0,2}';
 const TOP = '[A-Za-z]{2,10}';
 const HOST = `(?:${LABEL}\\.){0,3}${TOP}`;
+// Four of them and their dots fit into the 64 octets that a mailbox's name may have.
+const ATOM = '[A-Za-z0-9_+\\-]{1,15}';
 const HEX = '[0-9a-fA-F]';
 const PATH_CHAR = "[A-Za-z0-9._~\\-!$&'()*+,;=:@/]";
 
@@ -21,7 +23,7 @@ const SOURCES: ReadonlyMap<string, string> = new Map([
   ['time', TIME],
   ['date-time', `${DATE}T${TIME}`],
   ['duration', 'P(?:\\d{1,4}W|\\d{1,4}D|(?:\\d{1,4}D)?T\\d{1,4}[HMS])'],
-  ['email', `[A-Za-z0-9_+\\-]+(?:\\.[A-Za-z0-9_+\\-]+){0,3}@(?:${LABEL}\\.){1,3}${TOP}`],
+  ['email', `${ATOM}(?:\\.${ATOM}){0,3}@(?:${LABEL}\\.){1,3}${TOP}`],
   ['hostname', HOST],
   ['ipv4', `${OCTET}(?:\\.${OCTET}){3}`],
   ['ipv6', `${HEX}{1,4}(?::${HEX}{1,4}){7}`],

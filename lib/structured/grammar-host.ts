@@ -187,7 +187,8 @@ export class GrammarHost {
     const next = await matcher.getNextTokenBitmask();
     const end = this.#vocabulary.offsets.length - 1;
     const mayEnd = isSet(next, end);
-    next[end >> 5] = (next[end >> 5] ?? 0) & ~(1 << (end & 31));
+    // Whatever stands behind the last token, too: a mask without tokens must be seen as empty.
+    next[end >> 5] = (next[end >> 5] ?? 0) & ((1 << (end & 31)) - 1);
     mask.set(next.subarray(0, mask.length));
     if (mayEnd) for (const id of stopIds) mask[id >> 5] = (mask[id >> 5] ?? 0) | (1 << (id & 31));
     return mask.some((word) => word !== 0) ? 'ready' : 'stuck';

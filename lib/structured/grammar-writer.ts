@@ -1,8 +1,12 @@
 // Patterns → EBNF for the matcher. Written right-linear (each character followed by the rule for
 // what may come next) and down to UTF-8 bytes: the matcher's own sets of characters above U+007F
 // are wrong, and its masks are 200 times faster for a rule that ends with itself than for a
-// repetition of a rule. Pure functions; the output depends on the input alone.
+// repetition of a rule. No two alternatives of a rule begin with the same byte range: the matcher
+// merges states of such rules that differ, and then allows too much (xgrammar #632, #911). For the
+// same reason named rules end with a rule: those without one it copies into others.
+// Pure functions; the output depends on the input alone.
 import { type ByteSequence, type CharSet, type Range, utf8Sequences } from './char-set.js';
+import { factor } from './left-factor.js';
 import { isNullable, isProductive, nonEmpty, type Pattern, repeat } from './pattern.js';
 
 /** Longer grammars are refused: compiling them would take minutes and gigabytes. */
@@ -10,6 +14,8 @@ const MAX_CHARS = 4 * 2 ** 20;
 /** Repetitions above this are counted in blocks, which the matcher compiles once. */
 const BLOCK = 64;
 const MOST_FLAT = 2 * BLOCK;
+/** A rule for nothing. */
+const END = 'end';
 
 /** @throws RangeError when the grammar gets too long. */
 export function writeGrammar(root: Pattern, rules: ReadonlyMap<string, Pattern>): string {
@@ -41,8 +47,9 @@ class GrammarWriter {
     this.#productive = productiveRules(rules);
     this.#define('root', this.#spell(root, ''));
     for (const [name, pattern] of rules) {
-      if (this.#productive.has(name)) this.#define(name, this.#spell(pattern, ''));
+      if (this.#productive.has(name)) this.#define(name, this.#spell(pattern, END));
     }
+    this.#define(END, ['']);
   }
 
   toString(): string {
@@ -50,7 +57,8 @@ class GrammarWriter {
   }
 
   #define(name: string, alternatives: readonly string[]): void {
-    const line = `${name} ::= ${alternatives.map((each) => each || '""').join(' | ')}`;
+    const factored = factor(alternatives, (rests) => this.#asSymbol(rests));
+    const line = `${name} ::= ${factored.map((each) => each || '""').join(' | ')}`;
     this.#numChars += line.length;
     if (this.#numChars > MAX_CHARS) throw new RangeError('the grammar is too long');
     this.#lines.push(line);

@@ -79,6 +79,45 @@ describe('characters', () => {
   });
 });
 
+// The matcher merges states of one rule too eagerly (xgrammar #632, #911): seen as 250 for 25.
+describe('alternatives that begin alike', () => {
+  const schemaGrammar = (schema: unknown): string => {
+    const source = readResponseFormat({ type: 'json_schema', jsonSchema: { schema } });
+    if (source === undefined) throw new Error('no grammar');
+    return source.ebnf;
+  };
+
+  test('in lists of numbers', async () => {
+    const items = { type: 'integer', minimum: 0, maximum: 100, multipleOf: 5 };
+    const ebnf = schemaGrammar({ type: 'array', items, maxItems: 4 });
+    await expectTexts(
+      ebnf,
+      ['[]', '[0,5,100]', '[20, 35,85 ,25]'],
+      ['[0,250]', '[20,350]', '[5,1000]', '[20, 35 , 85, 250]', '[15,105]'],
+    );
+  });
+
+  test('in choices of values and what follows them', async () => {
+    const anyOf = [{ enum: ['rot', 'rosa'] }, { const: 'ro' }, { enum: ['blau', 'rosarot'] }];
+    const ebnf = schemaGrammar({ type: 'array', items: { anyOf }, maxItems: 2 });
+    await expectTexts(
+      ebnf,
+      ['["rot","rosa"]', '["ro","rosarot"]', '["blau"]'],
+      ['["rot","rosat"]', '["blaurot"]', '["blaut"]', '["rotrot"]', '["r"]'],
+    );
+  });
+
+  test('in bytes of characters', async () => {
+    const ebnf = grammarOf(choice(text('ä'), text('ö!'), text('Ĥ'), text('ä?')));
+    await expectTexts(ebnf, ['ä', 'ö!', 'Ĥ', 'ä?'], ['ö', 'Ķ', 'Ĥ?', 'ä!', 'ö?']);
+  });
+
+  test('in loops at the beginning', async () => {
+    const ebnf = grammarOf(parseRegex('[ab]*acd'));
+    await expectTexts(ebnf, ['acd', 'abacd', 'aacd'], ['cd', 'd', 'bcd', 'acdcd']);
+  });
+});
+
 describe('repetitions', () => {
   test.each([
     [0, 5],

@@ -1,0 +1,118 @@
+// responseFormat on the real engine, the embedded model and the real grammar worker.
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { TurbomindError } from '../../lib/errors.js';
+import { type Pipeline, pipeline } from '../../lib/pipeline.js';
+import { problemsOf } from '../../scripts/bench/json-schema-checker.mjs';
+import { embedded } from './support/paths.js';
+
+const PROMPT = 'What is 37 + 45?';
+const SCHEMA = {
+  type: 'object',
+  properties: {
+    name: { type: 'string', maxLength: 8 },
+    steps: {
+      type: 'array',
+      minItems: 1,
+      maxItems: 3,
+      items: { type: 'integer', minimum: 0, maximum: 100, multipleOf: 5 },
+    },
+  },
+  required: ['name', 'steps'],
+} as const;
+const json = { type: 'json_schema', jsonSchema: { schema: SCHEMA } } as const;
+const sampled = { doSample: true, temperature: 1, topK: 0, maxNewTokens: 400 } as const;
+let pipe: Pipeline;
+
+beforeAll(async () => {
+  pipe = await pipeline(embedded, { device: 'cpu' });
+});
+afterAll(() => pipe?.close());
+
+describe('every format keeps its promise whatever is drawn', () => {
+  test('JSON schemas', async () => {
+    const seeds = Array.from({ length: 8 }, (_, randomSeed) => randomSeed);
+    const settings = seeds.map((randomSeed) => ({ ...sampled, randomSeed, responseFormat: json }));
+    const responses = await pipe(
+      seeds.map(() => PROMPT),
+      settings,
+    );
+    for (const { text, finishReason } of responses) {
+      expect(finishReason).toBe('stop');
+      expect(problemsOf(SCHEMA, JSON.parse(text)), text).toEqual([]);
+    }
+    expect(new Set(responses.map(({ text }) => text)).size).toBeGreaterThan(1);
+  });
+
+  test('expressions, choices and grammars', async () => {
+    const responses = await pipe(
+      [PROMPT, PROMPT, PROMPT],
+      [
+        { ...sampled, responseFormat: { type: 'regex_schema', regexSchema: '[a-c]{2,4}-\\d+x' } },
+        { ...sampled, responseFormat: { type: 'choice', choices: ['yes', 'yesterday', 'no'] } },
+        {
+          ...sampled,
+          responseFormat: { type: 'grammar', ebnf: 'root ::= "(" root ")" | [xy] [xy]' },
+        },
+      ],
+    );
+    const [regex, choice, grammar] = responses.map(({ text }) => text);
+    for (const { finishReason } of responses) expect(finishReason).toBe('stop');
+    expect(regex).toMatch(/^[a-c]{2,4}-\d+x$/);
+    expect(['yes', 'yesterday', 'no']).toContain(choice);
+    expect(grammar).toMatch(/^(\(*)[xy][xy](\)*)$/);
+    expect(grammar?.split('(').length).toBe(grammar?.split(')').length);
+  });
+});
+
+test('streams give the same answer in parts', async () => {
+  const options = { ...sampled, randomSeed: 3, responseFormat: json };
+  const whole = await pipe(PROMPT, options);
+  let text = '';
+  let parts = 0;
+  for await (const part of pipe.stream(PROMPT, options)) {
+    text += part.text;
+    parts += 1;
+  }
+  expect(text).toBe(whole.text);
+  expect(parts).toBeGreaterThan(2);
+});
+
+test('a free request beside guided ones draws the same tokens as alone', async () => {
+  const free = { ...sampled, maxNewTokens: 24, ignoreEos: true, randomSeed: 11 };
+  const alone = await pipe(PROMPT, free);
+  const guided = { ...sampled, randomSeed: 5, responseFormat: json };
+  const [, beside] = await pipe(['Hello!', PROMPT, 'Hello!'], [guided, free, guided]);
+  expect(beside?.tokenIds).toEqual(alone.tokenIds);
+});
+
+test('what cannot be promised is refused with its reason', async () => {
+  const schema = { type: 'object', properties: { a: { type: 'array', uniqueItems: true } } };
+  const refused = pipe(PROMPT, { responseFormat: { type: 'json_schema', jsonSchema: { schema } } });
+  await expect(refused).rejects.toThrow(TurbomindError);
+  await expect(refused).rejects.toMatchObject({
+    code: 'ERR_TM_INVALID_OPTION',
+    message: expect.stringMatching(/\/properties\/a.*uniqueItems is not supported/),
+  });
+  const malformed = pipe(PROMPT, { responseFormat: { type: 'grammar', ebnf: 'root ::= missing' } });
+  await expect(malformed).rejects.toMatchObject({
+    code: 'ERR_TM_INVALID_OPTION',
+    message: expect.stringContaining('missing'),
+  });
+});
+
+test('an abort mid-way ends the request and leaves the engine idle', async () => {
+  const abort = new AbortController();
+  const responseFormat = { type: 'regex_schema', regexSchema: 'a{2000}' } as const;
+  const options = { responseFormat, maxNewTokens: null, signal: abort.signal };
+  let parts = 0;
+  const reading = (async () => {
+    for await (const _ of pipe.stream(PROMPT, options)) {
+      parts += 1;
+      if (parts === 3) abort.abort(new Error('enough'));
+    }
+  })();
+  await expect(reading).rejects.toThrow('enough');
+  const after = await pipe(PROMPT, { ...sampled, randomSeed: 1, responseFormat: json });
+  expect(after.finishReason).toBe('stop');
+  expect(pipe.stats().running).toBe(0);
+});

@@ -21,6 +21,10 @@ const SCHEMA = {
 } as const;
 const json = { type: 'json_schema', jsonSchema: { schema: SCHEMA } } as const;
 const sampled = { doSample: true, temperature: 1, topK: 0, maxNewTokens: 400 } as const;
+// Up to three pairs of brackets: a random sampler ends every answer.
+const NESTED = `root ::= [xy] [xy] | "(" a ")"
+a ::= [xy] [xy] | "(" b ")"
+b ::= [xy] [xy] | "(" [xy] [xy] ")"`;
 let pipe: Pipeline;
 
 beforeAll(async () => {
@@ -47,17 +51,20 @@ describe('every format keeps its promise whatever is drawn', () => {
     const responses = await pipe(
       [PROMPT, PROMPT, PROMPT],
       [
-        { ...sampled, responseFormat: { type: 'regex_schema', regexSchema: '[a-c]{2,4}-\\d+x' } },
+        {
+          ...sampled,
+          responseFormat: { type: 'regex_schema', regexSchema: '[a-c]{2,4}-\\d{1,6}x' },
+        },
         { ...sampled, responseFormat: { type: 'choice', choices: ['yes', 'yesterday', 'no'] } },
         {
           ...sampled,
-          responseFormat: { type: 'grammar', ebnf: 'root ::= "(" root ")" | [xy] [xy]' },
+          responseFormat: { type: 'grammar', ebnf: NESTED },
         },
       ],
     );
     const [regex, choice, grammar] = responses.map(({ text }) => text);
     for (const { finishReason } of responses) expect(finishReason).toBe('stop');
-    expect(regex).toMatch(/^[a-c]{2,4}-\d+x$/);
+    expect(regex).toMatch(/^[a-c]{2,4}-\d{1,6}x$/);
     expect(['yes', 'yesterday', 'no']).toContain(choice);
     expect(grammar).toMatch(/^(\(*)[xy][xy](\)*)$/);
     expect(grammar?.split('(').length).toBe(grammar?.split(')').length);

@@ -206,7 +206,11 @@ export class Completion implements RequestHandler {
   #settle(
     finishReason: FinishReason,
     matchedStop: string | number | undefined,
-    { timings = NO_TIMINGS, outputs }: Pick<NativeEvent, 'timings' | 'outputs'>,
+    {
+      timings = NO_TIMINGS,
+      outputs,
+      cachedTokens = 0,
+    }: Pick<NativeEvent, 'timings' | 'outputs' | 'cachedTokens'>,
     error: TurbomindError | undefined,
   ): void {
     const { outputLogits, outputLastHiddenState } = this.#options;
@@ -219,6 +223,7 @@ export class Completion implements RequestHandler {
       finishReason,
       matchedStop,
       inputTokenLen: this.#promptTokens.length,
+      cachedTokens,
       generateTokenLen: this.#tokenIds.length,
       logprobs: this.#logprobs,
       logits: this.#rows(outputs?.logits, outputLogits, vocabSize),

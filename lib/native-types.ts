@@ -86,6 +86,11 @@ export interface NativeOpenOptions {
   readonly memoryBudgetBytes: number;
   /** Plans as if the device had so many bytes free; 0: what it has. */
   readonly freeBytes: number;
+  readonly enablePrefixCaching: boolean;
+  /** Requests that may wait for their first step; 0: no limit. */
+  readonly maxQueueSize: number;
+  /** Goal for the time between tokens of running streams; 0: none. */
+  readonly maxInterTokenLatencyMs: number;
   /** Bits of the KV cache: 8 or 4; 0: the device's unquantised format. */
   readonly quantPolicy: number;
   /** '' or a cap for tests: 'scalar' | 'avx2' | 'avx512' | 'amx'. */
@@ -145,6 +150,10 @@ export interface NativeRequest {
   /** 0: the prompt is only computed, for its `outputs`. */
   readonly maxNewTokens: number;
   readonly minNewTokens: number;
+  /** Higher first. Defaults to 0. */
+  readonly priority?: number;
+  /** Longest wait for the first step; 0, the default: for ever. */
+  readonly queueTimeoutMs?: number;
   readonly stopTokenIds: readonly number[];
   /** Each token is drawn only once `setMask` was called for it. Defaults to false. */
   readonly guided?: boolean;
@@ -220,6 +229,12 @@ export interface NativeStats {
   readonly totalBlocks: number;
   readonly freeBlocks: number;
   readonly steps: number;
+  /** Of the free ones, those that can still be found by their content. */
+  readonly cachedBlocks: number;
+  /** Prompt tokens of the requests that began. */
+  readonly prefixQueries: number;
+  /** Of these, found in the cache. */
+  readonly prefixHits: number;
   readonly preemptions: number;
   readonly promptTokens: number;
   readonly completionTokens: number;

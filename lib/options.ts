@@ -70,6 +70,18 @@ export interface PipelineOptions {
    * GPU, 32 on the CPU). Defaults to 0.
    */
   readonly quantPolicy?: QuantPolicy | undefined;
+  /**
+   * Keeps what was computed of prompts and answers, as long as there is room, and does not compute
+   * it again for requests that begin alike, pictures included. Results do not change. Defaults to true.
+   */
+  readonly enablePrefixCaching?: boolean | undefined;
+  /** Requests that may wait for their first step; more are refused. Defaults to no limit. */
+  readonly maxQueueSize?: number | undefined;
+  /**
+   * Goal for the time between the tokens of running streams, in ms: prompts are then computed in
+   * smaller parts, at least 16 tokens a step. Defaults to none.
+   */
+  readonly maxInterTokenLatencyMs?: number | undefined;
   /** Defaults to `{ method: 'ngram' }` on the CPU and `{ method: 'none' }` on a GPU. */
   readonly speculativeConfig?: SpeculativeConfig | undefined;
   /** Devices a model is split over: 1 is the only number implemented. */
@@ -119,6 +131,13 @@ export interface GenerationOptions {
   readonly maxNewTokens?: number | null | undefined;
   /** Tokens before an end-of-sequence or stop id may end it. Defaults to 0. */
   readonly minNewTokens?: number | undefined;
+  /**
+   * Higher goes first, -100 to 100. A level is worth 10 s of waiting, so that nobody waits for ever.
+   * Defaults to 0.
+   */
+  readonly priority?: number | undefined;
+  /** Longest wait in the engine before the first step, in ms; ERR_TM_DEADLINE after it. Defaults to none. */
+  readonly queueTimeoutMs?: number | undefined;
   /** Draws tokens at random instead of taking the best one. Defaults to false. */
   readonly doSample?: boolean | undefined;
   /** 0 to 2; needs doSample, except 0, which is greedy. Defaults to 0.8. */
@@ -210,6 +229,11 @@ export interface ResolvedPipelineOptions {
   readonly kvCacheBytes: number;
   /** 0: not given. */
   readonly memoryBudgetBytes: number;
+  readonly enablePrefixCaching: boolean;
+  /** 0: no limit. */
+  readonly maxQueueSize: number;
+  /** 0: none. */
+  readonly maxInterTokenLatencyMs: number;
   readonly quantPolicy: QuantPolicy;
   readonly blockSize: number;
   /** 0: no speculation; undefined: what suits the device. */
@@ -236,6 +260,9 @@ export interface TilingOptions {
 export interface ResolvedGenerationOptions {
   readonly maxNewTokens: number | null;
   readonly minNewTokens: number;
+  readonly priority: number;
+  /** 0: none. */
+  readonly queueTimeoutMs: number;
   readonly doSample: boolean;
   readonly temperature: number;
   readonly topK: number;
@@ -315,6 +342,9 @@ const PIPELINE_RULES: check.Rules<PipelineOptions> = {
   kvCacheBytes: check.integer(1),
   memoryBudgetBytes: check.integer(1),
   cacheBlockSeqLen: check.exactly(64, '64: other block sizes are not implemented'),
+  enablePrefixCaching: check.boolean,
+  maxQueueSize: check.integer(1, MAX_INT32),
+  maxInterTokenLatencyMs: check.number('above 0', (value) => value > 0),
   quantPolicy: (value) =>
     value === 0 || value === 4 || value === 8 ? undefined : '0 (not quantised), 8 or 4 bits',
   speculativeConfig,
@@ -366,6 +396,8 @@ const GENERATION_RULES: check.Rules<GenerationOptions> = {
     check.exactly(null, 'null to fill the session'),
   ),
   minNewTokens: check.integer(0, MAX_INT32),
+  priority: check.integer(-100, 100),
+  queueTimeoutMs: check.number('above 0', (value) => value > 0),
   doSample: check.boolean,
   temperature: check.number('from 0 to 2', (value) => value >= 0 && value <= 2),
   topK: check.integer(0, MAX_INT32),
@@ -410,6 +442,9 @@ export function resolvePipelineOptions(options: PipelineOptions = {}): ResolvedP
       options.cacheMaxEntryCount === 'auto' ? 0 : (options.cacheMaxEntryCount ?? 0.8),
     kvCacheBytes: options.kvCacheBytes ?? 0,
     memoryBudgetBytes: options.memoryBudgetBytes ?? 0,
+    enablePrefixCaching: options.enablePrefixCaching ?? true,
+    maxQueueSize: options.maxQueueSize ?? 0,
+    maxInterTokenLatencyMs: options.maxInterTokenLatencyMs ?? 0,
     quantPolicy: options.quantPolicy ?? 0,
     blockSize: options.cacheBlockSeqLen ?? 64,
     numSpeculativeTokens: resolveSpeculation(options.speculativeConfig),
@@ -445,6 +480,8 @@ export function resolveGenerationOptions(
   return {
     maxNewTokens,
     minNewTokens,
+    priority: options.priority ?? 0,
+    queueTimeoutMs: options.queueTimeoutMs ?? 0,
     doSample: sampled,
     temperature: sampled ? (options.temperature ?? 0.8) : 1,
     topK: options.topK ?? 50,

@@ -85,6 +85,8 @@ export class RequestPreparer {
       sampling: this.#sampling(options, badWords),
       maxNewTokens,
       minNewTokens: Math.min(options.minNewTokens, maxNewTokens),
+      priority: options.priority,
+      queueTimeoutMs: options.queueTimeoutMs,
       stopTokenIds: this.#stopTokenIds(options),
       guided: options.grammar !== undefined,
       editsLogits: options.logitsProcessors.length > 0,

@@ -49,6 +49,8 @@ export interface Response {
   readonly matchedStop: string | number | undefined;
   /** Tokens of the prompt, those of pictures included. */
   readonly inputTokenLen: number;
+  /** Of these, tokens that were found in the cache and not computed. */
+  readonly cachedTokens: number;
   /** Length of tokenIds. */
   readonly generateTokenLen: number;
   /** One entry a token, when `logprobs` was asked for. */

@@ -284,6 +284,7 @@ JsValue to_js(napi_env env, const Event& event) {
   if (event.matched_stop >= 0) object.set("matchedStop", event.matched_stop);
   object.set("timings", to_js(env, event.timings));
   object.set("numPreemptions", event.num_preemptions);
+  object.set("cachedTokens", event.num_cached_tokens);
   if (event.outputs) object.set("outputs", to_js(env, event.outputs));
   if (event.finish_reason == FinishReason::error) {
     object.set("errorCode", turbomind::to_string(event.error_code));
@@ -426,6 +427,9 @@ EngineOptions to_engine_options(const Field& f) {
   options.cache.total_bytes =
       static_cast<size_t>(f["memoryBudgetBytes"].integer(0, kMaxSafeInteger));
   options.cache.free_bytes = static_cast<size_t>(f["freeBytes"].integer(0, kMaxSafeInteger));
+  options.enable_prefix_caching = f["enablePrefixCaching"].boolean();
+  options.max_queue_size = f["maxQueueSize"].int32(0);
+  options.max_inter_token_ms = f["maxInterTokenLatencyMs"].number();
   const int quant_policy = f["quantPolicy"].int32(0);
   options.kv_bits = quant_policy == 0 ? 16 : quant_policy;
   return options;
@@ -446,6 +450,11 @@ Request to_request(const Field& f) {
   request.sampling = to_sampling(f["sampling"]);
   request.max_new_tokens = f["maxNewTokens"].int32();
   request.min_new_tokens = f["minNewTokens"].int32();
+  if (const auto priority = f.optional("priority")) {
+    request.priority = static_cast<int>(priority->integer(-100, 100));
+  }
+  if (const auto timeout = f.optional("queueTimeoutMs"))
+    request.queue_timeout_ms = timeout->number();
   request.stop_token_ids = to_tokens(f["stopTokenIds"]);
   if (const auto guided = f.optional("guided")) request.guided = guided->boolean();
   if (const auto edits = f.optional("editsLogits")) request.edits_logits = edits->boolean();
@@ -471,6 +480,9 @@ Napi::Value to_js(Napi::Env env, const EngineStats& stats) {
   object.set("waiting", stats.waiting);
   object.set("totalBlocks", stats.total_blocks);
   object.set("freeBlocks", stats.free_blocks);
+  object.set("cachedBlocks", stats.cached_blocks);
+  object.set("prefixQueries", static_cast<double>(stats.prefix_queries));
+  object.set("prefixHits", static_cast<double>(stats.prefix_hits));
   object.set("steps", static_cast<double>(stats.steps));
   object.set("preemptions", static_cast<double>(stats.preemptions));
   object.set("promptTokens", static_cast<double>(stats.prompt_tokens));

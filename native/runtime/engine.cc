@@ -54,6 +54,13 @@ struct LogitsAnswer {
 
 Error closed_error() { return Error(ErrorCode::disposed, "the engine is closed"); }
 
+// Tiles whose embeddings the memory plan has room for: those of one full session.
+int held_tiles(const EngineParts& parts) {
+  const int tokens_per_tile = parts.rules.tokens_per_tile;
+  const int session = tokens_per_tile > 0 ? parts.session_len / tokens_per_tile : 0;
+  return std::max(parts.memory.max_tiles, session);
+}
+
 class EngineImpl final : public Engine {
  public:
   EngineImpl(EngineParts parts, EventSink sink, Stepping stepping)
@@ -64,6 +71,7 @@ class EngineImpl final : public Engine {
                     .max_batch_size = parts.memory.max_sequences,
                     .max_prefill_token_num = parts.max_prefill_token_num,
                     .max_tiles = parts.memory.max_tiles,
+                    .max_held_tiles = held_tiles(parts),
                     .max_queue_size = parts.max_queue_size,
                     .max_inter_token_ms = parts.max_inter_token_ms,
                     .enable_prefix_caching = parts.enable_prefix_caching,

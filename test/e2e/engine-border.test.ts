@@ -42,6 +42,9 @@ const OPTIONS: NativeOpenOptions = {
   memoryBudgetBytes: 0,
   freeBytes: 0,
   quantPolicy: 0,
+  enablePrefixCaching: true,
+  maxQueueSize: 0,
+  maxInterTokenLatencyMs: 0,
   cpuIsa: '',
   cudaLibrary: '',
 };

@@ -331,6 +331,155 @@ TEST("drafts take no blocks that are not free, and no more rows than a step has"
   for (const Request& request : requests) h.expect_same_as_alone(request);
 }
 
+TEST("a prompt that was computed is not computed again, but for its last token") {
+  for (const int prompt_len : {7, 8, 9, 19}) {
+    Harness h({.num_blocks = 32}, kLimits);
+    const Request first = text_request(1, prompt_len, 4);
+    h.add(first);
+    h.run_all();
+    Request second = first;
+    second.id = 2;
+    h.add(second);
+    EXPECT_EQ(h.run_all(), 4);
+    h.expect_same_as_alone(first);
+    h.expect_same_as_alone(second);
+    EXPECT_EQ(h.answers.at(2).last.num_cached_tokens, prompt_len - 1);
+    EXPECT_EQ(h.blocks.num_free(), 32);
+  }
+}
+
+TEST("the next turn of a chat finds prompt and completion of the one before") {
+  Harness h({.num_blocks = 32}, kLimits);
+  const Request first = text_request(1, 9, 6);
+  h.add(first);
+  h.run_all();
+  Request second = first;
+  second.id = 2;
+  for (TokenId token : h.answers.at(1).tokens) second.prompt_tokens.push_back(token);
+  second.prompt_tokens.push_back(3);
+  second.prompt_tokens.push_back(5);
+  h.add(second);
+  h.run_all();
+  h.expect_same_as_alone(second);
+  EXPECT_EQ(h.answers.at(2).last.num_cached_tokens, 9 + 6 - 1);  // the last one was never fed
+}
+
+TEST("a sequence waits for blocks that another computes, and computes them when that one is gone") {
+  for (const bool aborted : {false, true}) {
+    Harness h({.num_blocks = 32}, kLimits);
+    const Request first = text_request(1, 20, 4);
+    Request second = first;
+    second.id = 2;
+    second.prompt_tokens[17] = 48;
+    h.add(first);
+    h.add(second);
+    EXPECT_EQ(h.scheduler.plan().rows.size(), size_t{1});
+    h.step();
+    EXPECT_EQ(h.scheduler.num_waiting(), 1);
+    if (aborted) h.answers.take({*h.scheduler.abort(1)});
+    h.run_all();
+    h.expect_same_as_alone(second);
+    EXPECT_EQ(h.answers.at(2).last.num_cached_tokens, aborted ? 8 : 17);
+    if (!aborted) h.expect_same_as_alone(first);
+    const uint64_t computed = h.scheduler.counters().prompt_tokens;
+    EXPECT_EQ(computed, aborted ? 8U + 12 : 20U + 3);
+  }
+}
+
+TEST("other pictures are other prompts; the same one is encoded once, for all who show it") {
+  Harness h({.num_blocks = 64},
+            {.session_len = 64, .max_batch_size = 4, .max_prefill_token_num = 64, .max_tiles = 8});
+  std::vector<Request> requests;
+  for (RequestId id = 1; id <= 3; ++id) {
+    Request request = text_request(id, static_cast<int>(id), 3);  // the picture begins elsewhere
+    add_image(request, 2, 7, h.spec);
+    requests.push_back(request);
+  }
+  Request other = text_request(1, 1, 3);
+  other.id = 4;
+  add_image(other, 2, 8, h.spec);
+  requests.push_back(other);
+  for (const Request& request : requests) h.add(request);
+  h.run_all();
+  for (const Request& request : requests) h.expect_same_as_alone(request);
+  EXPECT_EQ(h.model.tiles_encoded, 4);
+  Request again = requests[0];
+  again.id = 5;
+  again.prompt_tokens.push_back(3);
+  h.add(again);
+  h.run_all();
+  h.expect_same_as_alone(again);
+  EXPECT_EQ(h.model.tiles_encoded, 4);
+  EXPECT_EQ(h.answers.at(5).last.timings.vision_ms, 0.0);
+}
+
+TEST("a higher priority goes first, for as long as the difference is worth") {
+  const auto start = Clock::time_point() + std::chrono::hours(1);
+  SchedulerLimits limits = kLimits;
+  limits.max_batch_size = 1;
+  Harness h({.num_blocks = 32}, limits);
+  const auto add = [&](RequestId id, int priority, std::chrono::milliseconds after) {
+    Request request = text_request(id, 4, 2);
+    request.priority = priority;
+    EXPECT(h.scheduler.add(std::move(request), start + after).admit == Admit::ok);
+  };
+  using std::chrono::milliseconds;
+  add(1, 0, milliseconds(0));
+  add(2, 0, milliseconds(1));
+  add(3, 1, milliseconds(9000));  // a level is worth 10 s
+  add(4, 1, milliseconds(10500));
+  std::vector<RequestId> order;
+  for (;;) {
+    const StepPlan& plan = h.scheduler.plan();
+    if (plan.empty()) break;
+    const RequestId id = plan.rows[0].sequence->id();
+    if (order.empty() || order.back() != id) order.push_back(id);
+    h.answers.take(h.scheduler.commit(plan, h.runner.run(plan)));
+  }
+  EXPECT(order == (std::vector<RequestId>{3, 1, 2, 4}));
+}
+
+TEST("a higher priority takes the place of a running request, which goes on later") {
+  SchedulerLimits limits = kLimits;
+  limits.max_batch_size = 1;
+  Harness h({.num_blocks = 32}, limits);
+  const Request low = text_request(1, 6, 8);
+  Request high = text_request(2, 6, 2);
+  high.priority = 1;
+  h.add(low);
+  EXPECT(h.step());
+  h.add(high);
+  EXPECT(h.step());
+  EXPECT(h.answers.known(2));
+  h.run_all();
+  h.expect_same_as_alone(low);
+  h.expect_same_as_alone(high);
+  EXPECT_EQ(h.answers.at(1).last.num_preemptions, 1);
+}
+
+TEST("a full queue and a wait that is too long are refused with their codes") {
+  SchedulerLimits limits = kLimits;
+  limits.max_batch_size = 1;
+  limits.max_queue_size = 1;
+  Harness h({.num_blocks = 32}, limits);
+  const Clock::time_point now = Clock::now();
+  h.add(text_request(1, 6, 8));
+  EXPECT(h.step());
+  Request late = text_request(2, 6, 8);
+  late.queue_timeout_ms = 50;
+  EXPECT(h.scheduler.add(late, now).admit == Admit::ok);
+  const Admission refused = h.scheduler.add(text_request(3, 6, 8), now);
+  EXPECT(refused.admit == Admit::refused);
+  EXPECT(refused.code == ErrorCode::queue_full);
+  EXPECT(h.scheduler.expire(now + std::chrono::milliseconds(49)).empty());
+  const std::vector<Event> expired = h.scheduler.expire(now + std::chrono::milliseconds(51));
+  EXPECT_EQ(expired.size(), size_t{1});
+  EXPECT(expired[0].error_code == ErrorCode::deadline);
+  EXPECT(h.scheduler.expire(now + std::chrono::hours(1)).empty());  // what runs has no deadline
+  h.run_all();
+  h.expect_same_as_alone(text_request(1, 6, 8));
+}
+
 TEST("timings are ordered and only the last event carries them") {
   Harness h({}, kLimits);
   h.add(text_request(1, 12, 4));

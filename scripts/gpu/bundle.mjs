@@ -73,7 +73,7 @@ if (flags.cuda) {
   copy(join(build, library), `build/${library}`);
   const tests = join(build, 'test', 'kernels');
   for (const name of existsSync(tests) ? readdirSync(tests) : []) {
-    if (/^(\w+_test|kernel_bench)$/.test(name))
+    if (/^(\w+_test|kernel_bench|libstep_trace\.so)$/.test(name))
       copy(join(tests, name), `build/test/kernels/${name}`);
   }
 }

@@ -39,12 +39,13 @@ int choose_segments(WeightKind kind, int64_t n, int64_t k) {
   // the device's own, so that every GPU gives the same sums; powers of two, because the CTAs of a
   // cluster or the warpgroups of a CTA share them; no more than four, because CTAs with many tokens
   // run them in turn (down of Qwen2.5-32B with eight: 11 % faster at M = 1, 14 % slower at 4096).
-  constexpr int64_t kWantedUnits = 300;
+  // 16-bit weights fill an SM's ring with one warpgroup, and their widest tile takes no segments.
+  const int64_t wanted_units = kind == WeightKind::awq ? 300 : 128;
   const int64_t row_blocks = ceil_div<int64_t>(n, kPackRows);
   const int64_t least_k = kind == WeightKind::awq ? 2 * kChunkColumns : 4096;
   constexpr int64_t kMost = 4;
   int64_t segments = 1;
-  while (segments < kMost && segments * row_blocks < kWantedUnits &&
+  while (segments < kMost && segments * row_blocks < wanted_units &&
          k / (2 * segments) >= least_k) {
     segments *= 2;
   }

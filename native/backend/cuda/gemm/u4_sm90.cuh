@@ -22,7 +22,10 @@ void run_stream(const GemmArgs& args, const LaunchContext& context, int least, i
   const int slots =
       args.w->segments == 1 ? C::kSlice * C::kStride * 4 : C::kSplitGroups * C::kSlotFloats * 4;
   const int64_t on_sm = ceil_div<int64_t>(ctas_together<C>(args), context.num_sms);
-  const int bytes = std::clamp(static_cast<int>(context.max_shared_bytes / on_sm), least, most);
+  // Of each CTA's share the driver takes 1 KiB and the barriers some more.
+  constexpr int64_t kReserved = 2048;
+  const int bytes =
+      std::clamp(static_cast<int>(context.max_shared_bytes / on_sm - kReserved), least, most);
   run_sm90<C>(args, context, Segments::together,
               {.stages = std::max(2, (bytes - slots) / C::kStageBytes)});
 }

@@ -76,7 +76,10 @@ const WEIGHTS = [
   'words',
 ];
 
-const pipe = await pipeline({ device: 'cpu', maxBatchSize: 256 });
+// A pool that fills while the soak warms up: shared prefixes keep its blocks until it is full, so memory
+// grows to the plan first and must be flat from there.
+const POOL_BYTES = 384 * 2 ** 20;
+const pipe = await pipeline({ device: 'cpu', maxBatchSize: 256, kvCacheBytes: POOL_BYTES });
 const counts = { started: 0, finished: 0, aborted: 0, broken: 0, failed: 0, tokens: 0 };
 const byKind = {};
 const problems = [];

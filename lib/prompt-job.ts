@@ -52,7 +52,8 @@ const EMBED_RULES: check.Rules<EmbedOptions> = {
 /** Requests in the engine at a time: enough to fill its batches, few enough to end soon. */
 const MAX_IN_FLIGHT = 256;
 
-const GREEDY: NativeSampling = {
+/** The best token, nothing added, nothing reported. */
+export const GREEDY: NativeSampling = {
   doSample: false,
   temperature: 1,
   topK: 0,

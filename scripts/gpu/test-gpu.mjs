@@ -19,6 +19,7 @@ const { values: flags } = parseArgs({
 const { pipeline } = await import(pathToFileURL(join(root, 'dist', 'index.js')));
 const { probeCuda } = await import(pathToFileURL(join(root, 'dist', 'device.js')));
 const { loadNative } = await import(pathToFileURL(join(root, 'dist', 'native.js')));
+const { GREEDY } = await import(pathToFileURL(join(root, 'dist', 'prompt-job.js')));
 const fixtures = join(root, 'test', 'fixtures', 'tiny-internvl');
 const AWQ = join(root, 'models', 'tiny-internvl');
 // Greedy ids against the float32 reference's. float16 activations keep 11 bits: every one must agree.
@@ -143,20 +144,6 @@ for (const dtype of ['float16', 'bfloat16']) {
 // The fixture models hold corners of the formats at sizes that no real model has: heads of 16 and 32,
 // which the GPU's attention refuses. Either the float64 network's logits come out, or that refusal.
 const GPU_HEADS = [64, 80, 96, 128];
-const GREEDY = {
-  doSample: false,
-  temperature: 1,
-  topK: 0,
-  topP: 1,
-  minP: 0,
-  repetitionPenalty: 1,
-  frequencyPenalty: 0,
-  presencePenalty: 0,
-  logitBias: [],
-  seed: 0n,
-  numLogprobs: 0,
-  badWords: [],
-};
 async function runFixture(name, dtype) {
   const folder = join(root, 'test', 'fixtures', 'models', name);
   const read = (file) => JSON.parse(readFileSync(join(folder, file), 'utf8'));

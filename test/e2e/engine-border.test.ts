@@ -11,9 +11,9 @@ import type {
   NativeEvent,
   NativeOpenOptions,
   NativeRequest,
-  NativeSampling,
   TensorEntry,
 } from '../../lib/native-types.js';
+import { GREEDY as SAMPLING } from '../../lib/prompt-job.js';
 import { ADDON_PATH, addon, failureOf } from './support/addon.js';
 
 const MODEL = fileURLToPath(new URL('../fixtures/models/qwen2-f32/', import.meta.url));
@@ -47,21 +47,6 @@ const OPTIONS: NativeOpenOptions = {
   maxInterTokenLatencyMs: 0,
   cpuIsa: '',
   cudaLibrary: '',
-};
-
-const SAMPLING: NativeSampling = {
-  doSample: false,
-  temperature: 1,
-  topK: 0,
-  topP: 1,
-  minP: 0,
-  repetitionPenalty: 1,
-  frequencyPenalty: 0,
-  presencePenalty: 0,
-  logitBias: [],
-  seed: 0n,
-  numLogprobs: 0,
-  badWords: [],
 };
 
 function request(id: number, changes: Partial<NativeRequest> = {}): NativeRequest {

@@ -75,7 +75,7 @@ function tabulate() {
   const { pid, runs } = JSON.parse(readFileSync(windows, 'utf8'));
   const peaks = JSON.parse(readFileSync(flags.peaks, 'utf8'));
   const steps = splitSteps(readTrace(join(folder, `trace.${pid}`)));
-  const shape = decoderShape(model);
+  const shape = decoderShape(model, Number(flags.quant) || 16);
   const rowsOf = (step) => step.kernels.find(({ name }) => name.startsWith('embed'))?.grid[0] ?? 0;
   const tables = [];
   for (const { context, batch, from, to } of runs) {
@@ -92,6 +92,7 @@ function tabulate() {
       console.log(toMarkdown(what, table));
     }
   }
+  if (tables.length === 0) throw new Error(`${steps.length} steps, none to tabulate, in ${folder}`);
   if (flags.out) writeFileSync(flags.out, `${JSON.stringify({ model, peaks, tables }, null, 1)}\n`);
   rmSync(folder, { recursive: true });
 }

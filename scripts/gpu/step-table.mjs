@@ -4,8 +4,8 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 
-/** Sizes of the decoder in a model folder. */
-export function decoderShape(folder) {
+/** Sizes of the decoder in a model folder; kvBits: of the cache. */
+export function decoderShape(folder, kvBits = 16) {
   const config = JSON.parse(readFileSync(join(folder, 'config.json'), 'utf8'));
   const text = config.llm_config ?? config.text_config ?? config;
   const quant = config.quantization_config ?? text.quantization_config;
@@ -19,10 +19,17 @@ export function decoderShape(folder) {
     kvHeads: text.num_key_value_heads,
     headDim,
     vocab: text.vocab_size,
+    kvBytes: kvBits / 8,
     weightBits: quant ? 4 + 32 / (quant.group_size ?? 128) : 16,
   };
 }
 
+const DECODE_ATTENTION = 'decode_kernel';
+const LABELS = {
+  decode_kernel: 'decode attention',
+  prefill_kernel: 'prefill attention',
+  prefill_sm90_kernel: 'prefill attention',
+};
 const GEMMS = ['qkv', 'o', 'gate-up', 'down'];
 
 /** [N, K] of each linear layer. */
@@ -36,10 +43,10 @@ function linearShapes({ hidden, mlp, heads, kvHeads, headDim }) {
 }
 
 /** Bytes that a decode step cannot do without: all weights once, keys and values of every token. */
-export function stepFloorBytes(shape, batch, context, kvBytes = 2) {
+export function stepFloorBytes(shape, batch, context) {
   const layer = Object.values(linearShapes(shape)).reduce((sum, [n, k]) => sum + n * k, 0);
   const weights = (layer * shape.layers * shape.weightBits) / 8 + shape.vocab * shape.hidden * 2;
-  const kv = 2 * shape.layers * shape.kvHeads * shape.headDim * context * batch * kvBytes;
+  const kv = 2 * shape.layers * shape.kvHeads * shape.headDim * context * batch * shape.kvBytes;
   return weights + kv;
 }
 
@@ -60,10 +67,21 @@ export function readTrace(file) {
     .sort((a, b) => a.begin - b.begin);
 }
 
-// The last `..._kernel` of a mangled name; lengths go before identifiers there.
-function shortName(mangled) {
-  const found = [...mangled.matchAll(/([a-z][a-z0-9_]*_kernel)/g)].at(-1);
-  return found ? found[1] : mangled.slice(0, 48);
+/**
+ * The function's own name out of a mangled one: the last of the nested names after `_ZN`, each of which
+ * has its length before it (Itanium C++ ABI, 5.1). Anything else is cut to a readable length.
+ */
+export function shortName(mangled) {
+  let at = mangled.startsWith('_ZN') ? 3 : -1;
+  let name = '';
+  while (at >= 0) {
+    const length = /^\d+/.exec(mangled.slice(at, at + 6))?.[0];
+    if (length === undefined) break;
+    at += length.length;
+    name = mangled.slice(at, at + Number(length));
+    at += Number(length);
+  }
+  return name === '' ? mangled.slice(0, 48) : name;
 }
 
 /** Steps: each begins with the kernel that spreads its arrays. */
@@ -81,12 +99,15 @@ export function splitSteps(kernels) {
   }));
 }
 
-// What a kernel of the step is for, with its bytes and operations where the model tells.
+// What a kernel of the step is for, with its bytes and operations where the model tells. `us`: the part of
+// its time in which no kernel before it ran, so that all of them and the idle time sum to the step.
 function describe(step, shape, rows, context, batch) {
   const linears = linearShapes(shape);
   let gemm = 0;
+  let reached = step.begin;
   return step.kernels.map((kernel) => {
-    const us = (kernel.end - kernel.begin) / 1000;
+    const us = Math.max(0, kernel.end - Math.max(kernel.begin, reached)) / 1000;
+    reached = Math.max(reached, kernel.end);
     if (/gemm/.test(kernel.name)) {
       const inLayers = gemm < 4 * shape.layers;
       const label = inLayers ? GEMMS[gemm % 4] : 'head';
@@ -97,9 +118,9 @@ function describe(step, shape, rows, context, batch) {
       const bytes = (n * k * bits) / 8 + 2 * m * (k + n);
       return { label: `${label} (${kernel.name})`, us, bytes, flops: 2 * m * n * k };
     }
-    const kv = 4 * shape.kvHeads * shape.headDim * context * batch;
-    const bytes = /attention/.test(kernel.name) && step.decode ? kv : 0;
-    return { label: kernel.name, us, bytes, flops: 0 };
+    const kv = 2 * shape.kvBytes * shape.kvHeads * shape.headDim * context * batch;
+    const bytes = kernel.name === DECODE_ATTENTION && step.decode ? kv : 0;
+    return { label: LABELS[kernel.name] ?? kernel.name, us, bytes, flops: 0 };
   });
 }
 

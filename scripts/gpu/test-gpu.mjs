@@ -1,7 +1,8 @@
 // `npm run test:gpu`: the product on a GPU, through its public API and with no test framework, so that
 // it also runs from the bundle on hosts without npm. Writes OUT/test-gpu.json; exits 1 if a check fails.
 // Without a usable GPU it prints SKIP and exits 0.
-//   node scripts/gpu/test-gpu.mjs [--out DIR] [--device cuda] [--bf16 FOLDER]
+//   node scripts/gpu/test-gpu.mjs [--out DIR] [--device cuda] [--bf16 FOLDER] [--only TEXT]
+// --only: the checks with TEXT in their name (under compute-sanitizer all of them take hours).
 import { execFileSync } from 'node:child_process';
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { dirname, join, resolve } from 'node:path';
@@ -14,6 +15,7 @@ const { values: flags } = parseArgs({
     out: { type: 'string', default: join(root, 'build', 'gpu-results') },
     device: { type: 'string', default: 'cuda' },
     bf16: { type: 'string' },
+    only: { type: 'string', default: '' },
   },
 });
 const { pipeline } = await import(pathToFileURL(join(root, 'dist', 'index.js')));
@@ -41,6 +43,7 @@ if (wanted && !found.devices.some((_, i) => found.reason === '' && !found.proble
 const report = { gpu: found.devices, checks: [] };
 let failed = 0;
 async function check(name, body) {
+  if (!name.includes(flags.only)) return;
   const begin = performance.now();
   let result;
   try {
@@ -267,6 +270,77 @@ await check('the same sampled tokens for the same seed, alone and in a batch', a
     return { kinds: kinds.length };
   } finally {
     await pipe.close();
+  }
+});
+
+// Each generation option on the GPU against the CPU backend, which has tests of its own for every one.
+// float16 resolves the scores of these prompts, so the tokens must be the same ones.
+const OPTIONS = {
+  repetitionPenalty: { repetitionPenalty: 1.3 },
+  'frequency and presence penalty': { frequencyPenalty: 0.6, presencePenalty: 0.4 },
+  logitBias: { logitBias: { 101: 3, 97: -100, 116: 1.5 } },
+  badWords: { badWords: ['the', 'is'] },
+  stopWords: { stopWords: ['e '] },
+  stopTokenIds: { stopTokenIds: [115] },
+  minNewTokens: { minNewTokens: 30 },
+  n: { n: 3, doSample: true, topK: 1, randomSeed: 3 },
+  topLogprobs: { topLogprobs: 5 },
+  logitsProcessor: {
+    logitsProcessor: (_ids, logits) => {
+      for (let id = 97; id < 110; id += 1) logits[id] -= 2;
+    },
+  },
+  regex: { responseFormat: { type: 'regex_schema', regexSchema: '[a-z]{3,9} [0-9]{2}' } },
+  choice: { responseFormat: { type: 'choice', choices: ['circle', 'square', 'triangle'] } },
+  'json schema': {
+    responseFormat: {
+      type: 'json_schema',
+      jsonSchema: {
+        schema: {
+          type: 'object',
+          properties: { ok: { type: 'boolean' }, n: { type: 'integer', minimum: 0, maximum: 99 } },
+          required: ['ok', 'n'],
+        },
+      },
+    },
+  },
+};
+
+function worstError(a, b, name) {
+  must(a.length > 0 && a.length === b.length, `${name}: ${a.length} and ${b.length} values`);
+  return a.reduce((worst, value, i) => Math.max(worst, Math.abs(value - b[i])), 0);
+}
+
+await check('generation options and scores as on the CPU, float16', async () => {
+  const gpu = await open(AWQ, { dtype: 'float16' });
+  const cpu = await pipeline(AWQ, { device: 'cpu' });
+  try {
+    const prompts = ['What is 27 + 45?', 'Name a colour.'];
+    for (const [name, option] of Object.entries(OPTIONS)) {
+      const settings = { maxNewTokens: 40, ...option };
+      const [ours, exact] = [await gpu(prompts, settings), await cpu(prompts, settings)];
+      const texts = (responses) => JSON.stringify(responses.flat().map(({ text }) => text));
+      must(texts(ours) === texts(exact), `${name}: ${texts(ours)} for ${texts(exact)}`);
+    }
+    const all = { outputLogits: 'all', outputLastHiddenState: 'all', maxNewTokens: 12 };
+    const [ours, exact] = [await gpu(prompts[0], all), await cpu(prompts[0], all)];
+    const [ppl, exactPpl] = [await gpu.getPpl(prompts), await cpu.getPpl(prompts)];
+    const [vectors, exactVectors] = [await gpu.embed(prompts), await cpu.embed(prompts)];
+    const errors = {
+      logits: worstError(ours.logits.data, exact.logits.data, 'logits'),
+      hidden: worstError(ours.lastHiddenState.data, exact.lastHiddenState.data, 'hidden states'),
+      ppl: worstError(ppl, exactPpl, 'getPpl'),
+      embed: Math.max(...vectors.map((v, i) => worstError(v, exactVectors[i], 'embed'))),
+    };
+    // Logits reach 20, normed hidden states 10, unit vectors 1; float16 keeps 11 bits of each sum.
+    const bounds = { logits: 0.05, hidden: 0.05, ppl: 0.01, embed: 0.002 };
+    for (const [name, bound] of Object.entries(bounds)) {
+      must(errors[name] <= bound, `${name}: off by ${errors[name]}, at most ${bound}`);
+    }
+    return { options: Object.keys(OPTIONS).length, errors };
+  } finally {
+    await gpu.close();
+    await cpu.close();
   }
 });
 

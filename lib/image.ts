@@ -7,9 +7,10 @@ import { fileURLToPath } from 'node:url';
 import type { Metadata, Sharp, SharpOptions } from 'sharp';
 import { TurbomindError } from './errors.js';
 import { fetchBytes } from './image-fetch.js';
+import { ownPixels, rgbOfCmyk } from './image-pixels.js';
 import { type ImageSource, isSharpLike, type RawImage, type SharpLike } from './messages.js';
 
-/** Decoded pixels, [height, width, channels]. */
+/** Decoded pixels, [height, width, channels]; nobody else writes to them or takes them away. */
 export interface Image {
   readonly data: Uint8Array;
   readonly width: number;
@@ -44,7 +45,10 @@ export async function loadImage(
   limits: ImageLimits,
   signal?: AbortSignal,
 ): Promise<Image> {
-  if (isRaw(source)) return checkRaw(source, limits);
+  if (isRaw(source)) {
+    const image = checkRaw(source, limits);
+    return { ...image, data: await ownPixels(image.data) };
+  }
   if (isSharp(source)) return await decodeInstance(source, limits);
   const name = nameOf(source);
   const bytes = await readSource(source, limits, signal);
@@ -200,8 +204,7 @@ async function toRgb(image: Sharp, metadata: Pick<Metadata, 'space'>): Promise<I
   return { data, width, height, channels };
 }
 
-// libvips would go through a printing profile; Pillow multiplies by the black channel:
-// (255 - k) - c * (255 - k) / 255, rounded. Measured: identical bytes for JPEG and TIFF.
+// libvips would go through a printing profile. Measured: identical bytes for JPEG and TIFF.
 async function cmykToRgb(image: Sharp): Promise<Image> {
   const { data, info } = await image
     .pipelineColourspace('cmyk')
@@ -209,15 +212,7 @@ async function cmykToRgb(image: Sharp): Promise<Image> {
     .raw({ depth: 'uchar' })
     .toBuffer({ resolveWithObject: true });
   const { width, height, channels } = info;
-  const rgb = new Uint8Array(width * height * 3);
-  for (let from = 0, to = 0; to < rgb.length; from += channels, to += 3) {
-    const white = 255 - (data[from + 3] ?? 0);
-    for (let channel = 0; channel < 3; channel++) {
-      const product = (data[from + channel] ?? 0) * white + 128;
-      rgb[to + channel] = white - ((product + (product >> 8)) >> 8);
-    }
-  }
-  return { data: rgb, width, height, channels: 3 };
+  return { data: await rgbOfCmyk(data, channels), width, height, channels: 3 };
 }
 
 function checkPixels(name: string, width: number, height: number, limits: ImageLimits): void {

@@ -341,7 +341,11 @@ export interface NativeAddon {
   ): Promise<NativeEngine>;
   /** The plan of `open` without loading: maps the files, reads no weights. */
   estimate(options: NativeOpenOptions): MemoryReport;
-  /** Cuts an image into tiles on native threads. channels: 1, 3 or 4; pixels are copied. */
+  /**
+   * Cuts an image into tiles on native threads. channels: 1, 3 or 4. The pixels are read where they
+   * are and kept from the garbage collector: until the promise settles they must neither be written
+   * to nor be detached (transferred, resized).
+   */
   makeTiles(
     pixels: Uint8Array,
     width: number,

@@ -2,7 +2,6 @@
 // and cut, prompt rendered and encoded, limits applied. Tiles are cut on native threads; the rest
 // runs on the JS thread.
 import { availableParallelism } from 'node:os';
-import { setImmediate as nextTurn } from 'node:timers/promises';
 import { BadWordSpeller } from './bad-words.js';
 import type { PromptBuilder } from './chat.js';
 import type { ImageSettings } from './checkpoint/checkpoint.js';
@@ -20,6 +19,7 @@ import type {
 } from './native-types.js';
 import type { ResolvedGenerationOptions, TilingOptions } from './options.js';
 import type { Tokenizer } from './tokenizer.js';
+import { Turns } from './turns.js';
 
 /** What preparing needs of an open pipeline. */
 export interface PrepareContext {
@@ -44,7 +44,7 @@ export class RequestPreparer {
   // Prompts of a batch are encoded one behind the other, with pauses for events.
   readonly #encoding = new Limiter(1);
   readonly #badWords: BadWordSpeller;
-  #yieldedAt = 0;
+  readonly #turns = new Turns(MAX_BLOCKING_MS);
 
   constructor(context: PrepareContext) {
     this.#context = context;
@@ -58,9 +58,9 @@ export class RequestPreparer {
   ): Promise<Omit<NativeRequest, 'id'>> {
     const tiles = await this.#cutPictures(conversation, options);
     return await this.#encoding.run(async () => {
-      await this.#giveWay();
+      await this.#turns.giveWay();
       options.signal?.throwIfAborted();
-      const badWords = await this.#badWords.spell(options.badWords, () => this.#giveWay());
+      const badWords = await this.#badWords.spell(options.badWords, () => this.#turns.giveWay());
       return this.#build(conversation, tiles, options, badWords);
     });
   }
@@ -203,12 +203,6 @@ export class RequestPreparer {
       'ERR_TM_INVALID_OPTION',
       `${option}: ${outside} is not a token; expected 0 to ${vocabSize - 1}`,
     );
-  }
-
-  async #giveWay(): Promise<void> {
-    if (performance.now() - this.#yieldedAt < MAX_BLOCKING_MS) return;
-    await nextTurn();
-    this.#yieldedAt = performance.now();
   }
 }
 

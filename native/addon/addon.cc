@@ -1,6 +1,5 @@
 // The module: the functions of lib/native-types.ts `NativeAddon`, defined anew for every
 // environment that loads the file. Engines and tiles have files of their own.
-#include <cstring>
 #include <memory>
 
 #include "addon/convert.h"
@@ -10,7 +9,6 @@
 #include "addon/host_info.h"
 #include "addon/js_object.h"
 #include "addon/tiles_wrap.h"
-#include "image/pixel_buffer.h"
 
 #define TM_STRINGIFY(x) #x
 #define TM_TEXT(x) TM_STRINGIFY(x)
@@ -60,25 +58,26 @@ Napi::Value make_tiles(const Napi::CallbackInfo& info) {
   return guard_promise(env, [&](const Napi::Promise::Deferred& deferred) {
     const image::TileOptions options = to_tile_options(Field(info[4], "makeTiles: options"));
     image::check_options(options);
-    image::ImageView view =
+    const image::ImageView view =
         to_image_view(info, "makeTiles", Field(info[3], "makeTiles: channels").int32());
-    // Copied, because JavaScript may change, move or free its memory while our threads read.
-    const size_t bytes = static_cast<size_t>(view.width) * view.height * view.channels;
-    const std::shared_ptr<uint8_t> copy = image::allocate_pixels(bytes);
-    std::memcpy(copy.get(), view.pixels, bytes);
-    view.pixels = copy.get();
+    // Not copied: a picture of 100 MB would block the JS thread for longer than a token takes. The
+    // reference goes back on the JS thread, whichever thread lets go of its holder last.
+    auto pixels =
+        std::make_shared<Napi::ObjectReference>(Napi::Persistent(info[0].As<Napi::Object>()));
 
     Environment& environment = Environment::of(env);
     image::TilePool& pool = environment.tile_pool();
     environment.calls().begin();
-    pool.submit(view, copy, options,
-                [&calls = environment.calls(), deferred](TilesWrap::Tiles tiles,
-                                                         std::exception_ptr failure) {
-                  calls.finish([deferred, tiles = std::move(tiles), failure](Napi::Env woken) {
-                    if (failure) return deferred.Reject(js_error(woken, failure).Value());
-                    deferred.Resolve(TilesWrap::create(woken, tiles));
-                  });
-                });
+    pool.submit(
+        view, options,
+        [&calls = environment.calls(), deferred, pixels = std::move(pixels)](
+            TilesWrap::Tiles tiles, std::exception_ptr failure) {
+          calls.finish([deferred, pixels, tiles = std::move(tiles), failure](Napi::Env woken) {
+            pixels->Reset();
+            if (failure) return deferred.Reject(js_error(woken, failure).Value());
+            deferred.Resolve(TilesWrap::create(woken, tiles));
+          });
+        });
   });
 }
 

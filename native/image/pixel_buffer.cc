@@ -1,8 +1,7 @@
 #include "image/pixel_buffer.h"
 
-#include <cstdlib>
+#include <cstdint>
 
-#include "base/error.h"
 #include "base/types.h"
 
 #if defined(__linux__)
@@ -15,19 +14,6 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 
 }  // namespace
-
-std::shared_ptr<uint8_t> allocate_pixels(size_t bytes) {
-  // Small images come from the heap as they are; large ones begin where a huge page can.
-  const bool large = bytes >= 2 * kHugePage;
-  const size_t alignment = large ? kHugePage : 64;
-  void* memory = std::aligned_alloc(alignment, round_up(bytes + (bytes == 0 ? 1 : 0), alignment));
-  if (memory == nullptr) {
-    throw Error(ErrorCode::out_of_memory,
-                format("image: no memory for %zu bytes of pixels", bytes));
-  }
-  if (large) prefer_huge_pages(memory, bytes);
-  return {static_cast<uint8_t*>(memory), [](uint8_t* pixels) { std::free(pixels); }};
-}
 
 void prefer_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)

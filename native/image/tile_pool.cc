@@ -18,7 +18,6 @@ struct Work {
   enum class Phase { plan, bands, hashes };
 
   ImageView image;
-  std::shared_ptr<const void> owner;
   TileOptions options;
   TilePool::Done done;
   std::optional<TileJob> job;
@@ -108,7 +107,6 @@ void TilePool::State::loop() {
     lock.unlock();
     std::shared_ptr<const ImageTiles> tiles = work->failure ? nullptr : work->job->take();
     work->job.reset();
-    work->owner.reset();
     work->done(std::move(tiles), work->failure);
     work.reset();
     lock.lock();
@@ -124,7 +122,6 @@ void TilePool::State::stop() {
   for (std::thread& thread : threads) thread.join();
   for (const WorkPtr& work : queue) {
     work->job.reset();
-    work->owner.reset();
     const Error stopped(ErrorCode::disposed, "image: the preprocessing threads were stopped");
     work->done(nullptr, std::make_exception_ptr(stopped));
   }
@@ -147,11 +144,9 @@ TilePool::~TilePool() { state_->stop(); }
 
 int TilePool::size() const { return state_->num_threads; }
 
-void TilePool::submit(const ImageView& image, std::shared_ptr<const void> owner,
-                      const TileOptions& options, Done done) {
+void TilePool::submit(const ImageView& image, const TileOptions& options, Done done) {
   auto work = std::make_shared<Work>();
   work->image = image;
-  work->owner = std::move(owner);
   work->options = options;
   work->done = std::move(done);
   {
@@ -162,11 +157,10 @@ void TilePool::submit(const ImageView& image, std::shared_ptr<const void> owner,
 }
 
 std::future<std::shared_ptr<const ImageTiles>> TilePool::submit(const ImageView& image,
-                                                                std::shared_ptr<const void> owner,
                                                                 const TileOptions& options) {
   auto promise = std::make_shared<std::promise<std::shared_ptr<const ImageTiles>>>();
   std::future<std::shared_ptr<const ImageTiles>> future = promise->get_future();
-  submit(image, std::move(owner), options,
+  submit(image, options,
          [promise](std::shared_ptr<const ImageTiles> tiles, std::exception_ptr failure) {
            if (failure) {
              promise->set_exception(failure);

@@ -26,12 +26,10 @@ class TilePool {
 
   int size() const;
 
-  // `owner` keeps image.pixels alive and is released when the image's last item is done.
+  // The pixels must stay as they are until `done` is called; nothing reads them afterwards.
   // Bad images and options are answered through `done` too.
-  void submit(const ImageView& image, std::shared_ptr<const void> owner, const TileOptions& options,
-              Done done);
+  void submit(const ImageView& image, const TileOptions& options, Done done);
   std::future<std::shared_ptr<const ImageTiles>> submit(const ImageView& image,
-                                                        std::shared_ptr<const void> owner,
                                                         const TileOptions& options);
 
  private:

@@ -7,7 +7,9 @@ import { pathToFileURL } from 'node:url';
 import sharp from 'sharp';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { type ImageLimits, loadImage } from '../../lib/image.js';
+import { ownPixels } from '../../lib/image-pixels.js';
 import type { ImageSource } from '../../lib/messages.js';
+import { Turns } from '../../lib/turns.js';
 
 const LIMITS: ImageLimits = { maxPixels: 10_000, maxBytes: 100_000, timeoutMs: 2_000 };
 // 3 x 2, every byte distinct.
@@ -133,6 +135,39 @@ describe('pixels', () => {
     const image = await load(turned);
     expect([image.width, image.height]).toEqual([2, 3]);
     expect([...image.data.slice(0, 3)]).toEqual([...PIXELS.slice(9, 12)]);
+  });
+});
+
+describe('raw pixels', () => {
+  test('are copied: whoever gave them may write to them afterwards', async () => {
+    for (const data of [PIXELS.slice(), new Uint8Array(new SharedArrayBuffer(18))]) {
+      data.set(PIXELS);
+      const image = await load({ data, width: 3, height: 2, channels: 3 });
+      data.fill(1);
+      expect([...image.data]).toEqual([...PIXELS]);
+    }
+  });
+
+  test('of any length arrive whole, with turns of the event loop between', async () => {
+    const given = Uint8Array.from({ length: (1 << 22) + 5 }, (_, index) => index * 31);
+    expect(Buffer.compare(await ownPixels(given, new Turns(0)), given)).toBe(0);
+    let turns = 0;
+    const count = setInterval(() => {
+      turns += 1;
+    }, 0);
+    await ownPixels(new Uint8Array(1 << 26));
+    clearInterval(count);
+    expect(turns).toBeGreaterThan(1);
+  });
+
+  test('that are transferred while they are read end with an error', async () => {
+    const data = new Uint8Array(1 << 21);
+    const reading = ownPixels(data, new Turns(0));
+    structuredClone(data.buffer, { transfer: [data.buffer] });
+    await expect(reading).rejects.toMatchObject({
+      code: 'ERR_TM_INVALID_IMAGE',
+      message: expect.stringContaining('transferred'),
+    });
   });
 });
 

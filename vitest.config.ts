@@ -2,6 +2,7 @@ import { defineConfig } from 'vitest/config';
 
 export default defineConfig({
   test: {
+    globalSetup: ['test/scratch.ts'],
     projects: [
       { test: { name: 'lib', include: ['test/lib/**/*.test.ts'], testTimeout: 20_000 } },
       {

@@ -12,7 +12,8 @@ import {
 import type { RequestPreparer } from './prepare.js';
 import type { EventRouter, Submitted } from './router.js';
 import type { StreamSource } from './stream.js';
-import type { GrammarService, GrammarSession } from './structured/grammar-service.js';
+import type { GrammarService } from './structured/grammar-service.js';
+import type { GrammarSession } from './structured/grammar-session.js';
 import type { Tokenizer } from './tokenizer.js';
 
 /** One set of options for all prompts, or one a prompt. */

@@ -5,7 +5,7 @@ import { TurbomindError } from './errors.js';
 import { MetricsRecorder, type RequestTrace } from './metrics.js';
 import { fromNative } from './native.js';
 import type { NativeEngine, NativeEvent, NativeRequest } from './native-types.js';
-import type { GrammarSession } from './structured/grammar-service.js';
+import type { GrammarSession } from './structured/grammar-session.js';
 
 /** Who is told what becomes of a request. */
 export interface RequestHandler {

@@ -2,150 +2,19 @@
 // there and masks back. A worker that is lost (a grammar that takes too long, a matcher that gives
 // up) is replaced, and its other sessions go on from the tokens they have drawn. Runs on the JS
 // thread, which never waits: compiling and masks are the workers' work.
-import { setImmediate as nextTurn } from 'node:timers/promises';
 import { TurbomindError } from '../errors.js';
 import type { Tokenizer } from '../tokenizer.js';
-import type { FromWorker, MaskStatus, SessionStep, ToWorker, Vocabulary } from './protocol.js';
+import { type GrammarSession, Session, Slot } from './grammar-session.js';
+import type { FromWorker, MaskStatus, Vocabulary } from './protocol.js';
 import type { GrammarSource } from './response-format.js';
-
-/** A worker's thread, or a stand-in of tests. */
-export interface WorkerPort {
-  post(message: ToWorker): void;
-  /** Whether the process waits for it. */
-  hold(isHeld: boolean): void;
-  terminate(): Promise<unknown>;
-}
-
-export interface WorkerHandlers {
-  message(message: FromWorker): void;
-  /** The thread has ended by itself. */
-  lost(reason: string): void;
-}
-
-export type StartWorker = (vocabulary: Vocabulary, handlers: WorkerHandlers) => WorkerPort;
-
-/** Masks of one answer, from its first token on. */
-export interface GrammarSession {
-  /** Bit i of word i / 32: token i is allowed next. [ceil(vocabSize / 32)]; valid until `advance`. */
-  readonly mask: Uint32Array;
-  /** Tokens were drawn. One of the two is called later; neither when the answer has ended. */
-  advance(
-    tokens: readonly number[],
-    onMask: (mask: Uint32Array) => void,
-    onError: (error: TurbomindError) => void,
-  ): void;
-  /** The answer has ended or will not begin. */
-  close(): void;
-}
+import { readVocabulary } from './vocabulary.js';
+import type { StartWorker, WorkerPort } from './worker-port.js';
 
 /** A second worker compiles while the first one serves answers that run. */
 const MOST_WORKERS = 2;
 const COMPILE_LIMIT_MS = 120_000;
 /** A worker that breaks this often under one session is not replaced for it again. */
 const MOST_RETRIES = 2;
-/** The vocabulary is read in slices of this length, with turns of the event loop between. */
-const SLICE_MS = 4;
-
-type Settle = {
-  readonly onMask: (mask: Uint32Array) => void;
-  readonly onError: (error: TurbomindError) => void;
-};
-
-class Session implements GrammarSession {
-  readonly id: number;
-  readonly source: GrammarSource;
-  readonly stopIds: readonly number[];
-  readonly buffer: SharedArrayBuffer;
-  readonly mask: Uint32Array;
-  readonly drawn: number[] = [];
-  slot: Slot;
-  waiting: Settle | undefined;
-  numRetries = 0;
-  readonly #onClose: (session: Session) => void;
-
-  constructor(
-    id: number,
-    source: GrammarSource,
-    stopIds: readonly number[],
-    numWords: number,
-    slot: Slot,
-    onClose: (session: Session) => void,
-  ) {
-    this.id = id;
-    this.source = source;
-    this.stopIds = stopIds;
-    this.buffer = new SharedArrayBuffer(numWords * 4);
-    this.mask = new Uint32Array(this.buffer);
-    this.slot = slot;
-    this.#onClose = onClose;
-  }
-
-  advance(
-    tokens: readonly number[],
-    onMask: (mask: Uint32Array) => void,
-    onError: (error: TurbomindError) => void,
-  ): void {
-    this.drawn.push(...tokens);
-    this.waiting = { onMask, onError };
-    this.slot.step({ session: this.id, tokens });
-  }
-
-  close(): void {
-    this.#onClose(this);
-  }
-}
-
-/** One worker and the sessions that it serves. */
-class Slot {
-  readonly sessions = new Map<number, Session>();
-  readonly grammars = new Set<string>();
-  readonly vocabulary: Vocabulary;
-  port: WorkerPort;
-  /** What the worker compiles now, and since when. */
-  compiling: { readonly session: number; readonly timer: NodeJS.Timeout } | undefined;
-  #steps: SessionStep[] = [];
-
-  constructor(vocabulary: Vocabulary, start: (slot: Slot) => WorkerPort) {
-    this.vocabulary = vocabulary;
-    this.port = start(this);
-  }
-
-  /** The steps of one batch of events travel together. */
-  step(step: SessionStep): void {
-    if (this.#steps.length === 0) queueMicrotask(() => this.#flush());
-    this.#steps.push(step);
-  }
-
-  dropSteps(): void {
-    this.#steps = [];
-  }
-
-  #flush(): void {
-    const steps = this.#steps;
-    this.#steps = [];
-    if (steps.length > 0) this.port.post({ type: 'advance', steps });
-  }
-
-  open(session: Session): void {
-    this.grammars.add(session.source.ebnf);
-    this.port.post({
-      type: 'open',
-      session: session.id,
-      ebnf: session.source.ebnf,
-      isForeign: session.source.isForeign,
-      stopIds: session.stopIds,
-      mask: session.buffer,
-      accepted: session.drawn,
-    });
-    this.hold();
-  }
-
-  /** An answer that waits for its first mask keeps the process alive; the engine keeps the others. */
-  hold(): void {
-    const isHeld = [...this.sessions.values()].some((session) => session.waiting !== undefined);
-    this.port.hold(isHeld);
-  }
-}
 
 export interface GrammarServiceParts {
   readonly tokenizer: Tokenizer;
@@ -202,7 +71,7 @@ export class GrammarService {
     const slots = this.#slots.splice(0);
     for (const slot of slots) {
       clearTimeout(slot.compiling?.timer);
-      for (const session of [...slot.sessions.values()]) take(session)?.onError(closed());
+      for (const session of [...slot.sessions.values()]) session.take()?.onError(closed());
     }
     await Promise.all(slots.map(({ port }) => port.terminate()));
   }
@@ -260,13 +129,13 @@ export class GrammarService {
     const session = slot.sessions.get(id);
     if (session === undefined) return;
     slot.grammars.delete(session.source.ebnf);
-    take(session)?.onError(refusal(reason));
+    session.take()?.onError(refusal(reason));
   }
 
   #settle(slot: Slot, id: number, status: MaskStatus): void {
     this.#unwatch(slot, id);
     const session = slot.sessions.get(id);
-    const waiting = session && take(session);
+    const waiting = session?.take();
     if (session === undefined || waiting === undefined) return;
     if (status === 'ready') waiting.onMask(session.mask);
     else if (status === 'stuck') waiting.onError(stuck());
@@ -305,7 +174,7 @@ export class GrammarService {
     for (const session of [...slot.sessions.values()]) {
       session.numRetries += 1;
       if (session.id === culprit || session.numRetries > MOST_RETRIES) {
-        const waiting = take(session);
+        const waiting = session.take();
         slot.sessions.delete(session.id);
         waiting?.onError(internal(`the grammar matcher gave up: ${reason}`));
       } else {
@@ -321,38 +190,6 @@ export class GrammarService {
     slot.port.post({ type: 'close', session: session.id });
     slot.hold();
   }
-}
-
-function take(session: Session): Settle | undefined {
-  const { waiting } = session;
-  session.waiting = undefined;
-  return waiting;
-}
-
-/**
- * Bytes of all tokens a grammar may draw: not special ones, not those that end an answer. Reading
- * 150 thousand tokens takes 0.1 s, so the event loop gets its turns in between.
- */
-export async function readVocabulary(tokenizer: Tokenizer, vocabSize: number): Promise<Vocabulary> {
-  const stops = new Set(tokenizer.eosIds);
-  const numTokens = Math.min(vocabSize, tokenizer.vocabSize);
-  const offsets = new Uint32Array(vocabSize + 1);
-  const tokens: Uint8Array[] = [];
-  let end = 0;
-  let started = performance.now();
-  for (let id = 0; id < numTokens; id += 1) {
-    if (!stops.has(id) && !tokenizer.isSpecial(id)) {
-      const token = tokenizer.bytesOf(id);
-      tokens.push(token);
-      end += token.length;
-    }
-    offsets[id + 1] = end;
-    if (performance.now() - started < SLICE_MS) continue;
-    await nextTurn();
-    started = performance.now();
-  }
-  offsets.fill(end, numTokens + 1);
-  return { bytes: Buffer.concat(tokens), offsets };
 }
 
 function refusal(reason: string): TurbomindError {

@@ -7,13 +7,6 @@ import { productiveRules } from './grammar-writer.js';
 import { ArrayCompiler } from './json-array.js';
 import { ObjectCompiler } from './json-object.js';
 import {
-  ANY_NUMBER,
-  integersBetween,
-  type NumberBounds,
-  numbersBetween,
-  UNBOUNDED,
-} from './numbers.js';
-import {
   choice,
   isProductive,
   type Pattern,
@@ -29,7 +22,6 @@ import {
   checkKeywords,
   isSchemaObject,
   type JsonValue,
-  KEYWORDS,
   type Located,
   located,
   resolvePointer,
@@ -38,6 +30,8 @@ import {
 } from './schema.js';
 import { areDisjoint } from './schema-disjoint.js';
 import { mergeSchemas } from './schema-merge.js';
+import { numberPattern } from './schema-numbers.js';
+import { isOfType, type JsonType, TYPES, typesOf } from './schema-types.js';
 import { stringPattern } from './strings.js';
 
 export interface SchemaGrammar {
@@ -45,12 +39,7 @@ export interface SchemaGrammar {
   readonly rules: ReadonlyMap<string, Pattern>;
 }
 
-const TYPES = ['object', 'array', 'string', 'number', 'integer', 'boolean', 'null'] as const;
-type JsonType = (typeof TYPES)[number];
-
 const MAX_DEPTH = 100;
-/** More multiples than these are not written out one by one. */
-const MAX_MULTIPLES = 1000;
 
 /** Space, or a new line with some indentation, or nothing: never so much that it has no end. */
 export const SPACE: Pattern = choice(
@@ -141,7 +130,7 @@ export class SchemaCompiler implements ValueCompiler {
     if (schema.oneOf !== undefined) return this.#branches('oneOf', schema, path, depth);
     if (schema.const !== undefined || schema.enum !== undefined)
       return this.#constants(schema, path);
-    const types = this.#typesOf(schema, path);
+    const types = typesOf(schema, path);
     if (types === undefined) return this.#any();
     return choice(...types.map((type) => this.#typed(type, { schema, path }, depth)));
   }
@@ -243,7 +232,7 @@ export class SchemaCompiler implements ValueCompiler {
     if (others.length > 0) {
       throw schemaError(path, `${others[0]} beside enum or const is not supported; list what fits`);
     }
-    const types = schema.type === undefined ? undefined : this.#typesOf(schema, path);
+    const types = schema.type === undefined ? undefined : typesOf(schema, path);
     const fitting = all.filter((value) => {
       const isListed =
         list === undefined || list.some((each) => canonical(each) === canonical(value));
@@ -251,16 +240,6 @@ export class SchemaCompiler implements ValueCompiler {
     });
     if (fitting.length === 0) throw schemaError(path, 'no value of its enum or const fits');
     return choice(...fitting.map((value) => text(JSON.stringify(value))));
-  }
-
-  #typesOf(schema: SchemaObject, path: string): readonly JsonType[] | undefined {
-    if (schema.type === undefined) return inferTypes(schema);
-    const names = Array.isArray(schema.type) ? schema.type : [schema.type];
-    return names.map((name: JsonValue) => {
-      const type = TYPES.find((known) => known === name);
-      if (type !== undefined) return type;
-      throw schemaError(path, `type ${JSON.stringify(name)}; expected ${TYPES.join(', ')}`);
-    });
   }
 
   #typed(
@@ -290,93 +269,4 @@ export class SchemaCompiler implements ValueCompiler {
 export function listOf(value: JsonValue | undefined, path: string): readonly JsonValue[] {
   if (Array.isArray(value) && value.length > 0) return value;
   throw schemaError(path, 'expected a list with at least one item');
-}
-
-// A schema that speaks of one kind of value and names no type means that kind: a subset of what it
-// allows. One that says nothing allows everything.
-function inferTypes(schema: SchemaObject): readonly JsonType[] | undefined {
-  const types = (['object', 'array', 'string', 'number'] as const).filter((type) =>
-    KEYWORDS[type].some((key) => schema[key] !== undefined),
-  );
-  return types.length === 0 ? undefined : types;
-}
-
-function isOfType(value: JsonValue, type: JsonType): boolean {
-  if (type === 'null') return value === null;
-  if (type === 'array') return Array.isArray(value);
-  if (type === 'integer') return typeof value === 'number' && Number.isInteger(value);
-  if (type === 'object') return isSchemaObject(value);
-  return typeof value === type;
-}
-
-function numberPattern(type: 'number' | 'integer', schema: SchemaObject, path: string): Pattern {
-  const bounds = boundsOf(schema, path);
-  const step = numberAt(schema, 'multipleOf', path);
-  const isBounded = bounds !== UNBOUNDED;
-  if (step !== undefined && !(step > 0)) throw schemaError(path, 'multipleOf must be above 0');
-  const digits = step === undefined ? undefined : decimalPlaces(step);
-  let found: Pattern | undefined;
-  if (type === 'integer' && (step === undefined || Number.isInteger(1 / step))) {
-    found = integersBetween(bounds);
-  } else if (step === undefined) {
-    found = isBounded ? numbersBetween(bounds) : ANY_NUMBER;
-  } else if (type === 'number' && digits !== undefined) {
-    found = digits === 0 ? integersBetween(bounds) : numbersBetween(bounds, digits);
-  } else {
-    found = multiplesBetween(step, type, bounds, path);
-  }
-  if (found === undefined) throw schemaError(path, 'no number lies between its bounds');
-  return found;
-}
-
-// 1, 0.1, 0.01…: that many places behind the point, and nothing else.
-function decimalPlaces(step: number): number | undefined {
-  const places = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].find((count) => Number(`1e-${count}`) === step);
-  return places;
-}
-
-function multiplesBetween(
-  step: number,
-  type: 'number' | 'integer',
-  bounds: NumberBounds,
-  path: string,
-): Pattern {
-  const first = Math.ceil(bounds.min / step);
-  const last = Math.floor(bounds.max / step);
-  if (!(last - first < MAX_MULTIPLES) || !Number.isInteger(step)) {
-    throw schemaError(
-      path,
-      `multipleOf ${step} is supported for powers of ten up to 1, and for whole numbers with ` +
-        `minimum and maximum that leave at most ${MAX_MULTIPLES} values (type ${type})`,
-    );
-  }
-  const values = Array.from({ length: last - first + 1 }, (_, index) => (first + index) * step);
-  const inside = values.filter(
-    (value) =>
-      !(bounds.isMinExclusive && value === bounds.min) &&
-      !(bounds.isMaxExclusive && value === bounds.max),
-  );
-  return choice(...inside.map((value) => text(String(value === 0 ? 0 : value))));
-}
-
-function boundsOf(schema: SchemaObject, path: string): NumberBounds {
-  const min = numberAt(schema, 'minimum', path);
-  const max = numberAt(schema, 'maximum', path);
-  const above = numberAt(schema, 'exclusiveMinimum', path);
-  const below = numberAt(schema, 'exclusiveMaximum', path);
-  if ([min, max, above, below].every((bound) => bound === undefined)) return UNBOUNDED;
-  const isMinExclusive = above !== undefined && (min === undefined || above >= min);
-  const isMaxExclusive = below !== undefined && (max === undefined || below <= max);
-  return {
-    min: (isMinExclusive ? above : min) ?? Number.NEGATIVE_INFINITY,
-    isMinExclusive,
-    max: (isMaxExclusive ? below : max) ?? Number.POSITIVE_INFINITY,
-    isMaxExclusive,
-  };
-}
-
-function numberAt(schema: SchemaObject, key: string, path: string): number | undefined {
-  const value = schema[key];
-  if (value === undefined || typeof value === 'number') return value;
-  throw schemaError(path, `${key} must be a number`);
 }

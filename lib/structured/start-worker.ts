@@ -5,8 +5,8 @@ import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { TurbomindError } from '../errors.js';
 import { packageRoot } from '../native.js';
-import type { WorkerHandlers, WorkerPort } from './grammar-service.js';
 import type { FromWorker, Vocabulary, WorkerStart } from './protocol.js';
+import type { WorkerHandlers, WorkerPort } from './worker-port.js';
 
 /** @throws TurbomindError ERR_TM_INTERNAL when the package's files are not there. */
 export function startWorker(vocabulary: Vocabulary, handlers: WorkerHandlers): WorkerPort {
@@ -22,7 +22,8 @@ export function startWorker(vocabulary: Vocabulary, handlers: WorkerHandlers): W
     );
   }
   const start: WorkerStart = { vocabulary, matcher };
-  const worker = new Worker(file, { workerData: start, name: 'turbomind-grammar' });
+  // The process's own flags are about its own code: `--input-type` would keep a worker from starting.
+  const worker = new Worker(file, { workerData: start, name: 'turbomind-grammar', execArgv: [] });
   worker.unref();
   worker.on('message', (message: FromWorker) => handlers.message(message));
   worker.on('error', (error) => handlers.lost(error.message));

@@ -2,9 +2,10 @@
 // grammar worker with the messages there and back, as in a pipeline, and once the matcher alone.
 import { join } from 'node:path';
 import { GrammarHost } from '../../dist/structured/grammar-host.js';
-import { GrammarService, readVocabulary } from '../../dist/structured/grammar-service.js';
+import { GrammarService } from '../../dist/structured/grammar-service.js';
 import { readResponseFormat } from '../../dist/structured/response-format.js';
 import { startWorker } from '../../dist/structured/start-worker.js';
+import { readVocabulary } from '../../dist/structured/vocabulary.js';
 import { makeLoader } from '../../dist/structured/xgrammar.js';
 import { root } from '../lib.mjs';
 import { quantile, round } from './statistics.mjs';

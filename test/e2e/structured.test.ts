@@ -1,9 +1,12 @@
 // responseFormat on the real engine, the embedded model and the real grammar worker.
+import { mkdtempSync, readdirSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { TurbomindError } from '../../lib/errors.js';
 import { type Pipeline, pipeline } from '../../lib/pipeline.js';
 import { problemsOf } from '../../scripts/bench/json-schema-checker.mjs';
-import { embedded } from './support/paths.js';
+import { embedded, runModule } from './support/paths.js';
 
 const PROMPT = 'What is 37 + 45?';
 const SCHEMA = {
@@ -122,4 +125,26 @@ test('an abort mid-way ends the request and leaves the engine idle', async () =>
   const after = await pipe(PROMPT, { ...sampled, randomSeed: 1, responseFormat: json });
   expect(after.finishReason).toBe('stop');
   expect(pipe.stats().running).toBe(0);
+});
+
+test.each([
+  ['ends', 'await pipe.close();'],
+  [
+    'exits while a mask is computed',
+    "for await (const _ of pipe.stream('Hello!', options)) process.exit(0);",
+  ],
+  [
+    'is killed',
+    "for await (const _ of pipe.stream('Hello!', options)) process.kill(process.pid, 'SIGKILL');",
+  ],
+])('a process that %s leaves no file behind', async (_, last) => {
+  const folder = mkdtempSync(join(tmpdir(), 'turbomind-left-'));
+  const text = `import { pipeline } from LIB;
+    const pipe = await pipeline({ device: 'cpu' });
+    const options = { responseFormat: { type: 'regex_schema', regexSchema: 'a{20}' } };
+    console.log((await pipe('Hello!', options)).text);
+    ${last}`;
+  const { stdout, stderr } = await runModule(text, { env: { TMPDIR: folder } });
+  expect([stdout, stderr]).toEqual([`${'a'.repeat(20)}\n`, '']);
+  expect(readdirSync(folder)).toEqual([]);
 });

@@ -2,15 +2,13 @@
 // table: enough to run every op of the runtime end to end in a few milliseconds.
 #pragma once
 
-#include <unistd.h>
-
-#include <cstdio>
 #include <cstring>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "models/model_spec.h"
+#include "temporary_folder.h"
 
 namespace turbomind::test {
 
@@ -44,7 +42,6 @@ class TinyCheckpoint {
     add_vision();
     write();
   }
-  ~TinyCheckpoint() { std::remove(files.paths[0].c_str()); }
   TinyCheckpoint(const TinyCheckpoint&) = delete;
   TinyCheckpoint& operator=(const TinyCheckpoint&) = delete;
 
@@ -138,17 +135,11 @@ class TinyCheckpoint {
     add_dense("projector.fc2", spec.decoder.hidden_size, spec.decoder.hidden_size, true);
   }
   void write() {
-    char path[] = "/tmp/turbomind-test-XXXXXX";
-    const int file = mkstemp(path);
-    TM_CHECK(file >= 0, "no temporary file");
-    const bool written =
-        ::write(file, data_.data(), data_.size()) == static_cast<ssize_t>(data_.size());
-    ::close(file);
-    TM_CHECK(written, "short write to %s", path);
-    files.paths = {path};
+    files.paths = {folder_.write("model.safetensors", data_)};
     data_ = {};
   }
 
+  TemporaryFolder folder_;
   std::mt19937 random_;
   std::vector<char> data_;
 };

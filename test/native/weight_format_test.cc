@@ -4,12 +4,10 @@
 
 #include <bit>
 #include <cstring>
-#include <fstream>
-
-#include <unistd.h>
 
 #include "models/weight_loader.h"
 #include "reference_backend.h"
+#include "temporary_folder.h"
 #include "test.h"
 
 using namespace turbomind;
@@ -21,9 +19,6 @@ namespace {
 // A checkpoint of tensors given as raw bytes, in one file.
 class HandMade {
  public:
-  explicit HandMade(std::string name)
-      : path_("/tmp/turbomind-format-" + std::to_string(getpid()) + name) {}
-  ~HandMade() { std::remove(path_.c_str()); }
   template <class T>
   void add(const std::string& name, DType dtype, std::vector<int64_t> shape,
            const std::vector<T>& values) {
@@ -34,13 +29,12 @@ class HandMade {
     std::memcpy(data_.data() + begin, values.data(), bytes);
   }
   std::unique_ptr<WeightStore> open() const {
-    std::ofstream(path_, std::ios::binary)
-        .write(data_.data(), static_cast<std::streamsize>(data_.size()));
-    return std::make_unique<WeightStore>(CheckpointFiles{{path_}, entries_});
+    const std::string path = folder_.write("model.safetensors", data_);
+    return std::make_unique<WeightStore>(CheckpointFiles{{path}, entries_});
   }
 
  private:
-  std::string path_;
+  test::TemporaryFolder folder_;
   std::vector<char> data_;
   std::vector<TensorEntry> entries_;
 };
@@ -92,7 +86,7 @@ TEST("AWQ of every group size dequantises to (q - zero) * scale") {
   for (int group : {32, 64, 128}) {
     const int64_t n = 24;
     const int64_t k = 2 * group;
-    HandMade file("awq");
+    HandMade file;
     add_awq(file, "up", n, k, group);
     const auto store = file.open();
     const WeightFormat& format = weight_format_of(*store, "up");
@@ -129,7 +123,7 @@ TEST("half and brain floats are read exactly, subnormals and infinities too") {
 }
 
 TEST("a dense convolution is read as a matrix, other shapes are refused") {
-  HandMade file("dense");
+  HandMade file;
   file.add("patch.weight", DType::f32, {2, 3, 2, 2}, std::vector<float>(24, 1.5F));
   file.add("flat.weight", DType::f32, {24}, std::vector<float>(24));
   file.add("ints.weight", DType::i32, {4, 6}, std::vector<int32_t>(24));
@@ -143,7 +137,7 @@ TEST("a dense convolution is read as a matrix, other shapes are refused") {
 }
 
 TEST("an AWQ layer with a wrong group size, width or dtype is refused with the number") {
-  HandMade file("refuse");
+  HandMade file;
   add_awq(file, "up", 24, 64, 32);
   file.add("half.qweight", DType::i32, {64, 3}, pack(64, 24, quantised));
   file.add("floats.qweight", DType::f32, {64, 3}, std::vector<float>(192));
@@ -165,7 +159,7 @@ TEST("an AWQ layer with a wrong group size, width or dtype is refused with the n
 }
 
 TEST("a layer in no format at all is reported under its plain name") {
-  HandMade file("none");
+  HandMade file;
   file.add("norm.weight", DType::f32, {1}, std::vector<float>(1));
   const auto store = file.open();
   EXPECT_ERROR(weight_format_of(*store, "up"), ErrorCode::missing_tensor);
@@ -174,7 +168,7 @@ TEST("a layer in no format at all is reported under its plain name") {
 }
 
 TEST("the loader joins parts in order, dense and AWQ, and gives each its own bias") {
-  HandMade file("join");
+  HandMade file;
   add_awq(file, "q", 16, 32, 32);
   add_awq(file, "k", 8, 32, 32);
   file.add("q.bias", DType::bf16, {16}, std::vector<uint16_t>(16, 0x3F80));
@@ -205,7 +199,7 @@ TEST("the loader joins parts in order, dense and AWQ, and gives each its own bia
 }
 
 TEST("a quantised layer under a config without quantisation is refused") {
-  HandMade file("unnamed");
+  HandMade file;
   add_awq(file, "q", 16, 32, 32);
   const auto store = file.open();
   ReferenceBackend backend;

@@ -5,41 +5,15 @@
 #include <unistd.h>
 
 #include <cstring>
-#include <fstream>
 #include <limits>
 
+#include "temporary_folder.h"
 #include "test.h"
 
 using namespace turbomind;
+using turbomind::test::TemporaryFolder;
 
 namespace {
-
-// A folder of files that is removed with it.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    char pattern[] = "/tmp/turbomind-weights-XXXXXX";
-    path_ = mkdtemp(pattern);
-  }
-  ~TemporaryFolder() {
-    for (const std::string& file : files_) unlink(file.c_str());
-    rmdir(path_.c_str());
-  }
-  std::string path(const std::string& name) {
-    files_.push_back(path_ + "/" + name);
-    return files_.back();
-  }
-  std::string write(const std::string& name, const std::vector<char>& bytes) {
-    const std::string file = path(name);
-    std::ofstream(file, std::ios::binary)
-        .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-    return file;
-  }
-
- private:
-  std::string path_;
-  std::vector<std::string> files_;
-};
 
 template <class T>
 std::vector<char> bytes_of(const std::vector<T>& values, size_t padding = 0) {

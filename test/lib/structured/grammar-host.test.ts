@@ -12,11 +12,11 @@ import {
 } from '../../../lib/structured/pattern.js';
 import { parseRegex } from '../../../lib/structured/regex.js';
 import { readResponseFormat } from '../../../lib/structured/response-format.js';
-import { matcherPath, SPECIAL, STOP, TestHost } from './matcher.js';
+import { SPECIAL, STOP, TestHost } from './matcher.js';
 
 let host: TestHost;
 beforeAll(() => {
-  host = new TestHost(matcherPath());
+  host = new TestHost();
 });
 
 const bytesOf = (value: string): Uint8Array => new TextEncoder().encode(value);

@@ -5,19 +5,19 @@ import { resolvePipelineOptions } from '../../../lib/options.js';
 import { embeddedModel, Pipeline } from '../../../lib/pipeline.js';
 import { EventRouter } from '../../../lib/router.js';
 import { GrammarHost } from '../../../lib/structured/grammar-host.js';
-import type { StartWorker, WorkerHandlers } from '../../../lib/structured/grammar-service.js';
 import type { FromWorker } from '../../../lib/structured/protocol.js';
+import type { StartWorker, WorkerHandlers } from '../../../lib/structured/worker-port.js';
 import { makeLoader } from '../../../lib/structured/xgrammar.js';
 import { loadTokenizer, type Tokenizer } from '../../../lib/tokenizer.js';
 import { makeFakeAddon } from '../support/fake-addon.js';
-import { matcherPath } from './matcher.js';
+import { MATCHER_PATH } from './matcher.js';
 
 const EOS = 258;
 let tokenizer: Tokenizer;
 let load: ReturnType<typeof makeLoader>;
 beforeAll(async () => {
   tokenizer = await loadTokenizer(await openCheckpoint(embeddedModel()));
-  load = makeLoader(matcherPath());
+  load = makeLoader(MATCHER_PATH);
 });
 
 /** Workers in place; the first ones may break when told to. */

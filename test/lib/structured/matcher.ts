@@ -1,10 +1,6 @@
 // The real matcher on this thread, for tests: a vocabulary of single bytes, so that every text can
 // be tried token by token.
-import { copyFileSync, mkdtempSync, rmSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
-import { afterAll } from 'vitest';
 import { GrammarHost } from '../../../lib/structured/grammar-host.js';
 import type { FromWorker, ToWorker, Vocabulary } from '../../../lib/structured/protocol.js';
 import { makeLoader } from '../../../lib/structured/xgrammar.js';
@@ -21,14 +17,8 @@ export function byteVocabulary(): Vocabulary {
   return { bytes, offsets };
 }
 
-/** The module under a name that Node takes for CommonJS, as the build makes it. */
-export function matcherPath(): string {
-  const folder = mkdtempSync(join(tmpdir(), 'turbomind-matcher-'));
-  afterAll(() => rmSync(folder, { recursive: true, force: true }));
-  const path = join(folder, 'web-xgrammar.cjs');
-  copyFileSync(createRequire(import.meta.url).resolve('@mlc-ai/web-xgrammar'), path);
-  return path;
-}
+/** The module as its package holds it, so that these tests need no build. */
+export const MATCHER_PATH: string = createRequire(import.meta.url).resolve('@mlc-ai/web-xgrammar');
 
 /** A host and what it posted. */
 export class TestHost {
@@ -37,10 +27,8 @@ export class TestHost {
   readonly #masks = new Map<number, Uint32Array>();
   #lastSession = 0;
 
-  constructor(path: string) {
-    const log = { error: console.error, warn: console.warn };
-    afterAll(() => Object.assign(console, log));
-    this.#host = new GrammarHost(makeLoader(path), byteVocabulary(), (message) => {
+  constructor() {
+    this.#host = new GrammarHost(makeLoader(MATCHER_PATH), byteVocabulary(), (message) => {
       this.posted.push(message);
     });
   }

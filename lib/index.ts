@@ -25,6 +25,7 @@ export type {
   LogitBias,
   LogitsProcessor,
   PipelineOptions,
+  PromptOptions,
   QuantPolicy,
   SpeculativeConfig,
 } from './options.js';

@@ -214,6 +214,12 @@ export interface GenerationOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
+/** How a prompt is prepared when nothing is generated: of `GenerationOptions`, what pictures are cut by. */
+export type PromptOptions = Pick<
+  GenerationOptions,
+  'minDynamicPatch' | 'maxDynamicPatch' | 'useThumbnail' | 'maxTiles' | 'signal'
+>;
+
 /** PipelineOptions with defaults filled in; what the model decides is left open. */
 export interface ResolvedPipelineOptions {
   readonly device: Device;
@@ -390,6 +396,14 @@ const logitBias: check.Rule = (value) => {
     : `${expected}; ${String(wrong[0])} has ${String(wrong[1])}`;
 };
 
+const PROMPT_RULES: check.Rules<PromptOptions> = {
+  minDynamicPatch: check.integer(1, MAX_TILES),
+  maxDynamicPatch: check.integer(1, MAX_TILES),
+  useThumbnail: check.boolean,
+  maxTiles: check.integer(1, 2 ** 16),
+  signal: check.abortSignal,
+};
+
 const GENERATION_RULES: check.Rules<GenerationOptions> = {
   maxNewTokens: check.either(
     check.integer(1, MAX_INT32),
@@ -420,12 +434,14 @@ const GENERATION_RULES: check.Rules<GenerationOptions> = {
   outputLogits: check.oneOf('generation', 'all'),
   outputLastHiddenState: check.oneOf('generation', 'all'),
   logitsProcessor: check.either(check.callback, check.listOf(check.callback, 64)),
-  minDynamicPatch: check.integer(1, MAX_TILES),
-  maxDynamicPatch: check.integer(1, MAX_TILES),
-  useThumbnail: check.boolean,
-  maxTiles: check.integer(1, 2 ** 16),
-  signal: check.abortSignal,
+  ...PROMPT_RULES,
 };
+
+/** Every option there is, by what takes it. */
+export const OPTION_NAMES: {
+  readonly pipeline: readonly string[];
+  readonly generation: readonly string[];
+} = { pipeline: Object.keys(PIPELINE_RULES), generation: Object.keys(GENERATION_RULES) };
 
 /** @throws TurbomindError ERR_TM_INVALID_OPTION */
 export function resolvePipelineOptions(options: PipelineOptions = {}): ResolvedPipelineOptions {
@@ -507,6 +523,15 @@ export function resolveGenerationOptions(
     tileBudget: options.maxTiles,
     signal: options.signal,
   };
+}
+
+/**
+ * Refuses what would change nothing where no token is drawn.
+ * @throws TurbomindError ERR_TM_INVALID_OPTION
+ */
+export function resolvePromptOptions(options: PromptOptions = {}): ResolvedGenerationOptions {
+  check.checkOptions<PromptOptions>('prompt options', options, PROMPT_RULES);
+  return resolveGenerationOptions(options);
 }
 
 // An entry of 0 changes nothing; without it a row keeps its fast path.

@@ -18,6 +18,7 @@ import {
   type RegisterMetricsOptions,
 } from './metrics-registry.js';
 import { fromNative, loadNative, packageRoot } from './native.js';
+import { nativeOptions } from './native-options.js';
 import type {
   MemoryReport,
   NativeAddon,
@@ -28,9 +29,10 @@ import type {
 import {
   type GenerationOptions,
   type PipelineOptions,
+  type PromptOptions,
   type ResolvedPipelineOptions,
-  resolveGenerationOptions,
   resolvePipelineOptions,
+  resolvePromptOptions,
 } from './options.js';
 import { RequestPreparer } from './prepare.js';
 import {
@@ -45,8 +47,9 @@ import {
 import type { Response } from './response.js';
 import { EventRouter } from './router.js';
 import { ResponseStream } from './stream.js';
-import { GrammarService, type StartWorker } from './structured/grammar-service.js';
+import { GrammarService } from './structured/grammar-service.js';
 import { startWorker } from './structured/start-worker.js';
+import type { StartWorker } from './structured/worker-port.js';
 import { loadTokenizer, type Tokenizer } from './tokenizer.js';
 
 /** Facts about an open pipeline. */
@@ -146,10 +149,10 @@ export class Pipeline extends Callable implements AsyncDisposable {
   }
 
   /** Scores of every token of the vocabulary for the place after the prompt, [vocabSize]. */
-  async promptLogits(prompt: Prompt, options: GenerationOptions = {}): Promise<Float32Array> {
+  async promptLogits(prompt: Prompt, options: PromptOptions = {}): Promise<Float32Array> {
     const { engine } = this.#parts.router;
     const conversation = normalizePrompts(prompt).conversations[0] ?? [];
-    const resolved = resolveGenerationOptions(options);
+    const resolved = resolvePromptOptions(options);
     const request = await this.#preparer.prepare(conversation, resolved);
     try {
       return await engine.promptLogits({ ...request, id: 0 });
@@ -198,9 +201,9 @@ export class Pipeline extends Callable implements AsyncDisposable {
   }
 
   /** The model's prompt ids for this prompt, those of pictures included. */
-  async promptIds(prompt: Prompt, options: GenerationOptions = {}): Promise<Int32Array> {
+  async promptIds(prompt: Prompt, options: PromptOptions = {}): Promise<Int32Array> {
     const conversation = normalizePrompts(prompt).conversations[0] ?? [];
-    const resolved = resolveGenerationOptions(options);
+    const resolved = resolvePromptOptions(options);
     return (await this.#preparer.prepare(conversation, resolved)).promptTokens;
   }
 
@@ -445,15 +448,6 @@ function withTemplate(checkpoint: Checkpoint, template: string | undefined): Che
   return { ...checkpoint, chatTemplate };
 }
 
-// Prompt tokens of one step: enough to keep the device busy, few enough that decoding requests do
-// not wait long.
-const CPU_PREFILL_TOKENS = 512;
-const GPU_PREFILL_TOKENS = 8192;
-
-// Most guesses of a sequence in a step, where the caller leaves it to us.
-const CPU_SPECULATIVE_TOKENS = 7;
-const GPU_SPECULATIVE_TOKENS = 0;
-
 /** Options of `estimate()`. */
 export interface EstimateOptions extends PipelineOptions {
   /** Plans as if the device had so many bytes free. Defaults to what it has. */
@@ -490,44 +484,6 @@ export async function estimate(
   } catch (error) {
     throw fromNative(error);
   }
-}
-
-function nativeOptions(
-  checkpoint: Checkpoint,
-  options: ResolvedPipelineOptions,
-  { device, cudaLibrary }: ResolvedDevice,
-): NativeOpenOptions {
-  const longest = Math.max(
-    CPU_PREFILL_TOKENS,
-    options.sessionLen || checkpoint.spec.decoder.maxPositionEmbeddings,
-  );
-  return {
-    spec: checkpoint.spec,
-    files: checkpoint.files,
-    tensors: checkpoint.tensors,
-    device,
-    dtype: options.dtype,
-    threads: options.threads,
-    sessionLen: options.sessionLen,
-    maxBatchSize: options.maxBatchSize,
-    maxPrefillTokenNum:
-      options.maxPrefillTokenNum ??
-      (device === 'cpu' ? CPU_PREFILL_TOKENS : Math.min(GPU_PREFILL_TOKENS, longest)),
-    blockSize: options.blockSize,
-    numSpeculativeTokens:
-      options.numSpeculativeTokens ??
-      (device === 'cpu' ? CPU_SPECULATIVE_TOKENS : GPU_SPECULATIVE_TOKENS),
-    cacheMaxEntryCount: options.cacheMaxEntryCount,
-    kvCacheBytes: options.kvCacheBytes,
-    memoryBudgetBytes: options.memoryBudgetBytes,
-    freeBytes: 0,
-    enablePrefixCaching: options.enablePrefixCaching,
-    maxQueueSize: options.maxQueueSize,
-    maxInterTokenLatencyMs: options.maxInterTokenLatencyMs,
-    quantPolicy: options.quantPolicy,
-    cpuIsa: options.cpuIsa,
-    cudaLibrary,
-  };
 }
 
 async function openEngine(

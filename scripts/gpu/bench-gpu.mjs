@@ -15,6 +15,7 @@ import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { parseArgs } from 'node:util';
 import { decoderShape, readTrace, splitSteps, tableOf, toMarkdown } from './step-table.mjs';
+import { usableGpu } from './usable-gpu.mjs';
 
 const root = resolve(dirname(fileURLToPath(import.meta.url)), '../..');
 const { values: flags, positionals } = parseArgs({
@@ -43,15 +44,7 @@ if (flags.kernels) {
   process.exit(0);
 }
 const { pipeline } = await import(pathToFileURL(join(root, 'dist', 'index.js')));
-const { probeCuda } = await import(pathToFileURL(join(root, 'dist', 'device.js')));
-const found = await probeCuda();
-if (
-  flags.device.startsWith('cuda') &&
-  !found.devices.some((_, i) => found.reason === '' && !found.problems[i])
-) {
-  console.log(`SKIP: ${[found.reason, ...found.problems].filter(Boolean).join('; ') || 'no GPU'}`);
-  process.exit(0);
-}
+await usableGpu(flags.device);
 // This very benchmark in a process whose driver loads the tracer, then the tables of what it traced.
 function tabulate() {
   const folder = mkdtempSync(join(tmpdir(), 'tm-trace-'));

@@ -8,6 +8,7 @@ import { writeFileSync } from 'node:fs';
 import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { parseArgs } from 'node:util';
+import { usableGpu } from './usable-gpu.mjs';
 
 const root = resolve(dirname(fileURLToPath(import.meta.url)), '../..');
 const { values: flags, positionals } = parseArgs({
@@ -27,15 +28,7 @@ const { values: flags, positionals } = parseArgs({
 const model = positionals[0];
 if (!model) throw new Error('usage: bench-service.mjs MODEL [options]; see the head of this file');
 const { pipeline } = await import(pathToFileURL(join(root, 'dist', 'index.js')));
-const { probeCuda } = await import(pathToFileURL(join(root, 'dist', 'device.js')));
-const found = await probeCuda();
-if (
-  flags.device.startsWith('cuda') &&
-  !found.devices.some((_, i) => found.reason === '' && !found.problems[i])
-) {
-  console.log(`SKIP: ${[found.reason, ...found.problems].filter(Boolean).join('; ') || 'no GPU'}`);
-  process.exit(0);
-}
+const found = await usableGpu(flags.device);
 
 let state = 7;
 function random(limit) {

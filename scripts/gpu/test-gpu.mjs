@@ -8,6 +8,7 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 
 import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { parseArgs } from 'node:util';
+import { usableGpu } from './usable-gpu.mjs';
 
 const root = resolve(dirname(fileURLToPath(import.meta.url)), '../..');
 const { values: flags } = parseArgs({
@@ -19,7 +20,8 @@ const { values: flags } = parseArgs({
   },
 });
 const { pipeline } = await import(pathToFileURL(join(root, 'dist', 'index.js')));
-const { probeCuda } = await import(pathToFileURL(join(root, 'dist', 'device.js')));
+const { nativeOptions } = await import(pathToFileURL(join(root, 'dist', 'native-options.js')));
+const { resolvePipelineOptions } = await import(pathToFileURL(join(root, 'dist', 'options.js')));
 const { loadNative } = await import(pathToFileURL(join(root, 'dist', 'native.js')));
 const { GREEDY } = await import(pathToFileURL(join(root, 'dist', 'prompt-job.js')));
 const fixtures = join(root, 'test', 'fixtures', 'tiny-internvl');
@@ -33,12 +35,7 @@ const ACCURACY = {
   bfloat16: { logits: 0.25, gap: 0.28 },
 };
 
-const found = await probeCuda();
-const wanted = flags.device.startsWith('cuda');
-if (wanted && !found.devices.some((_, i) => found.reason === '' && !found.problems[i])) {
-  console.log(`SKIP: ${[found.reason, ...found.problems].filter(Boolean).join('; ') || 'no GPU'}`);
-  process.exit(0);
-}
+const found = await usableGpu(flags.device);
 
 const report = { gpu: found.devices, checks: [] };
 let failed = 0;
@@ -147,20 +144,18 @@ for (const dtype of ['float16', 'bfloat16']) {
 // The fixture models hold corners of the formats at sizes that no real model has: heads of 16 and 32,
 // which the GPU's attention refuses. Either the float64 network's logits come out, or that refusal.
 const GPU_HEADS = [64, 80, 96, 128];
+const SMALL = { maxBatchSize: 4, maxPrefillTokenNum: 64, cacheMaxEntryCount: 0.01 };
 async function runFixture(name, dtype) {
   const folder = join(root, 'test', 'fixtures', 'models', name);
   const read = (file) => JSON.parse(readFileSync(join(folder, file), 'utf8'));
   const { spec, files, tensors } = read('native.json');
   const { addon } = loadNative();
   const engine = await addon.open(
-    {
-      ...{ spec, tensors, files: files.map((file) => join(folder, file)), dtype },
-      ...{ device: flags.device === 'cuda' ? 'cuda:0' : flags.device, cudaLibrary: found.library },
-      ...{ threads: 1, sessionLen: 0, maxBatchSize: 4, maxPrefillTokenNum: 64, blockSize: 64 },
-      ...{ cacheMaxEntryCount: 0.01, cpuIsa: '', quantPolicy: 0, numSpeculativeTokens: 0 },
-      ...{ kvCacheBytes: 0, memoryBudgetBytes: 0, freeBytes: 0, enablePrefixCaching: true },
-      ...{ maxQueueSize: 0, maxInterTokenLatencyMs: 0 },
-    },
+    nativeOptions(
+      { spec, tensors, files: files.map((file) => join(folder, file)) },
+      resolvePipelineOptions({ dtype, ...SMALL }),
+      { device: flags.device === 'cuda' ? 'cuda:0' : flags.device, cudaLibrary: found.library },
+    ),
     () => undefined,
     () => undefined,
   );

@@ -9,12 +9,12 @@ import type {
   ModelSpec,
   NativeEngine,
   NativeEvent,
-  NativeOpenOptions,
   NativeRequest,
   TensorEntry,
 } from '../../lib/native-types.js';
 import { GREEDY as SAMPLING } from '../../lib/prompt-job.js';
 import { ADDON_PATH, addon, failureOf } from './support/addon.js';
+import { openOptions } from './support/open-options.js';
 
 const MODEL = fileURLToPath(new URL('../fixtures/models/qwen2-f32/', import.meta.url));
 
@@ -25,29 +25,7 @@ const native: {
   readonly tensors: readonly TensorEntry[];
 } = JSON.parse(readFileSync(`${MODEL}native.json`, 'utf8'));
 
-const OPTIONS: NativeOpenOptions = {
-  spec: native.spec,
-  files: native.files.map((file) => MODEL + file),
-  tensors: native.tensors,
-  device: 'cpu',
-  dtype: 'auto',
-  threads: 1,
-  sessionLen: 0,
-  maxBatchSize: 4,
-  maxPrefillTokenNum: 64,
-  numSpeculativeTokens: 0,
-  blockSize: 16,
-  cacheMaxEntryCount: 0.1,
-  kvCacheBytes: 0,
-  memoryBudgetBytes: 0,
-  freeBytes: 0,
-  quantPolicy: 0,
-  enablePrefixCaching: true,
-  maxQueueSize: 0,
-  maxInterTokenLatencyMs: 0,
-  cpuIsa: '',
-  cudaLibrary: '',
-};
+const OPTIONS = openOptions({ ...native, files: native.files.map((file) => MODEL + file) });
 
 function request(id: number, changes: Partial<NativeRequest> = {}): NativeRequest {
   return {

@@ -1,5 +1,6 @@
 // The memory plan through the public API: estimated, loaded and used numbers agree; amounts are
-// honoured or refused with the numbers; quantised caches hold more and answer alike.
+// honoured or refused with the numbers; quantised caches hold more, and answer the same alone and in a
+// batch. How near their answers are to unquantised ones: scripts/bench/kv-quality.mjs.
 import { afterAll, describe, expect, test } from 'vitest';
 import {
   estimate,

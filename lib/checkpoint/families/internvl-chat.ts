@@ -6,17 +6,8 @@ import { type ConfigReader, LIMITS } from '../config.js';
 import { decoderWeights, readTiedEmbeddings } from './decoder.js';
 import { findDecoderFamily } from './decoders.js';
 import type { FamilyInput, FamilyModel, ModelFamily, TensorRule, VisionPart } from './family.js';
-import {
-  layersToRun,
-  PROJECTOR_NORM_EPS,
-  readGrid,
-  readNormalization,
-  readNormType,
-  readShuffleFactor,
-  readVisionHeads,
-  type VisionNames,
-  visionWeights,
-} from './vision.js';
+import { readTower } from './tower.js';
+import { type VisionNames, visionWeights } from './vision.js';
 
 const HEAD = 'language_model.lm_head';
 
@@ -50,29 +41,15 @@ function isTied(input: FamilyInput, config: ConfigReader, llm: ConfigReader): bo
 }
 
 function readVision(input: FamilyInput): VisionPart {
-  const { config, preprocessor } = input;
+  const { config } = input;
   const vision = config.object('vision_config');
   refuseOtherTowers(config, vision);
   const imageSize = readTileSize(config, vision);
-  const patchSize = vision.squareSide('patch_size', LIMITS.pixels);
-  const grid = readGrid(vision, imageSize, patchSize);
-  const hiddenSize = vision.integer('hidden_size', LIMITS.hidden);
-  const numLayers = vision.integer('num_hidden_layers', LIMITS.layers);
-  const spec: VisionSpec = {
-    imageSize,
-    patchSize,
-    hiddenSize,
-    numLayers: layersToRun(config, 'select_layer', numLayers),
-    numHeads: readVisionHeads(vision, hiddenSize),
-    intermediateSize: vision.integer('intermediate_size', LIMITS.intermediate),
-    normEps: vision.number('layer_norm_eps', LIMITS.epsilon),
-    rmsNorm: readNormType(vision),
-    qkvBias: vision.boolean('qkv_bias', false),
-    qkNorm: vision.boolean('qk_normalization', false),
-    shuffleFactor: readShuffleFactor(config, grid),
-    projectorNormEps: PROJECTOR_NORM_EPS,
-    ...readNormalization(preprocessor, imageSize),
-  };
+  const spec = readTower(input, vision, imageSize, {
+    layer: 'select_layer',
+    qkvBias: 'qkv_bias',
+    qkNorm: 'qk_normalization',
+  });
   return { spec, tiling: readTiling(config) };
 }
 
@@ -119,8 +96,6 @@ const NAMES: VisionNames = {
     proj: 'attn.proj',
     qNorm: 'attn.q_norm',
     kNorm: 'attn.k_norm',
-    fc1: 'mlp.fc1',
-    fc2: 'mlp.fc2',
     scale1: 'ls1',
     scale2: 'ls2',
   },

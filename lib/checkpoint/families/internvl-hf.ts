@@ -12,17 +12,8 @@ import {
   type ModelFamily,
   type VisionPart,
 } from './family.js';
-import {
-  layersToRun,
-  PROJECTOR_NORM_EPS,
-  readGrid,
-  readNormalization,
-  readNormType,
-  readShuffleFactor,
-  readVisionHeads,
-  type VisionNames,
-  visionWeights,
-} from './vision.js';
+import { readTower } from './tower.js';
+import { type VisionNames, visionWeights } from './vision.js';
 
 export const internvlHf: ModelFamily = {
   architectures: ['InternVLForConditionalGeneration'],
@@ -57,25 +48,11 @@ function readVision(input: FamilyInput): VisionPart {
   const vision = config.object('vision_config');
   refuseOtherTowers(config, vision);
   const imageSize = vision.squareSide('image_size', LIMITS.pixels);
-  const patchSize = vision.squareSide('patch_size', LIMITS.pixels);
-  const grid = readGrid(vision, imageSize, patchSize);
-  const hiddenSize = vision.integer('hidden_size', LIMITS.hidden);
-  const numLayers = vision.integer('num_hidden_layers', LIMITS.layers);
-  const spec: VisionSpec = {
-    imageSize,
-    patchSize,
-    hiddenSize,
-    numLayers: layersToRun(config, 'vision_feature_layer', numLayers),
-    numHeads: readVisionHeads(vision, hiddenSize),
-    intermediateSize: vision.integer('intermediate_size', LIMITS.intermediate),
-    normEps: vision.number('layer_norm_eps', LIMITS.epsilon),
-    rmsNorm: readNormType(vision),
-    qkvBias: vision.boolean('attention_bias', false),
-    qkNorm: vision.boolean('use_qk_norm', false),
-    shuffleFactor: readShuffleFactor(config, grid),
-    projectorNormEps: PROJECTOR_NORM_EPS,
-    ...readNormalization(preprocessor, imageSize),
-  };
+  const spec = readTower(input, vision, imageSize, {
+    layer: 'vision_feature_layer',
+    qkvBias: 'attention_bias',
+    qkNorm: 'use_qk_norm',
+  });
   refuseOtherTokenCount(config, spec);
   const imageTokenId =
     config.optionalInteger('image_token_id', LIMITS.tokenId) ??
@@ -128,8 +105,6 @@ function visionNames(input: FamilyInput): VisionNames {
       proj: 'attention.projection_layer',
       qNorm: 'attention.q_norm',
       kNorm: 'attention.k_norm',
-      fc1: 'mlp.fc1',
-      fc2: 'mlp.fc2',
       scale1: 'lambda_1',
       scale2: 'lambda_2',
     },

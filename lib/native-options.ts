@@ -1,0 +1,53 @@
+// A pipeline's options → those of the addon, with what a device decides filled in. The one place that
+// lists them all. Pure functions.
+import type { ResolvedDevice } from './device.js';
+import type { NativeOpenOptions } from './native-types.js';
+import type { ResolvedPipelineOptions } from './options.js';
+
+// Prompt tokens of one step: enough to keep the device busy, few enough that decoding requests do
+// not wait long.
+const CPU_PREFILL_TOKENS = 512;
+const GPU_PREFILL_TOKENS = 8192;
+
+// Most guesses of a sequence in a step, where the caller leaves it to us.
+const CPU_SPECULATIVE_TOKENS = 7;
+const GPU_SPECULATIVE_TOKENS = 0;
+
+/** What native code is asked to open: a checkpoint, as `options` say, on a device that was found. */
+export function nativeOptions(
+  checkpoint: Pick<NativeOpenOptions, 'spec' | 'files' | 'tensors'>,
+  options: ResolvedPipelineOptions,
+  { device, cudaLibrary }: ResolvedDevice,
+): NativeOpenOptions {
+  const longest = Math.max(
+    CPU_PREFILL_TOKENS,
+    options.sessionLen || checkpoint.spec.decoder.maxPositionEmbeddings,
+  );
+  return {
+    spec: checkpoint.spec,
+    files: checkpoint.files,
+    tensors: checkpoint.tensors,
+    device,
+    dtype: options.dtype,
+    threads: options.threads,
+    sessionLen: options.sessionLen,
+    maxBatchSize: options.maxBatchSize,
+    maxPrefillTokenNum:
+      options.maxPrefillTokenNum ??
+      (device === 'cpu' ? CPU_PREFILL_TOKENS : Math.min(GPU_PREFILL_TOKENS, longest)),
+    blockSize: options.blockSize,
+    numSpeculativeTokens:
+      options.numSpeculativeTokens ??
+      (device === 'cpu' ? CPU_SPECULATIVE_TOKENS : GPU_SPECULATIVE_TOKENS),
+    cacheMaxEntryCount: options.cacheMaxEntryCount,
+    kvCacheBytes: options.kvCacheBytes,
+    memoryBudgetBytes: options.memoryBudgetBytes,
+    freeBytes: 0,
+    enablePrefixCaching: options.enablePrefixCaching,
+    maxQueueSize: options.maxQueueSize,
+    maxInterTokenLatencyMs: options.maxInterTokenLatencyMs,
+    quantPolicy: options.quantPolicy,
+    cpuIsa: options.cpuIsa,
+    cudaLibrary,
+  };
+}

@@ -139,9 +139,10 @@ const DEFINITIONS: readonly Definition[] = [
   },
   {
     name: 'preemptions_total',
-    help: 'Times that a request gave its blocks back and was computed again.',
+    help: 'Times that a request gave its blocks back, by what became of them.',
     type: 'counter',
-    read: ({ engine }) => one(engine.preemptions),
+    read: ({ engine: { preemptions, swapsOut } }) =>
+      byLabel('by', { recompute: preemptions - swapsOut, swap: swapsOut }),
   },
   {
     name: 'steps_total',
@@ -157,6 +158,7 @@ const DEFINITIONS: readonly Definition[] = [
   ),
   histogram('interTokenSeconds', 'Time between tokens of an answer.', 'inter_token_seconds'),
   histogram('requestSeconds', 'Time from the call to the end.', 'request_seconds'),
+  histogram('stepSeconds', 'Time of a step of the engine.', 'step_seconds'),
   histogram('promptTokens', 'Prompt tokens of a request.', 'request_prompt_tokens'),
   histogram('completionTokens', 'Tokens of an answer.', 'request_completion_tokens'),
 ];
@@ -264,7 +266,7 @@ function checkNames(prefix: string, labels: Labels): void {
   }
   for (const [name, value] of Object.entries(labels)) {
     const isName = /^[A-Za-z_][A-Za-z0-9_]*$/.test(name);
-    if (!isName || ['le', 'reason', 'code'].includes(name) || typeof value !== 'string') {
+    if (!isName || ['le', 'reason', 'code', 'by'].includes(name) || typeof value !== 'string') {
       throw invalid(`labels: ${name} is not a label of its own with a text`);
     }
   }

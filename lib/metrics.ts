@@ -45,7 +45,14 @@ export interface PipelineMetrics {
     /** Cached share of the prompt tokens of requests that have ended, 0 to 1. */
     readonly hitRate: number;
   };
-  readonly engine: { readonly steps: number; readonly preemptions: number };
+  readonly engine: {
+    readonly steps: number;
+    readonly preemptions: number;
+    /** Of these, those whose blocks were saved to host memory; the others are computed again. */
+    readonly swapsOut: number;
+    /** Of these, those that have gone on with the saved blocks. */
+    readonly swapsIn: number;
+  };
   readonly histograms: {
     /** From the engine's taking a request to its first step. */
     readonly queueSeconds: HistogramSnapshot;
@@ -55,6 +62,8 @@ export interface PipelineMetrics {
     readonly interTokenSeconds: HistogramSnapshot;
     /** From the call to the end. */
     readonly requestSeconds: HistogramSnapshot;
+    /** Of the engine: from the launch of a step to its tokens. */
+    readonly stepSeconds: HistogramSnapshot;
     readonly promptTokens: HistogramSnapshot;
     readonly completionTokens: HistogramSnapshot;
   };
@@ -148,15 +157,32 @@ export class MetricsRecorder {
         use: totalBlocks === 0 ? 0 : usedBlocks / totalBlocks,
         hitRate: this.#endedPrompt === 0 ? 0 : this.#cached / this.#endedPrompt,
       },
-      engine: { steps: stats?.steps ?? 0, preemptions: stats?.preemptions ?? 0 },
+      engine: {
+        steps: stats?.steps ?? 0,
+        preemptions: stats?.preemptions ?? 0,
+        swapsOut: stats?.swapsOut ?? 0,
+        swapsIn: stats?.swapsIn ?? 0,
+      },
       histograms: {
         queueSeconds: this.#queue.snapshot(),
         timeToFirstTokenSeconds: this.#firstToken.snapshot(),
         interTokenSeconds: this.#interToken.snapshot(),
         requestSeconds: this.#request.snapshot(),
+        stepSeconds: stepSeconds(stats),
         promptTokens: this.#promptTokens.snapshot(),
         completionTokens: this.#completionTokens.snapshot(),
       },
     };
   }
+}
+
+// Counted by the engine, bucket by bucket.
+function stepSeconds(stats: NativeStats | undefined): HistogramSnapshot {
+  const { bounds, counts, sum } = stats?.stepTimes ?? { bounds: [], counts: [0], sum: 0 };
+  let count = 0;
+  const buckets = [...bounds, Number.POSITIVE_INFINITY].map((le, index) => {
+    count += counts[index] ?? 0;
+    return { le, count };
+  });
+  return { buckets, sum, count };
 }

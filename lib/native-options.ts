@@ -42,6 +42,7 @@ export function nativeOptions(
     cacheMaxEntryCount: options.cacheMaxEntryCount,
     kvCacheBytes: options.kvCacheBytes,
     memoryBudgetBytes: options.memoryBudgetBytes,
+    swapSpaceBytes: options.swapSpaceBytes,
     freeBytes: 0,
     enablePrefixCaching: options.enablePrefixCaching,
     maxQueueSize: options.maxQueueSize,

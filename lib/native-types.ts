@@ -84,6 +84,8 @@ export interface NativeOpenOptions {
   readonly kvCacheBytes: number;
   /** Bytes of everything; 0: `cacheMaxEntryCount` decides. */
   readonly memoryBudgetBytes: number;
+  /** Host memory for preempted requests; -1: what suits the device, 0: none. */
+  readonly swapSpaceBytes: number;
   /** Plans as if the device had so many bytes free; 0: what it has. */
   readonly freeBytes: number;
   readonly enablePrefixCaching: boolean;
@@ -236,6 +238,19 @@ export interface NativeStats {
   /** Of these, found in the cache. */
   readonly prefixHits: number;
   readonly preemptions: number;
+  /** Of the preemptions, those that saved blocks to host memory. */
+  readonly swapsOut: number;
+  /** Of these, those that have gone on with these blocks. */
+  readonly swapsIn: number;
+  /** Blocks that host memory has room for. */
+  readonly swapBlocks: number;
+  readonly freeSwapBlocks: number;
+  /** How long steps took, in seconds: counts up to each bound, the last one past all of them. */
+  readonly stepTimes: {
+    readonly bounds: readonly number[];
+    readonly counts: readonly number[];
+    readonly sum: number;
+  };
   readonly promptTokens: number;
   readonly completionTokens: number;
   /** Guesses of speculative decoding that ran. */
@@ -261,7 +276,7 @@ export interface MemoryReport {
   /** Of the largest step. */
   readonly activationBytes: number;
   readonly visionActivationBytes: number;
-  /** Of the pictures of one full session. */
+  /** Of the pictures of one full session: as many tiles are held at a time. */
   readonly imageEmbeddingBytes: number;
   readonly scratchBytes: number;
   readonly samplingBytes: number;
@@ -272,6 +287,10 @@ export interface MemoryReport {
   readonly kvCacheBytes: number;
   /** All of the above together. */
   readonly totalBytes: number;
+  /** Host memory of preempted requests; on the CPU part of totalBytes. */
+  readonly hostSwapBytes: number;
+  /** KV blocks that these hold. */
+  readonly swapBlocks: number;
   /** Host memory of a GPU's staging buffers. */
   readonly hostStagingBytes: number;
   readonly kvBlockBytes: number;
@@ -280,8 +299,21 @@ export interface MemoryReport {
   readonly kvBlockTokens: number;
   /** 16: not quantised (f32 on the CPU). */
   readonly kvBits: number;
-  /** Taken on the device once loaded; 0 in an estimate. */
+  /** Taken on the device now; 0 in an estimate. */
   readonly allocatedBytes: number;
+  /** Free on the device when it had loaded, or last ran out of work; 0 in an estimate. */
+  readonly deviceFreeBytes: number;
+  /** What loading really took, by part; a part's plan and `reserveBytes` bound it. 0 in an estimate. */
+  readonly use: {
+    /** Weights and activations. */
+    readonly decoderBytes: number;
+    readonly visionBytes: number;
+    /** Scratch and sampling. */
+    readonly workspaceBytes: number;
+    readonly kvCacheBytes: number;
+    readonly imageEmbeddingBytes: number;
+    readonly hostSwapBytes: number;
+  };
 }
 
 export interface NativeEngine {

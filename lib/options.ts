@@ -63,6 +63,12 @@ export interface PipelineOptions {
   readonly kvCacheBytes?: number | undefined;
   /** Bytes of everything on the device, instead of `cacheMaxEntryCount`. */
   readonly memoryBudgetBytes?: number | undefined;
+  /**
+   * Bytes of host memory that preempted requests may keep their KV blocks in, where copying them there
+   * and back is cheaper than computing them again; 0: none. Taken at load. Defaults to 1 GiB, at most a
+   * tenth of the free host memory, on a GPU; to 0 on the CPU, where the same bytes serve better as cache.
+   */
+  readonly swapSpaceBytes?: number | undefined;
   /** Tokens in a KV block. 64 is the only size implemented. */
   readonly cacheBlockSeqLen?: number | undefined;
   /**
@@ -235,6 +241,8 @@ export interface ResolvedPipelineOptions {
   readonly kvCacheBytes: number;
   /** 0: not given. */
   readonly memoryBudgetBytes: number;
+  /** -1: what suits the device. */
+  readonly swapSpaceBytes: number;
   readonly enablePrefixCaching: boolean;
   /** 0: no limit. */
   readonly maxQueueSize: number;
@@ -347,6 +355,7 @@ const PIPELINE_RULES: check.Rules<PipelineOptions> = {
   ),
   kvCacheBytes: check.integer(1),
   memoryBudgetBytes: check.integer(1),
+  swapSpaceBytes: check.integer(0),
   cacheBlockSeqLen: check.exactly(64, '64: other block sizes are not implemented'),
   enablePrefixCaching: check.boolean,
   maxQueueSize: check.integer(1, MAX_INT32),
@@ -458,6 +467,7 @@ export function resolvePipelineOptions(options: PipelineOptions = {}): ResolvedP
       options.cacheMaxEntryCount === 'auto' ? 0 : (options.cacheMaxEntryCount ?? 0.8),
     kvCacheBytes: options.kvCacheBytes ?? 0,
     memoryBudgetBytes: options.memoryBudgetBytes ?? 0,
+    swapSpaceBytes: options.swapSpaceBytes ?? -1,
     enablePrefixCaching: options.enablePrefixCaching ?? true,
     maxQueueSize: options.maxQueueSize ?? 0,
     maxInterTokenLatencyMs: options.maxInterTokenLatencyMs ?? 0,

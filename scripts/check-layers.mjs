@@ -56,7 +56,7 @@ function checkInclude(file, line, layer, target) {
   if (layer === 'addon' && wanted === 'backend/cpu')
     report(file, line, `addon: only backend/cpu/isa.h`);
   const pure =
-    /^runtime\/(request|sequence|block_manager|prefix_index|image_store|step_plan|step_budget|swap_space|scheduler|memory_plan|ngram|speculation|draft_planner)\./.test(
+    /^runtime\/(request|sequence|block_manager|prefix_index|image_store|step_plan|step_budget|swap_space|scheduler\w*|memory_plan|ngram|speculation|draft_planner)\./.test(
       file,
     );
   if (pure && /^(models|backend)/.test(wanted))

@@ -427,6 +427,8 @@ EngineOptions to_engine_options(const Field& f) {
   options.cache.total_bytes =
       static_cast<size_t>(f["memoryBudgetBytes"].integer(0, kMaxSafeInteger));
   options.cache.free_bytes = static_cast<size_t>(f["freeBytes"].integer(0, kMaxSafeInteger));
+  const int64_t swap_bytes = f["swapSpaceBytes"].integer(-1, kMaxSafeInteger);
+  if (swap_bytes >= 0) options.cache.swap_bytes = static_cast<size_t>(swap_bytes);
   options.enable_prefix_caching = f["enablePrefixCaching"].boolean();
   options.max_queue_size = f["maxQueueSize"].int32(0);
   options.max_inter_token_ms = f["maxInterTokenLatencyMs"].number();
@@ -474,6 +476,23 @@ Napi::Value to_js(Napi::Env env, const std::vector<Event>& events) {
   return {env, array.value().get()};
 }
 
+namespace {
+
+// In seconds, as metrics are.
+JsValue to_js(napi_env env, const StepTimes& times) {
+  JsArray bounds(env);
+  for (double ms : StepTimes::kBoundsMs) bounds.push(ms / 1000);
+  JsArray counts(env);
+  for (uint64_t count : times.counts) counts.push(static_cast<double>(count));
+  JsObject object(env);
+  object.set("bounds", bounds.value());
+  object.set("counts", counts.value());
+  object.set("sum", times.sum_ms / 1000);
+  return object.value();
+}
+
+}  // namespace
+
 Napi::Value to_js(Napi::Env env, const EngineStats& stats) {
   JsObject object(env);
   object.set("running", stats.running);
@@ -485,6 +504,11 @@ Napi::Value to_js(Napi::Env env, const EngineStats& stats) {
   object.set("prefixHits", static_cast<double>(stats.prefix_hits));
   object.set("steps", static_cast<double>(stats.steps));
   object.set("preemptions", static_cast<double>(stats.preemptions));
+  object.set("swapsOut", static_cast<double>(stats.swaps_out));
+  object.set("swapsIn", static_cast<double>(stats.swaps_in));
+  object.set("swapBlocks", stats.swap_blocks);
+  object.set("freeSwapBlocks", stats.free_swap_blocks);
+  object.set("stepTimes", to_js(static_cast<napi_env>(env), stats.step_times));
   object.set("promptTokens", static_cast<double>(stats.prompt_tokens));
   object.set("completionTokens", static_cast<double>(stats.completion_tokens));
   object.set("draftedTokens", static_cast<double>(stats.drafted_tokens));
@@ -523,7 +547,18 @@ Napi::Value to_js(Napi::Env env, const MemoryReport& report) {
   object.set("kvBlocks", report.plan.num_blocks);
   object.set("kvBlockTokens", report.block_size);
   object.set("kvBits", report.kv_bits);
-  bytes("allocatedBytes", report.allocated_bytes);
+  bytes("hostSwapBytes", parts.swap);
+  object.set("swapBlocks", report.plan.num_swap_blocks);
+  bytes("allocatedBytes", report.use.allocated);
+  bytes("deviceFreeBytes", report.use.device_free);
+  JsObject use(env);
+  use.set("decoderBytes", static_cast<double>(report.use.decoder));
+  use.set("visionBytes", static_cast<double>(report.use.vision));
+  use.set("workspaceBytes", static_cast<double>(report.use.workspace));
+  use.set("kvCacheBytes", static_cast<double>(report.use.kv_cache));
+  use.set("imageEmbeddingBytes", static_cast<double>(report.use.image_embeddings));
+  use.set("hostSwapBytes", static_cast<double>(report.use.swap));
+  object.set("use", use.value());
   return {env, object.value().get()};
 }
 

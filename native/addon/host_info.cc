@@ -1,54 +1,14 @@
 #include "addon/host_info.h"
 
 #include <dlfcn.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <fstream>
-#include <limits>
 
 #include "addon/convert.h"
 #include "addon/js_object.h"
 #include "backend/cpu/isa.h"
+#include "base/host_memory_info.h"
 
 namespace turbomind::addon {
 namespace {
-
-struct Memory {
-  double total_bytes = 0;
-  double free_bytes = 0;  // what can be used without swapping, caches counted as free
-};
-
-// One number of a small file of the kernel's; `fallback` where it is missing or says "max".
-double read_number(const char* path, double fallback) {
-  std::ifstream file(path);
-  double number = 0;
-  return file >> number ? number : fallback;
-}
-
-// The machine's memory, or the container's where a cgroup sets a lower limit.
-Memory host_memory() {
-  const double page = static_cast<double>(sysconf(_SC_PAGESIZE));
-  Memory memory;
-  memory.total_bytes = page * static_cast<double>(sysconf(_SC_PHYS_PAGES));
-  memory.free_bytes = memory.total_bytes;
-  std::ifstream file("/proc/meminfo");
-  std::string key, unit;
-  double kib = 0;
-  while (file >> key >> kib) {
-    std::getline(file, unit);
-    if (key == "MemTotal:") memory.total_bytes = kib * 1024;
-    if (key == "MemAvailable:") memory.free_bytes = kib * 1024;
-  }
-  const double limit =
-      read_number("/sys/fs/cgroup/memory.max", std::numeric_limits<double>::infinity());
-  if (limit < memory.total_bytes) {
-    const double used = read_number("/sys/fs/cgroup/memory.current", 0);
-    memory.total_bytes = limit;
-    memory.free_bytes = std::min(memory.free_bytes, std::max(limit - used, 0.0));
-  }
-  return memory;
-}
 
 struct CudaQuery {
   int device_count = 0;
@@ -105,13 +65,13 @@ JsValue to_array(napi_env env, const std::vector<std::string>& texts) {
 Napi::Value cpu_info(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return guard(env, [&]() -> Napi::Value {
-    const Memory memory = host_memory();
+    const HostMemoryInfo memory = host_memory_info();
     JsObject object(env);
     object.set("isa", cpu::to_string(cpu::best_isa()));
     object.set("features", to_array(env, cpu::feature_names()));
     object.set("threads", cpu::usable_threads());
-    object.set("totalMemoryBytes", memory.total_bytes);
-    object.set("freeMemoryBytes", memory.free_bytes);
+    object.set("totalMemoryBytes", static_cast<double>(memory.total_bytes));
+    object.set("freeMemoryBytes", static_cast<double>(memory.free_bytes));
     return {env, object.value().get()};
   });
 }

@@ -158,11 +158,7 @@ TensorView VisionTower::rows(Buffer& buffer, int64_t num_rows, int64_t columns) 
   return TensorView(buffer.data(), backend_.activation_dtype(), {num_rows, columns});
 }
 
-TensorView VisionTower::embeddings(Buffer& buffer, int num_tiles) const {
-  return rows(buffer, int64_t{num_tiles} * tokens_per_tile(), out_features_);
-}
-
-std::unique_ptr<Buffer> VisionTower::encode(ConstTensorView tiles) {
+void VisionTower::encode(ConstTensorView tiles, TensorView out) {
   const int64_t size = spec_.image_size;
   TM_CHECK(tiles.dtype == DType::u8 && tiles.rank == 4 && tiles.dim(0) >= 1 &&
                tiles.dim(0) <= (1 << 20) && tiles.dim(1) == size && tiles.dim(2) == size &&
@@ -172,16 +168,15 @@ std::unique_ptr<Buffer> VisionTower::encode(ConstTensorView tiles) {
            static_cast<long long>(tiles.dim(2)), static_cast<long long>(tiles.dim(3)),
            spec_.image_size, spec_.image_size);
   const int num_tiles = static_cast<int>(tiles.dim(0));
-  const int64_t rows_out = int64_t{num_tiles} * tokens_per_tile();
-  std::unique_ptr<Buffer> buffer = backend_.allocate(static_cast<size_t>(rows_out * out_features_) *
-                                                     dtype_bytes(backend_.activation_dtype()));
-  const TensorView out = embeddings(*buffer, num_tiles);
+  TM_CHECK(out.dtype == backend_.activation_dtype() && out.rank == 2 &&
+               out.dim(0) == int64_t{num_tiles} * tokens_per_tile() && out.dim(1) == out_features_,
+           "embeddings of [%lld, %lld] for %d tiles", static_cast<long long>(out.dim(0)),
+           static_cast<long long>(out.dim(1)), num_tiles);
   for (int begin = 0; begin < num_tiles; begin += tiles_per_pass_) {
     const int count = std::min(tiles_per_pass_, num_tiles - begin);
     encode_pass(tiles.rows(begin, count),
                 out.rows(int64_t{begin} * tokens_per_tile(), int64_t{count} * tokens_per_tile()));
   }
-  return buffer;
 }
 
 void VisionTower::encode_pass(ConstTensorView tiles, TensorView out) {

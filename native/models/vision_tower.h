@@ -31,11 +31,9 @@ class VisionTower {
   static Backend::WorkspaceSpec workspace(const VisionSpec& spec, int out_features,
                                           int tiles_per_pass);
 
-  // tiles: [n, S, S, 3] u8 in host memory, n >= 1. Answers [n * tokens_per_tile, H] in the
-  // backend's activation dtype, tile by tile. A tile's rows do not depend on the other tiles.
-  std::unique_ptr<Buffer> encode(ConstTensorView tiles);
-  // The view of a buffer that encode answered.
-  TensorView embeddings(Buffer& buffer, int num_tiles) const;
+  // tiles: [n, S, S, 3] u8 in host memory, n >= 1. `out`: [n * tokens_per_tile, H] in the backend's
+  // activation dtype, tile by tile. A tile's rows do not depend on the other tiles.
+  void encode(ConstTensorView tiles, TensorView out);
 
  private:
   struct Layer;

@@ -2,6 +2,8 @@
 // called from any thread; the event sink is called on the engine thread.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -33,14 +35,28 @@ struct EngineOptions {
   bool manual_stepping = false;       // tests: no thread; the owner calls step()
 };
 
-// What was planned before loading, and what loading took. Later only image embeddings are taken,
-// which the plan has.
+// What was planned before loading, and what is really taken; nothing more is taken after loading.
 struct MemoryReport {
   std::string device_name;
   MemoryPlan plan;
   int block_size = 0;  // tokens
   int kv_bits = 16;
-  size_t allocated_bytes = 0;  // on the device; 0 for an estimate
+  MemoryUse use;  // all 0 for an estimate
+};
+
+// How long steps took, from the launch to their tokens: counts of those up to each bound and past the
+// one before, the last count past all bounds.
+struct StepTimes {
+  static constexpr std::array<double, 20> kBoundsMs{
+      0.5, 1, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000, 2500};
+  std::array<uint64_t, kBoundsMs.size() + 1> counts{};
+  double sum_ms = 0;
+
+  void observe(double ms) {
+    const auto bound = std::lower_bound(kBoundsMs.begin(), kBoundsMs.end(), ms);
+    ++counts[static_cast<size_t>(bound - kBoundsMs.begin())];
+    sum_ms += ms;
+  }
 };
 
 struct EngineStats {
@@ -50,7 +66,12 @@ struct EngineStats {
   int free_blocks = 0;
   int cached_blocks = 0;  // of the free ones, those that can still be found by their content
   uint64_t steps = 0;
+  StepTimes step_times;
+  int swap_blocks = 0;  // of host memory
+  int free_swap_blocks = 0;
   uint64_t preemptions = 0;
+  uint64_t swaps_out = 0;  // of these, by saving blocks to host memory instead of computing again
+  uint64_t swaps_in = 0;   // of these, that have gone on with those blocks
   uint64_t prompt_tokens = 0;  // computed, preempted work counted again
   uint64_t completion_tokens = 0;
   uint64_t drafted_tokens = 0;   // run as guesses

@@ -23,6 +23,7 @@ struct EngineParts {
   double max_inter_token_ms = 0;  // 0: no goal
   int max_drafts = 0;             // speculated tokens of a sequence in a step
   bool measure_drafts = true;     // false (tests): draft at every match, whether it pays or not
+  double swap_block_ms = 0;       // to copy one KV block to or from host memory
   EngineStats stats;              // weight, cache and workspace bytes, load time, device
 };
 

@@ -6,20 +6,63 @@
 
 namespace turbomind {
 
-int EncodedImage::num_held() const {
-  return static_cast<int>(states_.size() -
-                          std::count(states_.begin(), states_.end(), TileState::absent));
+int TileSlots::take(int neighbour) {
+  TM_CHECK(num_taken_ < num_slots(), "all %d tile slots are taken", num_slots());
+  const auto is_free = [this](int slot) { return !taken_[static_cast<size_t>(slot)]; };
+  int chosen = neighbour + 1;
+  if (neighbour < 0 || chosen >= num_slots() || !is_free(chosen)) {
+    int longest = 0;
+    for (int begin = 0; begin < num_slots();) {
+      int end = begin;
+      while (end < num_slots() && is_free(end)) ++end;
+      if (end - begin > longest) {
+        longest = end - begin;
+        chosen = begin;
+      }
+      begin = end + 1;
+    }
+  }
+  taken_[static_cast<size_t>(chosen)] = true;
+  ++num_taken_;
+  return chosen;
 }
 
-void EncodedImage::schedule(int first_tile, int num_tiles) {
-  for (int tile = first_tile; tile < first_tile + num_tiles; ++tile) {
-    TM_CHECK(state(tile) == TileState::absent, "tile %d is there already", tile);
-    states_[static_cast<size_t>(tile)] = TileState::scheduled;
+void TileSlots::give(int slot) {
+  TM_CHECK(slot >= 0 && slot < num_slots() && taken_[static_cast<size_t>(slot)],
+           "tile slot %d of %d is free", slot, num_slots());
+  taken_[static_cast<size_t>(slot)] = false;
+  --num_taken_;
+}
+
+EncodedImage::EncodedImage(int num_tiles, std::shared_ptr<TileSlots> slots)
+    : slots_(std::move(slots)),
+      states_(static_cast<size_t>(num_tiles), TileState::absent),
+      slot_of_(static_cast<size_t>(num_tiles), -1) {}
+
+EncodedImage::~EncodedImage() {
+  for (int slot : slot_of_) {
+    if (slot >= 0) slots_->give(slot);
   }
 }
 
+int EncodedImage::schedule(int tile, int neighbour) {
+  TM_CHECK(state(tile) == TileState::absent, "tile %d is there already", tile);
+  const int slot = slots_->take(neighbour);
+  slot_of_[static_cast<size_t>(tile)] = slot;
+  states_[static_cast<size_t>(tile)] = TileState::scheduled;
+  return slot;
+}
+
+void EncodedImage::drop(int tile) {
+  slots_->give(slot_of_[static_cast<size_t>(tile)]);
+  slot_of_[static_cast<size_t>(tile)] = -1;
+  states_[static_cast<size_t>(tile)] = TileState::absent;
+}
+
 void EncodedImage::unschedule() {
-  std::replace(states_.begin(), states_.end(), TileState::scheduled, TileState::absent);
+  for (size_t tile = 0; tile < states_.size(); ++tile) {
+    if (states_[tile] == TileState::scheduled) drop(static_cast<int>(tile));
+  }
 }
 
 void EncodedImage::add(EncodedTiles run) {
@@ -35,12 +78,17 @@ void EncodedImage::add(EncodedTiles run) {
 
 std::shared_ptr<EncodedImage> ImageStore::open(const image::ImageTiles& tiles) {
   const Key key = {tiles.content_hash[0], tiles.content_hash[1]};
-  if (key == Key{}) return std::make_shared<EncodedImage>(tiles.num_tiles);
-  std::erase_if(images_, [](const auto& entry) { return entry.second.expired(); });
-  std::weak_ptr<EncodedImage>& entry = images_[key];
+  if (key == Key{}) {
+    std::erase_if(unnamed_, [](const auto& image) { return image.expired(); });
+    auto image = std::make_shared<EncodedImage>(tiles.num_tiles, slots_);
+    unnamed_.push_back(image);
+    return image;
+  }
+  std::erase_if(shared_, [](const auto& entry) { return entry.second.expired(); });
+  std::weak_ptr<EncodedImage>& entry = shared_[key];
   std::shared_ptr<EncodedImage> image = entry.lock();
   if (image == nullptr) {
-    image = std::make_shared<EncodedImage>(tiles.num_tiles);
+    image = std::make_shared<EncodedImage>(tiles.num_tiles, slots_);
     entry = image;
   }
   return image;
@@ -48,16 +96,12 @@ std::shared_ptr<EncodedImage> ImageStore::open(const image::ImageTiles& tiles) {
 
 std::vector<std::shared_ptr<EncodedImage>> ImageStore::images() const {
   std::vector<std::shared_ptr<EncodedImage>> images;
-  for (const auto& [key, entry] : images_) {
+  const auto add = [&images](const std::weak_ptr<EncodedImage>& entry) {
     if (std::shared_ptr<EncodedImage> image = entry.lock()) images.push_back(std::move(image));
-  }
+  };
+  for (const auto& [key, entry] : shared_) add(entry);
+  for (const auto& entry : unnamed_) add(entry);
   return images;
-}
-
-int ImageStore::num_held() const {
-  int held = 0;
-  for (const std::shared_ptr<EncodedImage>& image : images()) held += image->num_held();
-  return held;
 }
 
 }  // namespace turbomind

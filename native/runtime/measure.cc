@@ -131,6 +131,12 @@ int tiles_per_pass(const Backend& backend, const VisionSpec& spec, int max_tiles
   return std::min(max_tiles, VisionTower::tiles_per_pass(spec, backend.vision_rows_per_pass()));
 }
 
+size_t image_store_bytes(const Backend& backend, const ModelSpec& spec, const MemoryPlan& steps) {
+  return static_cast<size_t>(steps.max_held_tiles) *
+         static_cast<size_t>(spec.vision->tokens_per_tile()) *
+         static_cast<size_t>(spec.decoder.hidden_size) * dtype_bytes(backend.activation_dtype());
+}
+
 Backend::WorkspaceSpec workspace_of(const Backend& backend, const ModelSpec& spec,
                                     const MemoryPlan& steps, const KvCacheSpec& cache,
                                     int session_len) {
@@ -160,11 +166,7 @@ MemoryParts measure_model(Backend& backend, const WeightStore& store, const Mode
                             tiles_per_pass(backend, vision, steps.max_tiles));
     parts.vision_weights = measuring.take_weights();
     parts.vision_activations = measuring.take_buffers();
-    const size_t tiles =
-        static_cast<size_t>(std::max(steps.max_tiles, session_len / vision.tokens_per_tile()));
-    parts.image_embeddings = tiles * static_cast<size_t>(vision.tokens_per_tile()) *
-                             static_cast<size_t>(spec.decoder.hidden_size) *
-                             dtype_bytes(backend.activation_dtype());
+    parts.image_embeddings = backend.buffer_bytes(image_store_bytes(backend, spec, steps));
   }
   const WorkspaceBytes workspace =
       backend.workspace_bytes(workspace_of(backend, spec, steps, cache, session_len));

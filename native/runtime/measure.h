@@ -15,6 +15,9 @@ Backend::WorkspaceSpec workspace_of(const Backend& backend, const ModelSpec& spe
                                     const MemoryPlan& steps, const KvCacheSpec& cache,
                                     int session_len);
 
+// Of the embeddings of all tiles that are held at a time; the spec has a vision tower.
+size_t image_store_bytes(const Backend& backend, const ModelSpec& spec, const MemoryPlan& steps);
+
 // Tiles through the vision tower at once: what suits the device, and no more than a step encodes.
 int tiles_per_pass(const Backend& backend, const VisionSpec& spec, int max_tiles);
 

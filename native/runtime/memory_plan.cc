@@ -50,6 +50,7 @@ MemoryPlan plan_steps(const MemoryBudget& budget) {
   plan.max_rows = budget.max_batch_size + static_cast<int>(drafts);
   if (budget.tokens_per_tile > 0) {
     plan.max_tiles = std::max(1, budget.max_prefill_token_num / budget.tokens_per_tile);
+    plan.max_held_tiles = std::max(plan.max_tiles, budget.session_len / budget.tokens_per_tile);
   }
   return plan;
 }
@@ -58,15 +59,17 @@ namespace {
 
 // "weights 1.0 MiB, activations 2.0 MiB, ...", parts of nothing left out.
 std::string describe(const MemoryParts& parts) {
-  const std::pair<const char*, size_t> named[] = {{"weights", parts.weights},
-                                                  {"vision weights", parts.vision_weights},
-                                                  {"activations", parts.activations},
-                                                  {"vision activations", parts.vision_activations},
-                                                  {"image embeddings", parts.image_embeddings},
-                                                  {"scratch", parts.scratch},
-                                                  {"sampling", parts.sampling},
-                                                  {"graphs", parts.graphs},
-                                                  {"reserve", parts.reserve}};
+  const std::pair<const char*, size_t> named[] = {
+      {"weights", parts.weights},
+      {"vision weights", parts.vision_weights},
+      {"activations", parts.activations},
+      {"vision activations", parts.vision_activations},
+      {"image embeddings", parts.image_embeddings},
+      {"scratch", parts.scratch},
+      {"sampling", parts.sampling},
+      {"graphs", parts.graphs},
+      {"reserve", parts.reserve},
+      {"swap space", parts.device_is_host ? parts.swap : 0}};
   std::string text;
   for (const auto& [name, bytes] : named) {
     if (bytes == 0) continue;
@@ -122,15 +125,43 @@ double pool_bytes(const MemoryBudget& budget) {
   return static_cast<double>(cache.kv_bytes);
 }
 
+// Blocks of host memory, no more than all sequences together can have.
+int swap_blocks(const MemoryBudget& budget, int64_t useful) {
+  const bool on_host = budget.parts.device_is_host;
+  const size_t automatic = on_host ? 0 : std::min(kDefaultSwapBytes, budget.host_free_bytes / 10);
+  const size_t wanted = budget.cache.swap_bytes.value_or(automatic);
+  const size_t blocks = std::min(wanted / budget.block_bytes, static_cast<size_t>(useful));
+  if (!budget.cache.swap_bytes || wanted == 0) return static_cast<int>(blocks);
+  if (blocks == 0) {
+    throw Error(
+        ErrorCode::invalid_argument,
+        format("swapSpaceBytes is %zu, less than one KV block of %zu bytes; raise it or give "
+               "0 to have none",
+               wanted, budget.block_bytes));
+  }
+  const size_t bytes = blocks * budget.block_bytes;
+  if (!on_host && bytes > budget.host_free_bytes) {
+    throw Error(ErrorCode::out_of_memory,
+                format("swapSpaceBytes takes %.1f MiB, but only %.1f MiB of host memory are free; "
+                       "lower it",
+                       mib(bytes), mib(budget.host_free_bytes)));
+  }
+  return static_cast<int>(blocks);
+}
+
 }  // namespace
 
-MemoryPlan plan_memory(const MemoryBudget& budget) {
+MemoryPlan plan_memory(const MemoryBudget& given) {
+  MemoryBudget budget = given;
   MemoryPlan plan = plan_steps(budget);
   check_cache(budget.cache);
   TM_CHECK(budget.block_bytes > 0, "KV blocks of 0 bytes");
+  const int64_t useful = int64_t{plan.blocks_per_session} * budget.max_batch_size;
+  plan.num_swap_blocks =
+      swap_blocks(budget, std::min<int64_t>(useful, std::numeric_limits<int32_t>::max()));
+  budget.parts.swap = static_cast<size_t>(plan.num_swap_blocks) * budget.block_bytes;
   const double bytes = pool_bytes(budget);
   const double affordable = bytes / static_cast<double>(budget.block_bytes);
-  const int64_t useful = int64_t{plan.blocks_per_session} * budget.max_batch_size;
   // A slot, block * block_size + offset, is an int32.
   const int64_t addressable = std::numeric_limits<int32_t>::max() / budget.block_size;
   // An absolute amount is taken as it is: blocks beyond full sessions keep prefixes.

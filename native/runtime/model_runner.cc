@@ -19,6 +19,8 @@ void ModelRunner::forward(const StepPlan& plan) {
   Slot& slot = slots_[next_slot_];
   slot.launched = Clock::now();
   slot.drawn_on_device = false;
+  if (!plan.saves.empty()) model_.save_blocks(plan.saves);
+  if (!plan.loads.empty()) model_.load_blocks(plan.loads);
   if (!plan.copies.empty()) model_.copy_blocks(plan.copies);
   for (const ScheduledTiles& tiles : plan.tiles) encode(tiles);
   slot.batch.build(plan);
@@ -94,8 +96,8 @@ void ModelRunner::encode(const ScheduledTiles& scheduled) {
   const int64_t side = image.tiles->tile_size;
   const ConstTensorView tiles(image.tiles->pixels.data(), DType::u8,
                               {image.num_tiles(), side, side, 3});
-  std::unique_ptr<TileEmbeddings> embeddings =
-      model_.encode_images(tiles.rows(scheduled.first_tile, scheduled.num_tiles));
+  std::unique_ptr<TileEmbeddings> embeddings = model_.encode_images(
+      tiles.rows(scheduled.first_tile, scheduled.num_tiles), scheduled.first_slot);
   const int64_t rows = embeddings->view().dim(0);
   TM_CHECK(rows == int64_t{scheduled.num_tiles} * image.tokens_per_tile,
            "%lld embeddings for %d tiles of %d tokens", static_cast<long long>(rows),

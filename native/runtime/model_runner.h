@@ -15,15 +15,13 @@ namespace turbomind {
 
 class TileEmbeddings final : public ImageEmbeddings {
  public:
-  TileEmbeddings(std::unique_ptr<Buffer> buffer, ConstTensorView view,
-                 std::unique_ptr<OpTimer> timer = nullptr)
-      : buffer_(std::move(buffer)), view_(view), timer_(std::move(timer)) {}
+  explicit TileEmbeddings(ConstTensorView view, std::unique_ptr<OpTimer> timer = nullptr)
+      : view_(view), timer_(std::move(timer)) {}
   ConstTensorView view() const { return view_; }  // [tiles * tokens per tile, H]
   double encode_ms() const override { return timer_ ? timer_->ms() : 0; }
 
  private:
-  std::unique_ptr<Buffer> buffer_;
-  ConstTensorView view_;
+  ConstTensorView view_;  // into the model's store
   std::unique_ptr<OpTimer> timer_;
 };
 
@@ -31,11 +29,19 @@ class TileEmbeddings final : public ImageEmbeddings {
 class Model {
  public:
   virtual ~Model() = default;
-  // tiles: [n, S, S, 3] u8 in host memory.
-  virtual std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) = 0;
+  // tiles: [n, S, S, 3] u8 in host memory. Their embeddings take slots [first_slot, first_slot + n) of
+  // the store that the model was loaded with (MemoryPlan::max_held_tiles), and stay until others do.
+  virtual std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles, int first_slot) = 0;
   // Copies KV block `first` over block `second` of each pair, all layers. No block is both read and
   // written, nor written twice.
   virtual void copy_blocks(std::span<const std::pair<BlockId, BlockId>> from_to) = 0;
+  // Whole blocks to and from the model's host memory (as many slots as it was loaded with), in order
+  // with all else. May be asynchronous.
+  virtual void save_blocks(std::span<const SwapMove> moves) = 0;
+  virtual void load_blocks(std::span<const SwapMove> moves) = 0;
+  // MemoryUse::allocated and device_free.
+  virtual size_t allocated_bytes() const { return 0; }
+  virtual size_t device_free_bytes() const { return 0; }
   // K and V of all rows are written; `batch` stays valid until sample() has returned.
   virtual void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) = 0;
   virtual void synchronize() {}  // until the forward has run

@@ -6,9 +6,10 @@
 //   - What a sequence shares with earlier ones is found, not computed (prefix_sharing.h). One that
 //     lacks just what another computes in this step waits for the next step.
 //   - A sequence joins with the blocks of all its tokens. When decoding runs out of blocks, the last
-//     running sequence in the order gives its own back, returns to the queue and is computed again.
-//     The first one is never preempted, so every request ends. A waiting request may take the place
-//     of running ones of lower priority that come after it.
+//     running sequence in the order gives its own back and returns to the queue. What it has computed
+//     is kept in host memory where copying there and back is cheaper than computing, else computed
+//     again. The first one is never preempted, so every request ends. A waiting request may take the
+//     place of running ones of lower priority that come after it.
 //   - prompt + completion never exceeds min(session_len, the pool): max_new_tokens is capped when a
 //     request is added, so a lone sequence always fits and ends with `length`.
 // Pure logic: knows no model, no device. Engine thread.
@@ -30,6 +31,12 @@
 
 namespace turbomind {
 
+// Host memory that preempted sequences may keep their blocks in.
+struct SwapLimits {
+  int num_blocks = 0;   // 0: none, all is computed again
+  double block_ms = 0;  // to copy one block, either way
+};
+
 struct SchedulerLimits {
   int session_len = 0;            // tokens
   int max_batch_size = 0;         // sequences that hold blocks
@@ -40,6 +47,7 @@ struct SchedulerLimits {
   double max_inter_token_ms = 0;  // goal for steps of running streams; 0: none
   bool enable_prefix_caching = true;
   SpeculationLimits speculation{};  // none unless asked for
+  SwapLimits swap{};
 };
 
 // What a step drew: one result for each sampled token of its plan, in order. A row whose token is -1
@@ -60,6 +68,8 @@ struct [[nodiscard]] Admission {
 
 struct SchedulerCounters {
   uint64_t preemptions = 0;
+  uint64_t swaps_out = 0;      // of these, by saving blocks to host memory
+  uint64_t swaps_in = 0;       // of these, that have joined again by loading them
   uint64_t prompt_tokens = 0;  // computed, preempted work counted again
   uint64_t completion_tokens = 0;
   uint64_t prefix_queries = 0;  // prompt tokens of the requests that began
@@ -93,6 +103,10 @@ class Scheduler {
   // the one made ahead, if any, is then the current one.
   std::vector<Event> commit(const StepPlan& plan, const StepResults& results);
 
+  // Of a sequence that runs apart from the plans: where its tiles are encoded, and how many may be.
+  void open_images(Sequence& sequence);
+  void limit_held_tiles(StepBudget& budget);
+
   // A running or waiting one, or null.
   Sequence* find(RequestId id);
   // The token of a parked sequence, drawn outside of a plan; see commit.
@@ -113,6 +127,7 @@ class Scheduler {
   int num_waiting() const { return static_cast<int>(waiting_.size()); }
   const SchedulerCounters& counters() const { return counters_; }
   const DraftPlanner& drafts() const { return drafts_; }
+  const SwapSpace& swap_space() const { return swap_space_; }
   // Throws unless queue order, limits and block tables are consistent. Linear in everything.
   void check_invariants() const;
 
@@ -132,10 +147,13 @@ class Scheduler {
   void copy_tail(Sequence& sequence, const PrefixMatch& match);
   void skip(Sequence& sequence, int num_tokens);
   void add_row(Sequence& sequence, StepBudget& budget);
-  void limit_held_tiles(StepBudget& budget);
   void drop_tiles();
-  void open_images(Sequence& sequence);
   void preempt_last();
+  bool swap_out(Sequence& sequence);
+  bool swap_pays(const Sequence& sequence, int first_block, int num_blocks) const;
+  bool can_swap_in(const Sequence& sequence, const PrefixMatch& match) const;
+  void swap_in(Sequence& sequence);
+  static void insert_by_rank(std::vector<Owner>& owners, Owner owner);
   void count_vision_time();
   void publish(Sequence& sequence, bool prompt_ended);
   void observe_step(Clock::time_point now);
@@ -151,6 +169,7 @@ class Scheduler {
 
   SchedulerLimits limits_;
   BlockManager& blocks_;
+  SwapSpace swap_space_;  // outlives what lies in it
   PrefixSharing sharing_;
   StepBudgeter budgeter_;
   ImageStore images_;
@@ -164,6 +183,7 @@ class Scheduler {
   std::vector<Sequence*> prefilling_;       // while a step is planned
   std::vector<const Sequence*> computing_;  // those with a prefill row in the plan
   std::vector<BlockId> copied_;             // sources of the plan's copies, held until it ends
+  std::vector<Sequence*> saved_;            // whose blocks the plan saves
   uint64_t num_added_ = 0;
   Clock::time_point planned_at_;
   Clock::time_point committed_at_;

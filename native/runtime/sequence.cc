@@ -34,7 +34,6 @@ Sequence::Sequence(Request request, Clock::time_point submitted, int max_tokens,
     image.tiles = input.tiles;
     image.token_offset = input.token_offset;
     image.tokens_per_tile = input.num_tokens / input.tiles->num_tiles;
-    image.encoded = std::make_shared<EncodedImage>(input.tiles->num_tiles);
     // Without an identity its tokens look like those of any other picture.
     const auto& hash = input.tiles->content_hash;
     if (hash[0] == 0 && hash[1] == 0) request_.share_prefix = false;

@@ -12,6 +12,7 @@
 #include "runtime/image_store.h"
 #include "runtime/request.h"
 #include "runtime/speculation.h"
+#include "runtime/swap_space.h"
 
 namespace turbomind {
 
@@ -23,7 +24,8 @@ struct SequenceImage {
   std::shared_ptr<const image::ImageTiles> tiles;
   int token_offset = 0;  // of its first image token in the prompt
   int tokens_per_tile = 0;
-  std::shared_ptr<EncodedImage> encoded;  // null once its tokens are computed
+  std::shared_ptr<EncodedImage>
+      encoded;  // Scheduler::open_images; null once its tokens are computed
 
   int num_tiles() const { return tiles->num_tiles; }
   int num_tokens() const { return num_tiles() * tokens_per_tile; }
@@ -121,6 +123,9 @@ class Sequence {
   // Gives its blocks back; what is not found or loaded again later is computed again. A tile's
   // embeddings do not depend on what it is encoded with, so those let go may be encoded again.
   void preempt();
+  // What of it lies in host memory while it waits.
+  SwappedBlocks& swapped() { return swapped_; }
+  const SwappedBlocks& swapped() const { return swapped_; }
   RequestTimings timings() const;
 
  private:
@@ -129,6 +134,7 @@ class Sequence {
   int num_tokens_ = 0;           // known
   std::vector<SequenceImage> images_;
   BlockTable blocks_;
+  SwappedBlocks swapped_;
   std::unique_ptr<Drafter> drafter_;
   Guide guide_;
   bool parked_ = false;

@@ -23,6 +23,9 @@ class StepBudgeter {
   // Mean cost of a prefill token, ms; 0: not seen yet.
   double token_ms() const { return token_ms_; }
 
+  // The same of an encoded tile.
+  double tile_ms() const { return tile_ms_; }
+
   // Tokens of prefill beside decode rows, however tight the goal.
   static constexpr int kMinTokens = 16;
 

@@ -6,6 +6,8 @@ namespace turbomind {
 
 void StepPlan::clear() {
   for (const ScheduledTiles& run : tiles) run.image->unschedule();
+  saves.clear();
+  loads.clear();
   copies.clear();
   tiles.clear();
   rows.clear();
@@ -102,13 +104,14 @@ int StepPlan::grant_tiles(Sequence& sequence, int image_idx, int begin, int end,
     if (budget.tiles == 0 || tile_begin >= begin + budget.tokens) return tile_begin;
     --budget.tiles;
     budget.tokens = std::max(1, budget.tokens - budget.tile_tokens);
-    image.encoded->schedule(tile, 1);
-    const bool continues = !tiles.empty() && tiles.back().image == image.encoded &&
-                           tiles.back().first_tile + tiles.back().num_tiles == tile;
-    if (continues) {
+    const bool follows = !tiles.empty() && tiles.back().image == image.encoded &&
+                         tiles.back().first_tile + tiles.back().num_tiles == tile;
+    const int behind = follows ? tiles.back().first_slot + tiles.back().num_tiles : -1;
+    const int slot = image.encoded->schedule(tile, behind - 1);
+    if (follows && slot == behind) {
       ++tiles.back().num_tiles;
     } else {
-      tiles.push_back({&sequence, image_idx, tile, 1, image.encoded});
+      tiles.push_back({&sequence, image_idx, tile, 1, slot, image.encoded});
     }
   }
   return end;

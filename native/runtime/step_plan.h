@@ -38,12 +38,22 @@ struct ScheduledTiles {
   int image_idx = 0;
   int first_tile = 0;
   int num_tiles = 0;
-  std::shared_ptr<EncodedImage> image;  // where the embeddings go
+  int first_slot = 0;  // where the embeddings go: neighbouring slots
+  std::shared_ptr<EncodedImage> image;
 };
 
-// Valid until the next call of the scheduler that made it.
+// A block and its place in host memory.
+struct SwapMove {
+  BlockId block = -1;
+  int32_t slot = -1;
+};
+
+// Valid until the next call of the scheduler that made it. Blocks are saved before any is written,
+// and all moves come before tiles and rows.
 struct StepPlan {
-  std::vector<std::pair<BlockId, BlockId>> copies;  // (from, to), first of all
+  std::vector<SwapMove> saves;  // of preempted sequences, to host memory
+  std::vector<SwapMove> loads;  // of sequences that join again, from host memory
+  std::vector<std::pair<BlockId, BlockId>> copies;  // (from, to)
   std::vector<ScheduledTiles> tiles;
   std::vector<ScheduledRow> rows;  // decode rows first
   int num_decode = 0;              // decode rows

@@ -74,6 +74,7 @@ const PIPELINE: Samples<PipelineOptions> = {
   cacheMaxEntryCount: { value: 0.5 },
   kvCacheBytes: { value: 2 ** 20 },
   memoryBudgetBytes: { value: 2 ** 28 },
+  swapSpaceBytes: { value: 2 ** 26 },
   cacheBlockSeqLen: { value: 32 },
   enablePrefixCaching: { value: false },
   maxQueueSize: { value: 2 },

@@ -36,7 +36,7 @@ std::vector<EmbeddingOverride> image_rows(LoadedModel& model, const Json& expect
   const auto first =
       std::find(ids.begin(), ids.end(), model.fixture.spec.image_token_id) - ids.begin();
   const int tiles = static_cast<int>(expected["tiles"].integer());
-  return {{static_cast<int>(first), model.vision->embeddings(buffer, tiles)}};
+  return {{static_cast<int>(first), model.embeddings(tiles, &buffer)}};
 }
 
 void check_case(LoadedModel& model, const Json& expected, double tolerance) {
@@ -148,7 +148,7 @@ TEST("bits do not depend on the number of threads") {
         std::vector<EmbeddingOverride> overrides;
         if (model.vision) {
           buffer = model.encode_formula_tiles(3);
-          overrides = {{5, model.vision->embeddings(*buffer, 3)}};
+          overrides = {{5, model.embeddings(3, buffer.get())}};
         }
         const std::vector<float> logits = model.prefill(sequence, prompt, kMaxTokens, overrides);
         if (first.empty()) first = logits;

@@ -27,6 +27,7 @@ struct Run {
   int block_size = 64;
   int num_blocks = 0;  // 0: as planned
   int max_drafts = 0;
+  int num_swap_blocks = 0;
 };
 
 EngineOptions options_of(const TinyCheckpoint& checkpoint, const Run& run) {
@@ -39,6 +40,7 @@ EngineOptions options_of(const TinyCheckpoint& checkpoint, const Run& run) {
   options.block_size = run.block_size;
   options.cache.share = 0.5;
   options.max_drafts = run.max_drafts;
+  options.cache.swap_bytes = size_t{4096} * 1024 * static_cast<size_t>(run.num_swap_blocks);
   return options;
 }
 
@@ -123,6 +125,7 @@ Outcome run(const TinyCheckpoint& checkpoint, const std::vector<Request>& reques
   while (engine->step()) {
   }
   outcome.stats = engine->stats();
+  EXPECT_EQ(outcome.stats.free_swap_blocks, outcome.stats.swap_blocks);
   EXPECT_EQ(outcome.stats.free_blocks, outcome.stats.total_blocks);
   return outcome;
 }
@@ -172,7 +175,17 @@ void expect_same_bits(QuantMethod method, const std::string& isa) {
                                    .block_size = 16,
                                    .num_blocks = 12});
     EXPECT(preempted.stats.preemptions >= 1);
+    EXPECT_EQ(preempted.stats.swaps_out, 0U);
     expect_equal(preempted, alone, "preemption");
+    const Outcome swapped = run(checkpoint, requests,
+                                {.isa = isa,
+                                 .threads = 2,
+                                 .max_prefill_token_num = chunk,
+                                 .block_size = 16,
+                                 .num_blocks = 12,
+                                 .num_swap_blocks = 64});
+    EXPECT(swapped.stats.swaps_in >= 1);
+    expect_equal(swapped, alone, "preemption to host memory");
   }
 }
 

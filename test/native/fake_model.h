@@ -23,6 +23,8 @@ namespace turbomind::test {
 struct FakeSpec {
   int num_blocks = 8;
   int block_size = 4;
+  int num_swap_blocks = 0;
+  int num_tile_slots = 64;
   int vocab_size = 50;
   TokenId image_token_id = 49;
   int tokens_per_tile = 3;
@@ -70,22 +72,14 @@ inline TokenId fake_draw(uint64_t hash, std::span<const TokenId> banned, const F
   }
 }
 
-class FakeBuffer final : public Buffer {
- public:
-  explicit FakeBuffer(size_t bytes) : bytes_(bytes) {}
-  void* data() override { return bytes_.data(); }
-  size_t bytes() const override { return bytes_.size(); }
-
- private:
-  std::vector<char> bytes_;
-};
-
 class FakeModel final : public Model {
  public:
   explicit FakeModel(const FakeSpec& spec)
       : spec_(spec),
         cache_(static_cast<size_t>(spec.num_blocks * spec.block_size), -1),
-        contexts_(cache_.size(), 0) {}
+        contexts_(cache_.size(), 0),
+        swapped_(static_cast<size_t>(spec.num_swap_blocks * spec.block_size)),
+        tiles_(static_cast<size_t>(spec.num_tile_slots * spec.tokens_per_tile)) {}
 
   std::function<void()> on_forward;  // may throw or wait
   uint64_t unsampled = 0;            // rows with this seed cannot be sampled; 0: all can
@@ -94,15 +88,19 @@ class FakeModel final : public Model {
   int max_step_tokens = 0;
   int64_t tiles_encoded = 0;
   int64_t blocks_copied = 0;
+  int64_t blocks_saved = 0;
+  int64_t blocks_loaded = 0;
   int64_t forwards = 0;
 
-  std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles) override {
+  std::unique_ptr<TileEmbeddings> encode_images(ConstTensorView tiles, int first_slot) override {
     auto timer = std::make_unique<HostOpTimer>();
     const int64_t num_tiles = tiles.dim(0);
     const size_t tile_bytes = tiles.bytes() / static_cast<size_t>(num_tiles);
     const int64_t rows = num_tiles * spec_.tokens_per_tile;
-    auto buffer = std::make_unique<FakeBuffer>(static_cast<size_t>(rows) * sizeof(int32_t));
-    auto* out = static_cast<int32_t*>(buffer->data());
+    const int first_row = first_slot * spec_.tokens_per_tile;
+    TM_CHECK(first_slot >= 0 && first_row + rows <= static_cast<int64_t>(tiles_.size()),
+             "tiles in slot %d of %d", first_slot, spec_.num_tile_slots);
+    int32_t* const out = tiles_.data() + first_row;
     for (int64_t row = 0; row < rows; ++row) {
       const uint8_t* tile =
           tiles.as<uint8_t>() + static_cast<size_t>(row / spec_.tokens_per_tile) * tile_bytes;
@@ -111,7 +109,7 @@ class FakeModel final : public Model {
     tiles_encoded += num_tiles;
     const ConstTensorView view(out, DType::i32, {rows, 1});
     timer->stop();
-    return std::make_unique<TileEmbeddings>(std::move(buffer), view, std::move(timer));
+    return std::make_unique<TileEmbeddings>(view, std::move(timer));
   }
 
   void copy_blocks(std::span<const std::pair<BlockId, BlockId>> from_to) override {
@@ -122,6 +120,26 @@ class FakeModel final : public Model {
       std::copy_n(contexts_.begin() + from * size, size, contexts_.begin() + to * size);
     }
     blocks_copied += static_cast<int64_t>(from_to.size());
+  }
+
+  void save_blocks(std::span<const SwapMove> moves) override {
+    for (const SwapMove& move : moves) {
+      for_each_slot(move, [this](size_t cached, size_t swapped) {
+        swapped_.at(swapped) = {cache_.at(cached), contexts_.at(cached)};
+      });
+    }
+    blocks_saved += static_cast<int64_t>(moves.size());
+  }
+  // Taken away as they are read, so that none is loaded twice.
+  void load_blocks(std::span<const SwapMove> moves) override {
+    for (const SwapMove& move : moves) {
+      for_each_slot(move, [this](size_t cached, size_t swapped) {
+        cache_.at(cached) = swapped_.at(swapped).first;
+        contexts_.at(cached) = swapped_.at(swapped).second;
+        swapped_.at(swapped) = {-1, 0};
+      });
+    }
+    blocks_loaded += static_cast<int64_t>(moves.size());
   }
 
   void forward(const StepBatch& batch, std::span<const EmbeddingOverride> overrides) override {
@@ -220,6 +238,13 @@ class FakeModel final : public Model {
   }
 
  private:
+  template <class Move>
+  void for_each_slot(const SwapMove& move, Move&& copy) const {
+    for (int i = 0; i < spec_.block_size; ++i) {
+      copy(static_cast<size_t>(move.block * spec_.block_size + i),
+           static_cast<size_t>(move.slot * spec_.block_size + i));
+    }
+  }
   void write_rows(const StepBatch& batch, int s, const std::vector<int32_t>& values) {
     for (int row = batch.query_start[s]; row < batch.query_start[s + 1]; ++row) {
       const auto i = static_cast<size_t>(row);
@@ -271,9 +296,11 @@ class FakeModel final : public Model {
   FakeSpec spec_;
   StepBatch batch_;
   std::vector<Launched> launched_;
-  std::vector<TokenId> last_drawn_;  // of the last launch, [R]
-  std::vector<int32_t> cache_;       // [slots] the token or embedding written
-  std::vector<uint64_t> contexts_;   // [slots] it and all before it
+  std::vector<TokenId> last_drawn_;                    // of the last launch, [R]
+  std::vector<int32_t> cache_;                         // [slots] the token or embedding written
+  std::vector<uint64_t> contexts_;                     // [slots] it and all before it
+  std::vector<std::pair<int32_t, uint64_t>> swapped_;  // both, [swap slots]
+  std::vector<int32_t> tiles_;                         // [tile slots, tokens_per_tile]
 };
 
 struct Completion {

@@ -68,7 +68,17 @@ struct LoadedModel {
   std::unique_ptr<Buffer> encode_formula_tiles(int num_tiles) {
     const int size = fixture.spec.vision->image_size;
     const std::vector<uint8_t> pixels = formula_tiles(num_tiles, size);
-    return vision->encode(ConstTensorView(pixels.data(), DType::u8, {num_tiles, size, size, 3}));
+    auto buffer = backend.allocate(static_cast<size_t>(embeddings(num_tiles).elements()) *
+                                   dtype_bytes(backend.activation_dtype()));
+    vision->encode(ConstTensorView(pixels.data(), DType::u8, {num_tiles, size, size, 3}),
+                   embeddings(num_tiles, buffer.get()));
+    return buffer;
+  }
+  // [num_tiles * tokens per tile, H] of a buffer that encode_formula_tiles answered.
+  TensorView embeddings(int num_tiles, Buffer* buffer = nullptr) const {
+    return {buffer == nullptr ? nullptr : buffer->data(),
+            backend.activation_dtype(),
+            {int64_t{num_tiles} * vision->tokens_per_tile(), vision->out_features()}};
   }
 
   // One step of several sequences; answers [S, V] logits of their last tokens.

@@ -129,6 +129,34 @@ TEST("parts and pool never exceed free memory at any share and batch size") {
   }
 }
 
+TEST("host memory for swapped blocks is planned in whole blocks, no more than can be of use") {
+  MemoryBudget b = budget();
+  b.host_free_bytes = 60 * 1000;
+  const auto blocks = [&b](std::optional<size_t> wanted) {
+    b.cache.swap_bytes = wanted;
+    return plan_memory(b).num_swap_blocks;
+  };
+  EXPECT_EQ(blocks(std::nullopt), 6);  // a tenth of what is free
+  EXPECT_EQ(blocks(0), 0);
+  EXPECT_EQ(blocks(5999), 5);
+  EXPECT_EQ(blocks(60 * 1000), 60);
+  EXPECT_EQ(plan_memory(b).parts.swap, size_t{60000});
+  EXPECT_EQ(plan_memory(b).parts.total(), size_t{10000});  // not on the device
+  EXPECT_ERROR(blocks(61 * 1000), ErrorCode::out_of_memory);
+  EXPECT_ERROR(blocks(999), ErrorCode::invalid_argument);
+  b.host_free_bytes = size_t{1} << 40;
+  EXPECT_EQ(blocks(size_t{1} << 39), 64);  // four full sessions
+  EXPECT_EQ(blocks(std::nullopt), 64);
+  // Where the device computes in host memory it is the same memory: none unless asked for.
+  b.parts.device_is_host = true;
+  EXPECT_EQ(blocks(std::nullopt), 0);
+  EXPECT_EQ(plan_memory(b).num_blocks, 50);
+  EXPECT_EQ(blocks(20 * 1000), 20);
+  EXPECT_EQ(plan_memory(b).num_blocks, 40);
+  b.free_bytes = 70 * 1000;
+  EXPECT_ERROR(blocks(size_t{1} << 39), ErrorCode::out_of_memory);
+}
+
 TEST("slots stay within 32 bits however much memory there is") {
   MemoryBudget b = budget();
   b.session_len = 1 << 20;

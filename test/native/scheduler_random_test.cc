@@ -1,6 +1,7 @@
 // Ten thousand random schedules: arrivals, aborts, deadlines, priorities, shared prefixes, turns of a
-// chat, images, drafts, and pools so small that sequences are preempted. After every step the pool's books
-// balance; every request ends once, in time, and with the tokens it gets when it runs alone.
+// chat, images, drafts, and pools so small that sequences are preempted, with host memory to keep their
+// blocks in or without. After every step the books of both balance; every request ends once, in time, and
+// with the tokens it gets when it runs alone. Steps that fail before they have run are among them.
 #include <map>
 #include <random>
 #include <set>
@@ -19,6 +20,7 @@ struct Totals {
   uint64_t drafted = 0, accepted = 0;
   uint64_t expired = 0, refused = 0, overtaken = 0, hits = 0, copies = 0, tiles = 0,
            shown_tiles = 0;
+  uint64_t swaps_out = 0, swaps_in = 0, saved = 0, loaded = 0, failed = 0;
 };
 
 class Scenario {
@@ -46,11 +48,19 @@ class Scenario {
     while (step()) {
     }
     EXPECT_EQ(blocks_.num_free(), spec_.num_blocks);
+    EXPECT_EQ(scheduler_.swap_space().num_free(), spec_.num_swap_blocks);
     EXPECT_EQ(answers_.num_ended(), requests_.size());
     for (const auto& [id, request] : requests_) check_answer(request, totals);
     totals.steps += steps_;
     totals.requests += requests_.size();
     totals.preemptions += scheduler_.counters().preemptions;
+    const SchedulerCounters& counters = scheduler_.counters();
+    EXPECT(counters.swaps_out <= counters.preemptions && counters.swaps_in <= counters.swaps_out);
+    EXPECT(counters.swaps_out > 0 || model_.blocks_saved == 0);
+    totals.swaps_out += counters.swaps_out;
+    totals.swaps_in += counters.swaps_in;
+    totals.saved += static_cast<uint64_t>(model_.blocks_saved);
+    totals.loaded += static_cast<uint64_t>(model_.blocks_loaded);
     totals.drafted += scheduler_.drafts().num_drafted();
     totals.accepted += scheduler_.drafts().num_accepted();
     totals.refused += num_refused_;
@@ -77,6 +87,7 @@ class Scenario {
     spec.num_blocks = std::max(2, between(12, 80) / spec.block_size);
     spec.tokens_per_tile = between(1, 4);
     spec.loops = one_in(2);
+    if (one_in(2)) spec.num_swap_blocks = between(1, 2 * spec.num_blocks);
     return spec;
   }
   SchedulerLimits random_limits() {
@@ -92,6 +103,11 @@ class Scenario {
     limits.speculation.max_drafts = one_in(3) ? 0 : between(1, kMaxDrafts);
     limits.speculation.max_rows = between(0, 12);
     limits.speculation.measured = one_in(4);
+    // Cheaper than computing, now cheaper and now not (steps of the model take microseconds), never.
+    limits.swap = {.num_blocks = spec_.num_swap_blocks,
+                   .block_ms = one_in(3)   ? 0.0002 * between(1, 10)
+                               : one_in(8) ? 1000.0
+                                           : 0.0};
     return limits;
   }
   MemoryPlan memory() const {
@@ -201,6 +217,10 @@ class Scenario {
     if (plan.empty()) return false;
     check_plan(plan);
     scheduler_.check_invariants();
+    if (one_in(200)) {
+      fail(plan);
+      return true;
+    }
     StepResults results = runner_.run(plan);
     std::vector<SampleResult> drawn(results.rows.begin(), results.rows.end());
     spoil_unused(plan, drawn);
@@ -211,6 +231,22 @@ class Scenario {
     std::erase_if(in_flight_, [&](const auto& entry) { return answers_.ended(entry.first); });
     for (const auto& [id, flight] : in_flight_) EXPECT(steps_ < flight.deadline);
     return true;
+  }
+
+  // A step that did not run: what it was to save and load must not be taken for saved and loaded.
+  void fail(const StepPlan& plan) {
+    std::set<RequestId> planned;
+    for (const ScheduledRow& row : plan.rows) planned.insert(row.sequence->id());
+    for (const SwapMove& move : plan.loads) EXPECT(move.slot < spec_.num_swap_blocks);
+    const std::vector<Event> events =
+        scheduler_.fail_planned(Error(ErrorCode::internal, "scripted"));
+    for (const Event& event : events) {
+      EXPECT_EQ(planned.erase(event.id), size_t{1});
+      in_flight_.erase(event.id);
+    }
+    EXPECT(planned.empty());
+    answers_.take(events);
+    scheduler_.check_invariants();
   }
 
   // What is drawn behind a wrong draft must not matter, not even that it failed.
@@ -299,10 +335,10 @@ class Scenario {
     if (answer.last.error_code == ErrorCode::deadline) {
       EXPECT(request.queue_timeout_ms > 0 && answer.tokens.empty());
       ++totals.expired;
-    } else if (answer.reason == FinishReason::abort) {
+    } else if (answer.reason == FinishReason::abort || answer.reason == FinishReason::error) {
       EXPECT(answer.tokens.size() <= alone.tokens.size());
       EXPECT(std::equal(answer.tokens.begin(), answer.tokens.end(), alone.tokens.begin()));
-      ++totals.aborted;
+      ++(answer.reason == FinishReason::abort ? totals.aborted : totals.failed);
     } else {
       EXPECT(answer.tokens == alone.tokens);
       EXPECT(answer.reason == alone.reason);
@@ -360,6 +396,10 @@ TEST("random schedules keep the books, end every request in time and never mix s
       "    %llu tokens found, %llu blocks copied, %llu images, %llu of %llu tiles encoded\n",
       wide(totals.hits), wide(totals.copies), wide(totals.images), wide(totals.tiles),
       wide(totals.shown_tiles));
+  std::printf(
+      "    %llu preempted to host memory, %llu back; %llu blocks saved, %llu loaded; %llu failed\n",
+      wide(totals.swaps_out), wide(totals.swaps_in), wide(totals.saved), wide(totals.loaded),
+      wide(totals.failed));
   std::printf("    %llu of %llu drafts right\n", wide(totals.accepted), wide(totals.drafted));
   // The schedules must reach what they are meant to test.
   EXPECT(totals.requests >= 50000);
@@ -368,6 +408,9 @@ TEST("random schedules keep the books, end every request in time and never mix s
   EXPECT(totals.refused >= 200 && totals.overtaken >= 1000);
   EXPECT(totals.hits >= 50000 && totals.copies >= 1000);
   EXPECT(totals.accepted >= 5000 && totals.drafted - totals.accepted >= 5000);
+  EXPECT(totals.swaps_out >= 1000 && totals.swaps_in >= 500);
+  EXPECT(totals.preemptions - totals.swaps_out >= 1000);
+  EXPECT(totals.loaded >= 500 && totals.loaded < totals.saved && totals.failed >= 500);
   EXPECT(totals.images >= 10000 && totals.tiles < totals.shown_tiles);
 }
 

@@ -57,6 +57,12 @@ struct Harness {
   Answers answers;
 };
 
+// Host memory for `num_blocks` blocks, at a price.
+SchedulerLimits with_swap(SchedulerLimits limits, int num_blocks, double block_ms = 0) {
+  limits.swap = {.num_blocks = num_blocks, .block_ms = block_ms};
+  return limits;
+}
+
 constexpr SchedulerLimits kLimits{
     .session_len = 32, .max_batch_size = 4, .max_prefill_token_num = 8, .max_tiles = 2};
 
@@ -167,6 +173,125 @@ TEST("the youngest sequence is preempted, waits at the front and ends as if undi
   for (const Request& request : {first, second, third}) h.expect_same_as_alone(request);
   EXPECT_EQ(h.answers.at(1).last.num_preemptions, 0);
   EXPECT(h.answers.at(2).last.num_preemptions >= 1);
+}
+
+TEST("a preempted sequence goes on where it was, with its blocks from host memory") {
+  SchedulerLimits limits = with_swap(kLimits, 8);
+  limits.enable_prefix_caching = false;
+  Harness h({.num_blocks = 6, .num_swap_blocks = 8}, limits);
+  const Request first = text_request(1, 8, 14);
+  const Request second = text_request(2, 4, 16);
+  h.add(first);
+  h.add(second);
+  h.run_all();
+  const SchedulerCounters& counters = h.scheduler.counters();
+  EXPECT(counters.preemptions >= 1);
+  EXPECT_EQ(counters.swaps_out, counters.preemptions);
+  EXPECT_EQ(counters.swaps_in, counters.preemptions);
+  EXPECT_EQ(counters.prompt_tokens, 12U);  // nothing was computed twice
+  EXPECT_EQ(h.model.blocks_loaded, h.model.blocks_saved);
+  EXPECT_EQ(h.scheduler.swap_space().num_free(), 8);
+  for (const Request& request : {first, second}) h.expect_same_as_alone(request);
+}
+
+TEST("what cannot be swapped or is cheaper to compute is computed again") {
+  for (const auto& [num_blocks, block_ms] : {std::pair{0, 0.0}, {1, 0.0}, {8, 1e6}}) {
+    SchedulerLimits limits = with_swap(kLimits, num_blocks, block_ms);
+    limits.enable_prefix_caching = false;
+    Harness h({.num_blocks = 6, .num_swap_blocks = num_blocks}, limits);
+    const Request first = text_request(1, 8, 14);
+    const Request second = text_request(2, 7, 12);
+    h.add(first);
+    h.add(second);
+    h.run_all();
+    EXPECT(h.scheduler.counters().preemptions >= 1);
+    EXPECT_EQ(h.scheduler.counters().swaps_out, 0U);
+    EXPECT(h.scheduler.counters().prompt_tokens > 15U);
+    for (const Request& request : {first, second}) h.expect_same_as_alone(request);
+  }
+}
+
+TEST("blocks that others hold are neither saved nor loaded") {
+  SchedulerLimits limits = with_swap(kLimits, 8);
+  Harness h({.num_blocks = 7, .num_swap_blocks = 8}, limits);
+  Request first = text_request(1, 13, 12);
+  Request second = first;
+  second.id = 2;
+  second.prompt_tokens.back() = 1;
+  second.max_new_tokens = 10;
+  h.add(first);
+  h.add(second);
+  h.run_all();
+  EXPECT(h.scheduler.counters().swaps_out >= 1);
+  // Of the second's 4 or 5 blocks, 3 are the first's too.
+  EXPECT(h.model.blocks_saved <= 2 * static_cast<int64_t>(h.scheduler.counters().swaps_out));
+  for (const Request& request : {first, second}) h.expect_same_as_alone(request);
+}
+
+TEST("a shared prefix that is gone when its sequence comes back is computed again") {
+  Harness h({.num_blocks = 7, .num_swap_blocks = 8}, with_swap(kLimits, 8));
+  Request first = text_request(1, 13, 12);
+  Request second = first;
+  second.id = 2;
+  second.prompt_tokens.back() = 1;
+  second.max_new_tokens = 10;
+  h.add(first);
+  h.add(second);
+  while (h.scheduler.counters().swaps_out == 0) EXPECT(h.step());
+  EXPECT(h.scheduler.find(2)->swapped().first_block() == 3);
+  EXPECT(h.scheduler.abort(1).has_value());
+  h.blocks.forget_cached();
+  h.run_all();
+  EXPECT_EQ(h.scheduler.counters().swaps_in, 0U);
+  EXPECT_EQ(h.scheduler.swap_space().num_free(), 8);
+  h.expect_same_as_alone(second);
+}
+
+TEST("an abort frees blocks in host memory; a step that did not run has saved nothing") {
+  for (const bool aborted : {true, false}) {
+    SchedulerLimits limits = with_swap(kLimits, 8);
+    limits.enable_prefix_caching = false;
+    Harness h({.num_blocks = 6, .num_swap_blocks = 8}, limits);
+    const Request second = text_request(2, 4, 16);
+    h.add(text_request(1, 8, 14));
+    h.add(second);
+    while (h.scheduler.plan().saves.empty()) {
+      h.answers.take(
+          h.scheduler.commit(h.scheduler.current(), h.runner.run(h.scheduler.current())));
+    }
+    EXPECT(h.scheduler.swap_space().num_free() < 8);
+    if (aborted) {
+      (void)h.runner.run(h.scheduler.current());
+      EXPECT(h.scheduler.abort(2).has_value());
+    } else {
+      h.answers.take(h.scheduler.fail_planned(Error(ErrorCode::internal, "scripted")));
+    }
+    EXPECT_EQ(h.scheduler.swap_space().num_free(), 8);
+    h.scheduler.check_invariants();
+    if (aborted) continue;
+    h.run_all();
+    EXPECT_EQ(h.scheduler.counters().swaps_in, 0U);
+    h.expect_same_as_alone(second);
+  }
+}
+
+TEST("pictures are neither computed nor encoded again for a sequence that was swapped") {
+  for (int budget : {1, 8}) {
+    SchedulerLimits limits = with_swap(kLimits, 16);
+    limits.max_prefill_token_num = budget;
+    limits.enable_prefix_caching = false;
+    Harness h({.num_blocks = 8, .num_swap_blocks = 16}, limits);
+    const Request first = text_request(1, 7, 25);
+    Request second = text_request(2, 2, 8);
+    add_image(second, 4, 9, h.spec);
+    h.add(first);
+    h.add(second);
+    h.run_all();
+    EXPECT(h.scheduler.counters().swaps_in >= 1);
+    EXPECT_EQ(h.scheduler.counters().prompt_tokens, 7U + 14U);
+    h.expect_same_as_alone(first);
+    h.expect_same_as_alone(second);
+  }
 }
 
 TEST("an aborted sequence frees its blocks at once, running or waiting") {

@@ -29,7 +29,7 @@ std::vector<double> expected_embeddings(const Json& expected) {
 
 std::vector<float> encode(LoadedModel& model, int num_tiles) {
   const std::unique_ptr<Buffer> buffer = model.encode_formula_tiles(num_tiles);
-  return model.download(model.vision->embeddings(*buffer, num_tiles));
+  return model.download(model.embeddings(num_tiles, buffer.get()));
 }
 
 }  // namespace
@@ -65,7 +65,7 @@ TEST("passes of any number of tiles give the same bits") {
   });
 }
 
-TEST("memory is what activation_bytes announced, and grows with a request by its output alone") {
+TEST("memory is what activation_bytes announced, and encoding takes no more") {
   CountingBackend backend;
   const Fixture fixture(fixture_folder("internvl-hf-bf16"));
   const WeightStore store(fixture.files);
@@ -76,9 +76,13 @@ TEST("memory is what activation_bytes announced, and grows with a request by its
                                           DType::f32, 3));
   const size_t before = backend.allocated_bytes;
   const std::vector<uint8_t> pixels = formula_tiles(8, 56);
-  const auto buffer = tower.encode(ConstTensorView(pixels.data(), DType::u8, {8, 56, 56, 3}));
-  EXPECT_EQ(backend.allocated_bytes - before, buffer->bytes());
-  EXPECT_EQ(buffer->bytes(), size_t{8} * 4 * 32 * sizeof(float));
+  std::vector<float> out(size_t{8} * 4 * 32);
+  tower.encode(ConstTensorView(pixels.data(), DType::u8, {8, 56, 56, 3}),
+               TensorView(out.data(), DType::f32, {8 * 4, 32}));
+  EXPECT_EQ(backend.allocated_bytes, before);
+  EXPECT_ERROR(tower.encode(ConstTensorView(pixels.data(), DType::u8, {8, 56, 56, 3}),
+                            TensorView(out.data(), DType::f32, {7 * 4, 32})),
+               ErrorCode::internal);
 }
 
 TEST("a pass holds as many tiles as have the rows asked for, and at least one") {
@@ -96,7 +100,10 @@ TEST("tiles of another size, count or dtype are refused") {
   LoadedModel model(backend, "internvl-hf-bf16");
   const std::vector<uint8_t> pixels = formula_tiles(1, 56);
   const auto encode_as = [&](DType dtype, int64_t n, int64_t size) {
-    return model.vision->encode(ConstTensorView(pixels.data(), dtype, {n, size, size, 3}));
+    const auto buffer = backend.allocate(size_t{1} << 16);
+    const TensorView out(buffer->data(), DType::f32,
+                         {n * model.vision->tokens_per_tile(), model.vision->out_features()});
+    model.vision->encode(ConstTensorView(pixels.data(), dtype, {n, size, size, 3}), out);
   };
   EXPECT_ERROR(encode_as(DType::u8, 0, 56), ErrorCode::internal);
   EXPECT_ERROR(encode_as(DType::u8, 1, 28), ErrorCode::internal);

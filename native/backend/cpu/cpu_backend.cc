@@ -10,6 +10,7 @@
 #include "backend/cpu/kv_cache.h"
 #include "backend/cpu/pointwise.h"
 #include "backend/cpu/vision_ops.h"
+#include "base/host_memory_info.h"
 
 namespace turbomind::cpu {
 namespace {
@@ -90,7 +91,7 @@ CpuBackend::CpuBackend(const CpuBackendOptions& options)
 CpuBackend::~CpuBackend() = default;
 
 DeviceInfo CpuBackend::info() const {
-  const MemoryInfo memory = memory_info();
+  const HostMemoryInfo memory = host_memory_info();
   std::string features;
   for (const std::string& name : feature_names()) features += (features.empty() ? "" : " ") + name;
   return {.name = "cpu",
@@ -105,7 +106,7 @@ std::unique_ptr<Buffer> CpuBackend::allocate(size_t bytes) {
 }
 
 std::unique_ptr<Buffer> CpuBackend::allocate_host(size_t bytes) {
-  return std::make_unique<HostBuffer>(bytes, "host memory");
+  return std::make_unique<HostBuffer>(bytes, "host memory", meter_);
 }
 
 void CpuBackend::upload(TensorView device, const void* host) {

@@ -88,10 +88,4 @@ class HostBuffer : public Buffer {
   Metered metered_;
 };
 
-struct MemoryInfo {
-  size_t total_bytes = 0;  // of the machine, or the limit of this process's control group
-  size_t free_bytes = 0;   // what can be taken without swapping
-};
-MemoryInfo memory_info();
-
 }  // namespace turbomind::cpu

@@ -113,6 +113,11 @@ export class FakeEngine implements NativeEngine {
       freeBlocks: 8,
       steps: 0,
       preemptions: 0,
+      swapsOut: 0,
+      swapsIn: 0,
+      swapBlocks: 0,
+      freeSwapBlocks: 0,
+      stepTimes: { bounds: [0.01, 0.1], counts: [2, 1, 0], sum: 0.06 },
       promptTokens: 0,
       completionTokens: 0,
       draftedTokens: 0,
@@ -290,6 +295,17 @@ function fakeMemory(): MemoryReport {
     kvBlockTokens: 64,
     kvBits: 16,
     allocatedBytes: 12,
+    deviceFreeBytes: 88,
+    hostSwapBytes: 0,
+    swapBlocks: 0,
+    use: {
+      decoderBytes: 2,
+      visionBytes: 0,
+      workspaceBytes: 2,
+      kvCacheBytes: 8,
+      imageEmbeddingBytes: 0,
+      hostSwapBytes: 0,
+    },
   };
 }
 

@@ -38,6 +38,7 @@ class Attention {
       tables_.push_back(table);
       source_.push_back(random_.half(static_cast<size_t>(length) * row_, dtype));
     }
+    norm_weights_ = random_.floats(static_cast<size_t>(2 * heads.dim), 0.2F, 1.0F);
     inv_freq_.resize(static_cast<size_t>(heads.dim) / 2);
     for (size_t i = 0; i < inv_freq_.size(); ++i) {
       inv_freq_[i] = std::pow(10000.0F, -2.0F * static_cast<float>(i) / static_cast<float>(heads.dim));
@@ -50,7 +51,7 @@ class Attention {
     int sequence, begin, end;  // query rows [begin, end); kv length is `end`
   };
   // Results, one row after the other, of the queries; those of at most `decode_rows` rows by the decode
-  // kernel, the others by the prefill kernel.
+  // kernel, the others by the prefill kernel. Two padding rows follow, as a captured graph has them.
   std::vector<uint16_t> step(const std::vector<Query>& queries, int decode_rows = 1) {
     std::vector<uint16_t> qkv;
     std::vector<int32_t> positions, slots, query_start{0}, kv_len, split_start, table;
@@ -71,6 +72,12 @@ class Attention {
       for (int i = 0; rows <= decode_rows && i < ceil_div(query.end, kSplitTokens); ++i) items.push_back({static_cast<int>(s), i});
       for (int i = 0; rows > decode_rows && i < rows; i += kQueryTile) tiles.push_back({static_cast<int>(s), i});
     }
+    const size_t rows = positions.size();
+    for (int i = 0; i < 2; ++i) {
+      positions.push_back(0);
+      slots.push_back(-1);
+      qkv.insert(qkv.end(), row_, 0x7fff);  // NaN
+    }
     const auto most = static_cast<size_t>(std::max(decode_rows, 1));
     const int num_items = static_cast<int>(items.size());
     items.push_back({-1, -1});  // padding, as a captured graph has it
@@ -79,7 +86,7 @@ class Attention {
     const DeviceArray<int32_t> d_positions(positions), d_slots(slots), d_start(query_start), d_len(kv_len),
         d_split(split_start), d_table(table), d_stride(std::vector<int32_t>{max_blocks_, num_items});
     const DeviceArray<int2> d_items(items), d_tiles(tiles.empty() ? std::vector<int2>{{-1, 0}} : tiles);
-    const DeviceArray<float> freq(inv_freq_);
+    const DeviceArray<float> freq(inv_freq_), norms(norm_weights_);
     const DeviceArray<uint16_t> y(positions.size() * static_cast<size_t>(heads_.q) * heads_.dim);
     const DeviceArray<float> partial_out(items.size() * most * 2 * heads_.q * heads_.dim);
     const DeviceArray<float2> partial_sum(items.size() * most * 2 * heads_.q);
@@ -88,23 +95,48 @@ class Attention {
     StepArrays arrays{.positions = d_positions.get(), .slots = d_slots.get(), .query_start = d_start.get(),
                       .kv_len = d_len.get(), .split_start = d_split.get(), .decode_items = d_items.get(),
                       .query_tiles = d_tiles.get(), .block_stride = d_stride.get(), .block_table = d_table.get()};
-    rope_kv(context_, dtype_, {.qkv = device_qkv.get(), .cache = cache_->get(), .kv_bits = bits_,
-                               .inv_freq = freq.get(), .positions = d_positions.get(), .slots = d_slots.get(),
-                               .tokens = static_cast<int>(positions.size()), .num_heads = heads_.q,
-                               .num_kv_heads = heads_.kv, .head_dim = heads_.dim});
+    RopeArgs rope{.inv_freq = freq.get(), .attention_scaling = scaling_};
+    if (normed_) {
+      rope.q_norm = norms.get();
+      rope.k_norm = norms.get() + heads_.dim;
+      rope.q_norm_eps = 1e-6F;
+      rope.k_norm_eps = 1e-5F;
+    }
+    const bool fused = fused_ && tiles.empty();
+    if (!fused) {
+      rope_kv(context_, dtype_, {.qkv = device_qkv.get(), .cache = cache_->get(), .kv_bits = bits_, .rope = rope,
+                                 .positions = d_positions.get(), .slots = d_slots.get(),
+                                 .tokens = static_cast<int>(positions.size()), .num_heads = heads_.q,
+                                 .num_kv_heads = heads_.kv, .head_dim = heads_.dim});
+    }
     const float scale = 1.0F / std::sqrt(static_cast<float>(heads_.dim));
     decode_attention(context_, dtype_, {.qkv = device_qkv.get(), .y = y.get(), .cache = cache_->get(),
-                                        .kv_bits = bits_, .step = arrays,
+                                        .kv_bits = bits_, .rope = fused ? rope : RopeArgs{}, .step = arrays,
                                         .num_items = num_items > 0 ? num_items + 2 : 0, .max_rows = static_cast<int>(most),
                                         .partial_out = partial_out.get(), .partial_max_sum = partial_sum.get(),
                                         .tickets = tickets.get(), .num_heads = heads_.q, .num_kv_heads = heads_.kv,
                                         .head_dim = heads_.dim, .softmax_scale = scale});
     prefill_attention(context_, dtype_, {.qkv = device_qkv.get(), .y = y.get(), .cache = cache_->get(),
                                          .kv_bits = bits_, .step = arrays,
-                                         .tokens = static_cast<int>(positions.size()), .num_tiles = static_cast<int>(tiles.size()), .num_heads = heads_.q,
+                                         .tokens = static_cast<int>(rows), .num_tiles = static_cast<int>(tiles.size()), .num_heads = heads_.q,
                                          .num_kv_heads = heads_.kv, .head_dim = heads_.dim, .softmax_scale = scale, .portable = portable_});
     for (uint32_t ticket : tickets.host()) EXPECT_EQ(ticket, 0U);
-    return y.host();
+    std::vector<uint16_t> out = y.host();
+    out.resize(rows * static_cast<size_t>(heads_.q) * heads_.dim);
+    return out;
+  }
+  // Whether decode steps rotate and write K and V in the decode kernel.
+  void set_fused(bool fused) { fused_ = fused; }
+  // Norms of q and k heads, and a scaling of the rotation.
+  void set_norms() {
+    normed_ = true;
+    scaling_ = 1.25F;
+  }
+  std::vector<char> cache() const { return cache_->host(); }
+  // The bytes of the cache; none: poison.
+  void set_cache(const std::vector<char>& bytes) {
+    cache_->poison();
+    if (!bytes.empty()) cuda_check(cudaMemcpy(cache_->get(), bytes.data(), bytes.size(), cudaMemcpyHostToDevice));
   }
   // Whether prefill is held to mma.sync.
   void set_portable(bool portable) { portable_ = portable; }
@@ -184,6 +216,9 @@ class Attention {
   DType dtype_;
   int bits_;
   bool portable_ = false;
+  bool fused_ = false;
+  bool normed_ = false;
+  float scaling_ = 1.0F;
   std::vector<int> lengths_;
   Random random_;
   size_t row_;
@@ -193,6 +228,7 @@ class Attention {
   std::vector<std::vector<int>> tables_;
   std::vector<std::vector<uint16_t>> source_;  // [length, (Hq + 2 Hkv) * D]
   std::vector<float> inv_freq_;
+  std::vector<float> norm_weights_;  // of q, of k
   std::unique_ptr<DeviceArray<char>> cache_;
 };
 
@@ -262,11 +298,90 @@ TEST("every row has the same bits prefilled whole, in odd chunks, row by row and
       expect_equal(in_chunks(attention, 0, 0, kLength, {230, 1}, 1), whole, dtype, columns, "row by row");
       expect_equal(in_chunks(attention, 0, 0, kLength, {5, 3, 8, 1, 2, 7, 4, 6}, kMaxDecodeRows), whole, dtype, columns, "drafts");
       expect_equal(in_chunks(attention, 0, 0, kLength, {241, 1}, 0), whole, dtype, columns, "row by row, prefill kernel");
+      attention.set_fused(true);
+      expect_equal(in_chunks(attention, 0, 0, kLength, {230, 1}, 1), whole, dtype, columns, "row by row, one kernel");
+      expect_equal(in_chunks(attention, 0, 0, kLength, {5, 3, 8, 1, 2, 7, 4, 6}, kMaxDecodeRows), whole, dtype, columns, "drafts, one kernel");
       attention.set_portable(true);
       expect_equal(attention.step({{0, 0, kLength}}), whole, dtype, columns, "whole, mma.sync");
       expect_equal(in_chunks(attention, 0, 0, kLength, {77, 64, 9, 127, 13}, 0), whole, dtype, columns, "odd chunks, mma.sync");
     }
   }
+}
+
+TEST("one kernel that rotates, writes K and V and attends gives the bits of two, in the cache too") {
+  const std::vector<int> lengths = {1, 2, 17, 64, 65, 129, 255, 256, 257, 261, 330};
+  std::vector<std::pair<Heads, DType>> heads_and_types = kHeads;
+  heads_and_types.push_back({{8, 2, 128}, DType::bf16});
+  for (const auto& [heads, dtype] : heads_and_types) {
+    for (const int bits : {16, 8, 4}) {
+      Attention attention(heads, dtype, lengths, 6, bits);
+      for (const int rows : {1, 3, kMaxDecodeRows}) {
+        if (rows == 3) attention.set_norms();
+        attention.set_cache({});
+        std::vector<Attention::Query> before, queries;
+        for (int s = 0; s < static_cast<int>(lengths.size()); ++s) {
+          const int begin = std::max(0, lengths[s] - rows);
+          if (begin > 0) before.push_back({s, 0, begin});
+          queries.push_back({s, begin, lengths[s]});
+        }
+        (void)attention.step(before, 0);
+        const std::vector<char> filled = attention.cache();
+        attention.set_fused(false);
+        const std::vector<uint16_t> wanted = attention.step(queries, rows);
+        const std::vector<char> wanted_cache = attention.cache();
+        attention.set_cache(filled);
+        attention.set_fused(true);
+        expect_equal(attention.step(queries, rows), wanted, dtype, static_cast<size_t>(heads.q) * heads.dim, "one kernel");
+        EXPECT(attention.cache() == wanted_cache);
+        EXPECT(wanted_cache != filled);
+      }
+    }
+  }
+}
+
+TEST("launches of a decode layer are joined by programmatic edges in a graph") {
+  const LaunchContext context = [] {
+    LaunchContext c = test_context();
+    cuda_check(cudaStreamCreateWithFlags(&c.stream, cudaStreamNonBlocking));
+    return c;
+  }();
+  if (!context.programmatic) return;
+  const Heads heads{8, 2, 64};
+  const size_t columns = static_cast<size_t>(heads.q) * heads.dim;
+  const DeviceArray<uint16_t> qkv((heads.q + 2 * heads.kv) * static_cast<size_t>(heads.dim)), y(columns);
+  const DeviceArray<char> cache(static_cast<size_t>(heads.kv) * 2 * kv_tile_bytes(heads.dim, 16));
+  const DeviceArray<float> weight(columns), partial(columns);
+  const DeviceArray<float2> sums(columns);
+  const DeviceArray<uint32_t> tickets(columns);
+  const DeviceArray<int32_t> words(64);
+  cuda_check(cudaStreamBeginCapture(context.stream, cudaStreamCaptureModeThreadLocal));
+  const NormArgs norm_args{.weight = weight.get(), .x = y.get(), .y = y.get(), .ldx = static_cast<int64_t>(columns),
+                           .ldy = static_cast<int64_t>(columns), .rows = 1, .columns = static_cast<int>(columns)};
+  const RopeArgs rope{.inv_freq = weight.get()};
+  const StepArrays step{.positions = words.get(), .slots = words.get(), .query_start = words.get(), .kv_len = words.get(),
+                        .split_start = words.get(), .decode_items = reinterpret_cast<int2*>(words.get()),
+                        .block_stride = words.get(), .block_table = words.get()};
+  norm(context, DType::bf16, norm_args);
+  rope_kv(context, DType::bf16, {.qkv = qkv.get(), .cache = cache.get(), .rope = rope, .positions = words.get(), .slots = words.get(),
+                                 .tokens = 1, .num_heads = heads.q, .num_kv_heads = heads.kv, .head_dim = heads.dim});
+  decode_attention(context, DType::bf16, {.qkv = qkv.get(), .y = y.get(), .cache = cache.get(), .rope = rope, .step = step, .num_items = 1,
+                                          .partial_out = partial.get(), .partial_max_sum = sums.get(), .tickets = tickets.get(),
+                                          .num_heads = heads.q, .num_kv_heads = heads.kv, .head_dim = heads.dim, .softmax_scale = 0.125F});
+  norm(context, DType::bf16, norm_args);
+  cudaGraph_t graph = nullptr;
+  cuda_check(cudaStreamEndCapture(context.stream, &graph));
+  size_t count = 0;
+  cuda_check(cudaGraphGetEdges(graph, nullptr, nullptr, nullptr, &count));
+  EXPECT_EQ(count, 3U);
+  std::vector<cudaGraphNode_t> from(count), to(count);
+  std::vector<cudaGraphEdgeData> edges(count);
+  cuda_check(cudaGraphGetEdges(graph, from.data(), to.data(), edges.data(), &count));
+  for (const cudaGraphEdgeData& edge : edges) {
+    EXPECT_EQ(static_cast<int>(edge.type), static_cast<int>(cudaGraphDependencyTypeProgrammatic));
+    EXPECT_EQ(static_cast<int>(edge.from_port), cudaGraphKernelNodePortProgrammatic);
+  }
+  cuda_check(cudaGraphDestroy(graph));
+  cuda_check(cudaStreamDestroy(context.stream));
 }
 
 TEST("a sequence's attention is the same bits alone, in a mixed batch and in every run") {
@@ -284,6 +399,9 @@ TEST("a sequence's attention is the same bits alone, in a mixed batch and in eve
       EXPECT(attention.step({wanted}) == alone);
       EXPECT(in_batch({{1, 32, 33}, wanted, {3, 299, 300}}, 1, 1) == alone);
       EXPECT(in_batch({{2, 0, 129}, {1, 10, 33}, wanted}, 129 + 23, 1) == alone);
+      EXPECT(in_batch({{2, 124, 129}, wanted, {1, 30, 33}}, 5, kMaxDecodeRows) == alone);
+      attention.set_fused(true);
+      EXPECT(in_batch({{1, 32, 33}, wanted, {3, 299, 300}}, 1, 1) == alone);
       EXPECT(in_batch({{2, 124, 129}, wanted, {1, 30, 33}}, 5, kMaxDecodeRows) == alone);
     }
   }

@@ -1,7 +1,7 @@
 // Times each kernel at the shapes of Qwen2.5-32B and InternVL2.5-4B and writes one JSON document.
 // Every launch uses the next of several copies of its weights (more than twice the L2 in all); the
 // launches are captured in one graph; figures are medians of nine replays. Ceilings are measured in
-// the same run. Usage: kernel_bench OUT.json [quick | decode | drafts | prefill | vision]
+// the same run. Usage: kernel_bench OUT.json [quick | decode | drafts | prefill | vision | layers]
 #include <algorithm>
 #include <chrono>
 #include <fstream>
@@ -229,14 +229,15 @@ struct Paged {
   }
   void rope(const LaunchContext& context, int i, void* x) const {
     rope_kv(context, DType::bf16, {.qkv = x, .cache = caches[static_cast<size_t>(i) % caches.size()]->get(), .kv_bits = bits,
-                                   .inv_freq = freq->get(), .positions = positions->get(), .slots = slots->get(),
+                                   .rope = {.inv_freq = freq->get()}, .positions = positions->get(), .slots = slots->get(),
                                    .tokens = batch * queries, .num_heads = heads, .num_kv_heads = kv_heads, .head_dim = dim});
   }
-  void attend(const LaunchContext& context, int i, const void* x, void* out, bool portable = false) const {
+  // fused: with what `rope` does.
+  void attend(const LaunchContext& context, int i, const void* x, void* out, bool portable = false, bool fused = false) const {
     const float scale = 1.0F / std::sqrt(static_cast<float>(dim));
-    const void* cache = caches[static_cast<size_t>(i) % caches.size()]->get();
+    char* cache = caches[static_cast<size_t>(i) % caches.size()]->get();
     if (queries <= kMaxDecodeRows) {
-      decode_attention(context, DType::bf16, {.qkv = x, .y = out, .cache = cache, .kv_bits = bits, .step = step, .num_items = num_items,
+      decode_attention(context, DType::bf16, {.qkv = x, .y = out, .cache = cache, .kv_bits = bits, .rope = {.inv_freq = fused ? freq->get() : nullptr}, .step = step, .num_items = num_items,
                                               .max_rows = queries, .partial_out = partial_out->get(), .partial_max_sum = partial_sum->get(),
                                               .tickets = tickets->get(), .num_heads = heads, .num_kv_heads = kv_heads,
                                               .head_dim = dim, .softmax_scale = scale});
@@ -333,38 +334,53 @@ void bench_small(Report& report, const LaunchContext& context) {
   }
 }
 
-// All kernels of a decode step's layers, each layer with weights and cache of its own.
+// The kernels of a decode step's layers, each of eight layers with weights and cache of its own: all, the
+// matrix products alone, the others alone, and all with rope_kv as a kernel of its own.
 void bench_layers(Report& report, const LaunchContext& context, Scratch& scratch, const char* label, int hidden, int q, int kv,
-                  int mlp, int batch, int length) {
+                  int mlp, int batch, int length, int bits = 16) {
   constexpr int kLayers = 8;
+  constexpr int kLaunches = 32;  // as in a whole step, where a graph's own start weighs little
   const int qkv_n = (q + 2 * kv) * 128;
   const Matrices qkv = make_matrices(WeightKind::awq, qkv_n, hidden, false, SIZE_MAX / 4, kLayers);
   const Matrices o = make_matrices(WeightKind::awq, hidden, q * 128, false, SIZE_MAX / 4, kLayers);
   const Matrices gate_up = make_matrices(WeightKind::awq, 2 * mlp, hidden, true, SIZE_MAX / 4, kLayers);
   const Matrices down = make_matrices(WeightKind::awq, hidden, mlp, false, SIZE_MAX / 4, kLayers);
-  const Paged paged(q, kv, 128, batch, length, 1, size_t{300} << 20);
+  const Paged paged(q, kv, 128, batch, length, 1, size_t{300} << 20, bits);
   const auto rows = static_cast<size_t>(batch);
   const DeviceArray<uint16_t> x(rows * hidden), normed(rows * hidden), qkv_out(rows * qkv_n), attended(rows * q * 128), middle(rows * mlp);
   const DeviceArray<float> weight(std::vector<float>(static_cast<size_t>(hidden), 1.0F));
   fill_random(x.get(), x.size() * 2, false);
+  fill_random(qkv_out.get(), qkv_out.size() * 2, false);
   const NormArgs norm_args{.weight = weight.get(), .x = x.get(), .y = normed.get(), .ldx = hidden, .ldy = hidden, .rows = batch, .columns = hidden};
-  const auto gemm = [&](const Matrices& w, int layer, const void* in, void* out, Epilogue epilogue) {
-    const GemmArgs args = gemm_args(w.copies[static_cast<size_t>(layer)], in, batch, out, epilogue, false, scratch);
+  const auto gemm = [&](const Matrices& w, int i, const void* in, void* out, Epilogue epilogue) {
+    const GemmArgs args = gemm_args(w.copies[static_cast<size_t>(i) % kLayers], in, batch, out, epilogue, false, scratch);
     select_gemm(args, context).run(args, context);
   };
-  const double us = time_us(kLayers, [&](int layer) {
-    norm(context, DType::bf16, norm_args);
-    gemm(qkv, layer, normed.get(), qkv_out.get(), Epilogue::none);
-    paged.rope(context, layer, qkv_out.get());
-    paged.attend(context, layer, qkv_out.get(), attended.get());
-    gemm(o, layer, attended.get(), x.get(), Epilogue::residual);
-    norm(context, DType::bf16, norm_args);
-    gemm(gate_up, layer, normed.get(), middle.get(), Epilogue::silu_mul);
-    gemm(down, layer, middle.get(), x.get(), Epilogue::residual);
-  });
-  const double bytes = qkv.bytes + o.bytes + gate_up.bytes + down.bytes + static_cast<double>(paged.cache_bytes);
-  report.add("decode_layer", format("%s, batch %d, %d keys", label, batch, length), us, bytes,
-             2.0 * batch * (static_cast<double>(qkv_n) * hidden + static_cast<double>(hidden) * q * 128 + 3.0 * hidden * mlp));
+  const auto layer = [&](bool gemms, bool others, bool fused) {
+    return time_us(kLaunches, [&](int i) {
+      if (others) norm(context, DType::bf16, norm_args);
+      if (gemms) gemm(qkv, i, normed.get(), qkv_out.get(), Epilogue::none);
+      if (others && !fused) paged.rope(context, i, qkv_out.get());
+      if (others) paged.attend(context, i, qkv_out.get(), attended.get(), false, fused);
+      if (gemms) gemm(o, i, attended.get(), x.get(), Epilogue::residual);
+      if (others) norm(context, DType::bf16, norm_args);
+      if (gemms) gemm(gate_up, i, normed.get(), middle.get(), Epilogue::silu_mul);
+      if (gemms) gemm(down, i, middle.get(), x.get(), Epilogue::residual);
+    });
+  };
+  const double weights = qkv.bytes + o.bytes + gate_up.bytes + down.bytes;
+  const auto keys = static_cast<double>(paged.cache_bytes);
+  const double flops = 2.0 * batch * (static_cast<double>(qkv_n) * hidden + static_cast<double>(hidden) * q * 128 + 3.0 * hidden * mlp);
+  const std::string shape = format("%s, batch %d, %d keys, %d bits", label, batch, length, bits);
+  report.add("decode_layer", shape, layer(true, true, true), weights + keys, flops);
+  report.add("  rope_kv apart", shape, layer(true, true, false), weights + keys, flops);
+  report.add("  GEMMs alone", shape, layer(true, false, true), weights, flops);
+  report.add("  without GEMMs", shape, layer(false, true, true), keys, 0);
+  report.add("  .. rope_kv apart", shape, layer(false, true, false), keys, 0);
+  report.add("  two norms", shape, time_us(kLaunches, [&](int) {
+               norm(context, DType::bf16, norm_args);
+               norm(context, DType::bf16, norm_args);
+             }), 0, 0);
 }
 
 }  // namespace
@@ -396,6 +412,17 @@ int main(int argc, char** argv) {
     report.add("copy", "2 GiB", us, 2.0 * static_cast<double>(a.size()), 0);
   }
   const std::string part = quick ? argv[2] : "";
+  const auto layers = [&] {
+    for (const int batch : {1, 16, 64}) {
+      bench_layers(report, context, scratch, "32B", 5120, 40, 8, 27648, batch, 1024);
+      bench_layers(report, context, scratch, "4B", 2048, 16, 2, 11008, batch, 1024);
+    }
+  };
+  if (part == "layers") {
+    layers();
+    report.write(argv[1]);
+    return 0;
+  }
   bench_attention(report, context, part);
   if (kAttentionParts.contains(part)) {
     report.write(argv[1]);
@@ -423,10 +450,7 @@ int main(int argc, char** argv) {
   dense("ViT fc1 1024x4096", 4096, 1024, Epilogue::gelu, {1025, 13325});
   dense("ViT fc2 4096x1024", 1024, 4096, Epilogue::residual, {1025, 13325});
   dense("square 8192", 8192, 8192, Epilogue::none, {8192});
-  for (const auto& [batch, length] : {std::pair{1, 1024}, {16, 1024}, {64, 1024}}) {
-    bench_layers(report, context, scratch, "32B", 5120, 40, 8, 27648, batch, length);
-    bench_layers(report, context, scratch, "4B", 2048, 16, 2, 11008, batch, length);
-  }
+  layers();
   if (argc > 1) report.write(argv[1]);
   return 0;
 }

@@ -421,27 +421,32 @@ void CudaBackend::attention(const AttentionArgs& args) {
   void* layer = cache.layer(args.layer);
   const int bits = cache.spec().bits;
   const float scale = softmax_scale(args.softmax_scale, args.head_dim);
-  rope_kv(context_, dtype_,
-          {.qkv = args.qkv.data,
-           .cache = layer,
-           .kv_bits = bits,
-           .inv_freq = floats(args.rope.inv_freq),
-           .attention_scaling = args.rope.attention_scaling,
-           .q_norm = args.q_norm != nullptr ? floats(args.q_norm->weight) : nullptr,
-           .k_norm = args.k_norm != nullptr ? floats(args.k_norm->weight) : nullptr,
-           .q_norm_eps = args.q_norm != nullptr ? args.q_norm->eps : 0.0F,
-           .k_norm_eps = args.k_norm != nullptr ? args.k_norm->eps : 0.0F,
-           .positions = w.step.positions,
-           .slots = w.step.slots,
-           .tokens = launch_rows(args.qkv.dim(0)),
-           .num_heads = args.num_heads,
-           .num_kv_heads = args.num_kv_heads,
-           .head_dim = args.head_dim});
+  const RopeArgs rope{.inv_freq = floats(args.rope.inv_freq),
+                      .attention_scaling = args.rope.attention_scaling,
+                      .q_norm = args.q_norm != nullptr ? floats(args.q_norm->weight) : nullptr,
+                      .k_norm = args.k_norm != nullptr ? floats(args.k_norm->weight) : nullptr,
+                      .q_norm_eps = args.q_norm != nullptr ? args.q_norm->eps : 0.0F,
+                      .k_norm_eps = args.k_norm != nullptr ? args.k_norm->eps : 0.0F};
+  const bool fused = step_.tiles == 0;  // the decode kernel takes every row
+  if (!fused) {
+    rope_kv(context_, dtype_,
+            {.qkv = args.qkv.data,
+             .cache = layer,
+             .kv_bits = bits,
+             .rope = rope,
+             .positions = w.step.positions,
+             .slots = w.step.slots,
+             .tokens = launch_rows(args.qkv.dim(0)),
+             .num_heads = args.num_heads,
+             .num_kv_heads = args.num_kv_heads,
+             .head_dim = args.head_dim});
+  }
   decode_attention(context_, dtype_,
                    {.qkv = args.qkv.data,
                     .y = args.y.data,
                     .cache = layer,
                     .kv_bits = bits,
+                    .rope = fused ? rope : RopeArgs{},
                     .step = w.step,
                     .num_items = graph_rows_ > 0 ? step_.padded_items : step_.items,
                     .max_rows = std::max(step_.decode_rows, 1),

@@ -1,5 +1,5 @@
-// Reductions inside a warp and a CTA, in a fixed order so that a row's result never depends on what
-// runs beside it. Device only.
+// Reductions inside a warp, in a fixed order so that a row's result never depends on what runs beside
+// it. Device only.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,20 +20,6 @@ __device__ __forceinline__ float quad_sum(float value) {
 __device__ __forceinline__ float quad_max(float value) {
   value = fmaxf(value, __shfl_xor_sync(~0U, value, 1));
   return fmaxf(value, __shfl_xor_sync(~0U, value, 2));
-}
-
-// Sum over a CTA of kThreads; every thread gets it. `shared`: kThreads / 32 floats.
-template <int kThreads>
-__device__ __forceinline__ float cta_sum(float value, float* shared) {
-  constexpr int kWarps = kThreads / 32;
-  value = warp_sum(value);
-  __syncthreads();  // `shared` may still be read from an earlier sum
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-  __syncthreads();
-  float total = 0.0F;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) total += shared[i];
-  return total;
 }
 
 // 2^x with denormals flushed: one MUFU operation, relative error about 2^-22.

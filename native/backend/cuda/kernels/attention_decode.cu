@@ -5,7 +5,15 @@
 // one tile of keys each for the scores, meet twice a unit (maxima; probabilities), and take 16 dims in
 // turn for the product with V. Keys are the m16 operand, columns the n8 one. Parts meet in L2, where the
 // CTA that comes last folds them in order. Bound: HBM, K and V read once for all columns.
+//
+// In a step without prefill rows it also does rope_kv's work: a CTA rotates the columns that it takes,
+// and the one that takes a new token's key puts its K and V into the tiles in shared memory, exactly as
+// the cache will hold them, and into the cache. Nothing that is fetched then comes from this step, and
+// the ring fills before the kernel before this one has ended.
+#include <algorithm>
+
 #include "backend/cuda/device/flash.cuh"
+#include "backend/cuda/device/head.cuh"
 #include "backend/cuda/kernels/kernels.h"
 
 namespace turbomind::cuda {
@@ -23,6 +31,7 @@ struct Params {
   int pairs;          // stored column pairs of a unit
   int slots;
   float scale_log2;
+  __device__ __forceinline__ bool rotates() const { return args.rope.inv_freq != nullptr; }
 };
 
 template <class TYPE, int DIM, int BITS, int TILES>
@@ -35,9 +44,10 @@ struct Config {
   static constexpr int kSteps = kDim / 16;
   static constexpr int kOwn = (kSteps + kWarps - 1) / kWarps;  // 16-dim rows of V a warp takes
   static constexpr int kSlotBytes = (kTileBytes<kDim, kBits> + 127) / 128 * 128;
-  static constexpr int kCtas = 2;             // meant to share an SM
-  static constexpr int kFoldParts = 64 / kN;  // whose maxima and sums are staged at once
-  static constexpr int kFoldBatch = kN == 1 ? 8 : 4;
+  static constexpr int kCtas = 2;  // meant to share an SM
+  // Parts folded at once: as many as registers hold, at most 8 / kN (see fold_parts).
+  static constexpr int kFoldBatch = kN == 2 ? 2 : kBits == 16 ? 8 : 4;
+  static constexpr bool kEarlyRows = kN == 1;  // registers hold new keys and values from the start
 };
 
 // What the warps hand each other. Fragments of P as the lane that needs them reads them.
@@ -47,7 +57,10 @@ struct Exchange {
   float tile_max[kPartTiles][C::kColumns];
   float sums[kPartTiles][8][C::kColumns];
   float zeros[C::kBits == 16 ? 1 : kPartTiles][8][C::kColumns];
-  float2 fold_max_sum[C::kFoldParts][C::kColumns];
+  float2 rotations[kMaxDecodeRows][C::kDim / 2];  // sine, cosine of the sequence's rows
+  typename C::T query[C::kColumns]
+                     [C::kDim + 8];  // rotated; the padding spreads rows over the banks
+  uint8_t levels[kWarps][C::kBits == 16 ? 1 : C::kDim];
 };
 
 struct Unit {
@@ -69,24 +82,24 @@ struct Run {
   int begin, end;
 };
 __device__ __forceinline__ Run run_of_cta(const Params& p) {
-  const int64_t units =
-      static_cast<int64_t>(p.args.step.block_stride[1]) * p.column_blocks * p.args.num_kv_heads;
+  const int64_t units = static_cast<int64_t>(__ldcg(p.args.step.block_stride + 1)) *
+                        p.column_blocks * p.args.num_kv_heads;
   return {static_cast<int>(units * blockIdx.x / gridDim.x),
           static_cast<int>(units * (blockIdx.x + 1) / gridDim.x)};
 }
 
-// Unit `index` of the step.
+// Unit `index` of the step. May run before the wait for the kernel before: StepArrays are read past L1.
 template <class C>
 __device__ __forceinline__ Unit find_unit(const Params& p, int index) {
   Unit unit;
   const DecodeAttentionArgs& a = p.args;
   const int heads = p.column_blocks * a.num_kv_heads;
-  const int sequence = a.step.decode_items[index / heads].x;
-  unit.num_keys = a.step.kv_len[sequence];
-  unit.row = a.step.query_start[sequence];
-  const int rows = a.step.query_start[sequence + 1] - static_cast<int>(unit.row);
+  const int sequence = __ldcg(a.step.decode_items + index / heads).x;
+  unit.num_keys = __ldcg(a.step.kv_len + sequence);
+  unit.row = __ldcg(a.step.query_start + sequence);
+  const int rows = __ldcg(a.step.query_start + sequence + 1) - static_cast<int>(unit.row);
   unit.parts = (unit.num_keys + kSplitTokens - 1) / kSplitTokens;
-  const int within = index - a.step.split_start[sequence] * heads;
+  const int within = index - __ldcg(a.step.split_start + sequence) * heads;
   unit.part = within % unit.parts;
   unit.kv_head = within / unit.parts % a.num_kv_heads;
   unit.column0 = within / unit.parts / a.num_kv_heads * C::kColumns;
@@ -145,9 +158,11 @@ __device__ __forceinline__ void produce(const Params& p, uint32_t ring, uint32_t
                                         uint32_t empty, const Run& run, int lane) {
   constexpr int64_t kBytes = kTileBytes<C::kDim, C::kBits>;
   const DecodeAttentionArgs& a = p.args;
+  if (!p.rotates()) grid_dependency_wait();  // else nothing here was written in this step
   const auto block_of = [&](const Unit& unit) {
     if (unit.sequence < 0 || lane >= unit.tiles) return 0;
-    return a.step.block_table[unit.sequence * *a.step.block_stride + unit.part * kPartTiles + lane];
+    return __ldcg(a.step.block_table + unit.sequence * __ldcg(a.step.block_stride) +
+                  unit.part * kPartTiles + lane);
   };
   RingCursor at{0, 1};  // the first wait for each slot passes at once
   if (run.begin >= run.end) return;
@@ -189,26 +204,133 @@ __device__ __forceinline__ float group_sum(float value) {
   return value;
 }
 
+// A row of the step's q, k or v: head `head` of all.
+template <class C>
+__device__ __forceinline__ const typename C::T* qkv_head(const DecodeAttentionArgs& a, int64_t row,
+                                                         int head) {
+  return static_cast<const typename C::T*>(a.qkv) +
+         (row * (a.num_heads + 2 * a.num_kv_heads) + head) * C::kDim;
+}
+
+// The angles of the unit's rows; before the wait for the kernel before, too.
+template <class C>
+__device__ __forceinline__ void stage_rotations(Exchange<C>& exchange, const Params& p,
+                                                const Unit& unit) {
+  constexpr int kHalf = C::kDim / 2;
+  const RopeArgs& rope = p.args.rope;
+  const int rows = unit.num_keys - unit.history;
+  for (int i = threadIdx.x; i < rows * kHalf; i += kConsumers) {
+    const int position = __ldcg(p.args.step.positions + unit.row + i / kHalf);
+    const SineCosine angle = sine_cosine(rope, position, i % kHalf);
+    exchange.rotations[i / kHalf][i % kHalf] = {angle.sine, angle.cosine};
+  }
+}
+template <int kDim>
+__device__ __forceinline__ Rotation load_rotation(const float2 (&angles)[kDim / 2], int lane) {
+  Rotation rotation;
+#pragma unroll
+  for (int i = 0; i < kHeadPairs; ++i) {
+    const float2 angle = lane + 32 * i < kDim / 2 ? angles[lane + 32 * i] : float2{0.0F, 1.0F};
+    rotation.sine[i] = angle.x;
+    rotation.cosine[i] = angle.y;
+  }
+  return rotation;
+}
+
+// The unit's columns, rotated, to the exchange; column by column over the warps, from the one after
+// those that have new keys and values.
+template <class C>
+__device__ __forceinline__ void stage_query(Exchange<C>& exchange, const Params& p,
+                                            const Unit& unit, int warp, int lane) {
+  const DecodeAttentionArgs& a = p.args;
+  constexpr int kMost = C::kColumns / kWarps;
+  const int first = (warp + 2 * kWarps - unit.tiles - 1) % kWarps;
+  Head head[kMost] = {};
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    const int column = first + i * kWarps;
+    const int place = unit.column0 + column;
+    if (column >= unit.columns) continue;
+    head[i] = load_head<typename C::T, C::kDim>(
+        qkv_head<C>(a, unit.row + place / p.group, unit.kv_head * p.group + place % p.group), lane);
+  }
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    const int column = first + i * kWarps;
+    if (column >= unit.columns) continue;
+    const int row = (unit.column0 + column) / p.group;
+    norm_and_rotate<C::kDim>(head[i], a.rope.q_norm, a.rope.q_norm_eps,
+                             load_rotation<C::kDim>(exchange.rotations[row], lane), lane);
+    store_head<typename C::T, C::kDim>(exchange.query[column], head[i], lane);
+  }
+}
+
+// The new tokens whose keys lie in a tile of a part: [begin, end) of the sequence's rows.
+struct NewRows {
+  int begin = 0;
+  int end = 0;
+};
+__device__ __forceinline__ NewRows new_rows(const Params& p, const Unit& unit, int tile) {
+  if (!p.rotates() || tile >= unit.tiles) return {};
+  const int first_key = (unit.part * kPartTiles + tile) * kBlockTokens;
+  return {max(first_key, unit.history) - unit.history,
+          min(first_key + kBlockTokens, unit.num_keys) - unit.history};
+}
+template <class C>
+__device__ __forceinline__ Head load_new(const Params& p, const Unit& unit, int row, bool is_v,
+                                         int lane) {
+  const DecodeAttentionArgs& a = p.args;
+  return load_head<typename C::T, C::kDim>(
+      qkv_head<C>(a, unit.row + row, a.num_heads + (is_v ? a.num_kv_heads : 0) + unit.kv_head),
+      lane);
+}
+
+// K or V of the new tokens of a tile into its copy in shared memory (other CTAs may have one too) and
+// once into the cache. `head`: of the first of them, with kEarlyRows. Other warps read the tile after
+// a barrier only.
+template <class C>
+__device__ __forceinline__ void put_new_rows(Exchange<C>& exchange, Head head, const NewRows& rows,
+                                             const Params& p, const Unit& unit, char* tile,
+                                             bool is_v, int warp, int lane) {
+  const DecodeAttentionArgs& a = p.args;
+#pragma unroll 1
+  for (int row = rows.begin; row < rows.end; ++row) {
+    if (!C::kEarlyRows || row > rows.begin) head = load_new<C>(p, unit, row, is_v, lane);
+    if (!is_v) {
+      norm_and_rotate<C::kDim>(head, a.rope.k_norm, a.rope.k_norm_eps,
+                               load_rotation<C::kDim>(exchange.rotations[row], lane), lane);
+    }
+    const int slot = __ldcg(a.step.slots + unit.row + row);
+    char* cached = unit.column0 == 0 && slot >= 0
+                       ? cache_tile<C::kDim, C::kBits>(a.cache, slot / kBlockTokens, a.num_kv_heads,
+                                                       unit.kv_head, is_v)
+                       : nullptr;
+    store_in_tiles<typename C::T, C::kDim, C::kBits>(
+        tile, cached, (unit.history + row) % kBlockTokens, is_v, head, exchange.levels[warp], lane);
+  }
+  fence_async_shared();  // the slot is written by a bulk copy next
+  __syncwarp();
+}
+
 // Columns as the n8 operand: a lane holds dims 2c, 2c + 1, 2c + 8, 2c + 9 of column lane / 4.
 template <class C>
-__device__ __forceinline__ void load_columns(uint32_t (&q)[C::kN][C::kSteps][2], const Params& p,
+__device__ __forceinline__ void load_columns(uint32_t (&q)[C::kN][C::kSteps][2],
+                                             const Exchange<C>& exchange, const Params& p,
                                              const Unit& unit, int lane) {
-  const DecodeAttentionArgs& a = p.args;
 #pragma unroll
   for (int n = 0; n < C::kN; ++n) {
     const int column = n * 8 + lane / 4;
     const int place = unit.column0 + column;
-    const int64_t row = unit.row + place / p.group;
-    const int head = unit.kv_head * p.group + place % p.group;
-    const char* x =
-        static_cast<const char*>(a.qkv) +
-        ((row * (a.num_heads + 2 * a.num_kv_heads) + head) * C::kDim + lane % 4 * 2) * 2;
+    const typename C::T* x = p.rotates() ? exchange.query[column]
+                                         : qkv_head<C>(p.args, unit.row + place / p.group,
+                                                       unit.kv_head * p.group + place % p.group);
+    x += lane % 4 * 2;
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         q[n][step][i] =
-            column < unit.columns ? *reinterpret_cast<const uint32_t*>(x + step * 32 + i * 16) : 0U;
+            column < unit.columns ? *reinterpret_cast<const uint32_t*>(x + step * 16 + i * 8) : 0U;
       }
     }
   }
@@ -436,63 +558,62 @@ __device__ __forceinline__ int64_t partial_index(const Params& p, int64_t unit, 
   return ((unit * C::kSteps + m) * p.pairs + n * 4 + lane % 4) * 8 + lane / 4;
 }
 
-// All parts of a sequence are in L2: folds them left to right. Part i is unit first + i * stride.
+// All parts of a sequence are in L2, units `first` and on: folds them left to right.
 template <class C>
-__device__ __forceinline__ void fold_parts(Exchange<C>& exchange, const Params& p, const Unit& unit,
-                                           int64_t first, int64_t stride, int parts, int warp,
-                                           int lane) {
+__device__ __forceinline__ void fold_parts(const Params& p, const Unit& unit, int64_t first,
+                                           int warp, int lane) {
   const DecodeAttentionArgs& a = p.args;
   const auto* partial = reinterpret_cast<const float4*>(a.partial_out);
+  const auto* max_sum = reinterpret_cast<const float4*>(a.partial_max_sum);
   Out<C> total = {};
   float2 largest[C::kN];
   float2 sum[C::kN] = {};
 #pragma unroll
   for (int n = 0; n < C::kN; ++n) largest[n] = {-INFINITY, -INFINITY};
-  for (int begin = 0; begin < parts; begin += C::kFoldParts) {
-    const int count = min(C::kFoldParts, parts - begin);
-    consumer_sync();
-    for (int i = threadIdx.x; i < count * 2 * p.pairs; i += kConsumers) {
-      const int part = i / (2 * p.pairs);
-      const int column = i % (2 * p.pairs);
-      exchange.fold_max_sum[part][column] =
-          __ldcg(a.partial_max_sum + (first + (begin + part) * stride) * 2 * p.pairs + column);
+  for (int batch = 0; batch < unit.parts; batch += C::kFoldBatch) {
+    float4 values[C::kFoldBatch][C::kOwn][C::kN];
+    // This lane's pair of columns (of 4 kN) of its part: maximum and sum of one, of the other.
+    const int pair = lane % (4 * C::kN);
+    const int64_t own = first + batch + lane / (4 * C::kN);
+    float4 max_and_sum{};
+    if (own < first + unit.parts && pair < p.pairs) {
+      max_and_sum = __ldcg(max_sum + own * p.pairs + pair);
     }
-    consumer_sync();
-    for (int batch = 0; batch < count; batch += C::kFoldBatch) {
-      float4 values[C::kFoldBatch][C::kOwn][C::kN];
 #pragma unroll
-      for (int i = 0; i < C::kFoldBatch; ++i) {
+    for (int i = 0; i < C::kFoldBatch; ++i) {
+      const int64_t at = first + batch + i;
+#pragma unroll
+      for (int n = 0; n < C::kN; ++n) {
+        if (batch + i >= unit.parts || n * 4 + lane % 4 >= p.pairs) continue;
 #pragma unroll
         for (int o = 0; o < C::kOwn; ++o) {
-#pragma unroll
-          for (int n = 0; n < C::kN; ++n) {
-            const int m = warp + kWarps * o;
-            if (batch + i < count && m < C::kSteps && n * 4 + lane % 4 < p.pairs) {
-              values[i][o][n] = __ldcg(
-                  partial + partial_index<C>(p, first + (begin + batch + i) * stride, m, n, lane));
-            }
+          const int m = warp + kWarps * o;
+          if (m < C::kSteps) {
+            values[i][o][n] = __ldcg(partial + partial_index<C>(p, at, m, n, lane));
           }
         }
       }
+    }
 #pragma unroll
-      for (int i = 0; i < C::kFoldBatch; ++i) {
-        if (batch + i >= count) break;
+    for (int i = 0; i < C::kFoldBatch; ++i) {
+      if (batch + i >= unit.parts) break;
 #pragma unroll
-        for (int n = 0; n < C::kN; ++n) {
-          if (n * 4 + lane % 4 >= p.pairs) continue;
-          const float4 part = *reinterpret_cast<const float4*>(
-              &exchange.fold_max_sum[batch + i][n * 8 + lane % 4 * 2]);
-          const FoldFactors x = fold_factors(largest[n].x, part.x, p.scale_log2);
-          const FoldFactors y = fold_factors(largest[n].y, part.z, p.scale_log2);
-          sum[n] = {fold(sum[n].x, part.y, x), fold(sum[n].y, part.w, y)};
+      for (int n = 0; n < C::kN; ++n) {
+        const int from = (i * C::kN + n) * 4 + lane % 4;
+        const float4 part{
+            __shfl_sync(~0U, max_and_sum.x, from), __shfl_sync(~0U, max_and_sum.y, from),
+            __shfl_sync(~0U, max_and_sum.z, from), __shfl_sync(~0U, max_and_sum.w, from)};
+        if (n * 4 + lane % 4 >= p.pairs) continue;
+        const FoldFactors x = fold_factors(largest[n].x, part.x, p.scale_log2);
+        const FoldFactors y = fold_factors(largest[n].y, part.z, p.scale_log2);
+        sum[n] = {fold(sum[n].x, part.y, x), fold(sum[n].y, part.w, y)};
 #pragma unroll
-          for (int o = 0; o < C::kOwn; ++o) {
-            const float4& v = values[i][o][n];
-            total[o][n][0] = fold(total[o][n][0], v.x, x);
-            total[o][n][1] = fold(total[o][n][1], v.y, y);
-            total[o][n][2] = fold(total[o][n][2], v.z, x);
-            total[o][n][3] = fold(total[o][n][3], v.w, y);
-          }
+        for (int o = 0; o < C::kOwn; ++o) {
+          const float4& v = values[i][o][n];
+          total[o][n][0] = fold(total[o][n][0], v.x, x);
+          total[o][n][1] = fold(total[o][n][1], v.y, y);
+          total[o][n][2] = fold(total[o][n][2], v.z, x);
+          total[o][n][3] = fold(total[o][n][3], v.w, y);
         }
       }
     }
@@ -532,9 +653,8 @@ __device__ __forceinline__ void finish_part(const Out<C>& out, const Maxima<C>& 
 // This CTA has finished `count` parts of a sequence, the last of them unit `index`: counts them, and
 // folds all if they are the last.
 template <class C>
-__device__ __forceinline__ void finish_parts(Exchange<C>& exchange, const Params& p,
-                                             const Unit& unit, int index, int count, bool* last,
-                                             int warp, int lane) {
+__device__ __forceinline__ void finish_parts(const Params& p, const Unit& unit, int index,
+                                             int count, bool* last, int warp, int lane) {
   const DecodeAttentionArgs& a = p.args;
   consumer_sync();
   uint32_t* ticket =
@@ -551,7 +671,7 @@ __device__ __forceinline__ void finish_parts(Exchange<C>& exchange, const Params
   }
   consumer_sync();
   if (!*last) return;
-  fold_parts<C>(exchange, p, unit, index - unit.part, 1, unit.parts, warp, lane);
+  fold_parts<C>(p, unit, index - unit.part, warp, lane);
   if (threadIdx.x == 0) *ticket = 0;
 }
 
@@ -563,23 +683,48 @@ __device__ __forceinline__ void clear_values(uint32_t tile, int valid, int lane)
   for (int i = lane; i < (kBlockTokens - valid) * kPieces; i += 32) {
     store_shared_zero16(tile + Tile::offset(valid + i / kPieces, i % kPieces * 8));
   }
+  fence_async_shared();  // the slot is written by a bulk copy next
 }
 
 template <class C>
-__device__ __forceinline__ void consume(Exchange<C>& exchange, const Params& p, uint32_t ring,
+__device__ __forceinline__ void consume(Exchange<C>& exchange, const Params& p, char* slots,
                                         uint32_t full, uint32_t empty, const Run& run, bool* last) {
+  const uint32_t ring = smem_address(slots);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   RingCursor base;
-  if (run.begin >= run.end) return;
-  Unit next = find_unit<C>(p, run.begin);
+  Unit next;
+  if (run.begin < run.end) next = find_unit<C>(p, run.begin);
+  bool waited = false;  // for the kernel before this one
   uint32_t q[C::kN][C::kSteps][2];
   int count = 0;  // parts since the query was loaded
   for (int index = run.begin; index < run.end; ++index) {
     const Unit unit = next;
     next = next_unit<C>(p, unit, index + 1, run.end);
     if (unit.sequence < 0) continue;
-    if (count++ == 0) load_columns<C>(q, p, unit, lane);
+    if (count == 0 && p.rotates()) stage_rotations<C>(exchange, p, unit);
+    if (!waited) grid_dependency_wait();
+    waited = true;
+    // New keys of the own tile; new values of the one before it, so that one warp has not both.
+    const NewRows new_keys = new_rows(p, unit, warp);
+    const int other = (warp + kWarps - 1) % kWarps;
+    const NewRows new_values = new_rows(p, unit, other);
+    Head key = {};
+    Head value = {};
+    if (C::kEarlyRows && new_keys.begin < new_keys.end) {
+      key = load_new<C>(p, unit, new_keys.begin, false, lane);
+    }
+    if (C::kEarlyRows && new_values.begin < new_values.end) {
+      value = load_new<C>(p, unit, new_values.begin, true, lane);
+    }
+    if (count++ == 0) {
+      if (p.rotates()) {
+        consumer_sync();
+        stage_query<C>(exchange, p, unit, warp, lane);
+        consumer_sync();
+      }
+      load_columns<C>(q, exchange, p, unit, lane);
+    }
     const int valid =  // keys of this warp's tile
         min(kBlockTokens, unit.num_keys - (unit.part * kPartTiles + warp) * kBlockTokens);
     const bool has_tile = warp < unit.tiles;
@@ -590,17 +735,29 @@ __device__ __forceinline__ void consume(Exchange<C>& exchange, const Params& p, 
       RingCursor keys = base;
       keys.advance(warp, p.slots);
       mbarrier_wait(full + keys.slot * 8, keys.parity);
+      if (new_keys.begin < new_keys.end) {
+        put_new_rows<C>(exchange, key, new_keys, p, unit, slots + keys.slot * C::kSlotBytes, false,
+                        warp, lane);
+      }
       tile_scores<C>(score, q, ring + keys.slot * C::kSlotBytes, lane);
       __syncwarp();
       if (lane < kWarps) mbarrier_arrive(empty + keys.slot * 8);  // for all warps
       mask_and_maximum<C>(score, exchange, p, unit, warp, lane);
+    }
+    base.advance(unit.tiles, p.slots);
+    if (new_values.begin < new_values.end) {
+      // The copy of these values may await every key's release, so it is awaited after the own one.
+      RingCursor values = base;
+      values.advance(other, p.slots);
+      mbarrier_wait(full + values.slot * 8, values.parity);
+      put_new_rows<C>(exchange, value, new_values, p, unit, slots + values.slot * C::kSlotBytes,
+                      true, warp, lane);
     }
     consumer_sync();
 
     // probabilities
     Maxima<C> maxima;
     running_maxima<C>(maxima, exchange, unit.tiles, warp, p.scale_log2, lane);
-    base.advance(unit.tiles, p.slots);
     if (has_tile) {
       RingCursor values = base;
       values.advance(warp, p.slots);
@@ -670,10 +827,12 @@ __device__ __forceinline__ void consume(Exchange<C>& exchange, const Params& p, 
     }
     finish_part<C>(out, maxima, sum, p, unit, index, warp, lane);
     if (unit.part + 1 == unit.parts || index + 1 == run.end) {
-      if (unit.parts > 1) finish_parts<C>(exchange, p, unit, index, count, last, warp, lane);
+      if (unit.parts > 1) finish_parts<C>(p, unit, index, count, last, warp, lane);
       count = 0;
     }
   }
+  // A kernel ends after the one before it, whatever it did: those after it count on that.
+  if (!waited) grid_dependency_wait();
 }
 
 template <class C>
@@ -681,6 +840,7 @@ __global__ void __launch_bounds__(kThreads, C::kCtas) decode_kernel(const Params
   extern __shared__ __align__(1024) char shared[];
   __shared__ uint64_t barriers[2 * kMaxSlots];
   __shared__ bool last;
+  grid_dependency_launch();
   const uint32_t ring = smem_address(shared);
   const uint32_t full = smem_address(barriers);
   const uint32_t empty = full + kMaxSlots * 8;
@@ -697,13 +857,11 @@ __global__ void __launch_bounds__(kThreads, C::kCtas) decode_kernel(const Params
     mbarrier_init_fence();
   }
   __syncthreads();
-  grid_dependency_wait();
-  grid_dependency_launch();
   const Run run = run_of_cta(p);
   if (threadIdx.x >= kConsumers) {
     produce<C>(p, ring, full, empty, run, threadIdx.x % 32);
   } else {
-    consume<C>(exchange, p, ring, full, empty, run, &last);
+    consume<C>(exchange, p, shared, full, empty, run, &last);
   }
 }
 
@@ -716,7 +874,11 @@ void run(const LaunchContext& context, const DecodeAttentionArgs& args, int grou
   const int reserve = 1024 + 512;  // the system's, and the barriers
   const int ctas = context.max_shared_bytes > 200 * 1024 ? C::kCtas : 1;
   const int available = (context.max_shared_bytes + 1024) / ctas - reserve - exchange;
-  const int slots = std::min(kMaxSlots, available / C::kSlotBytes);
+  const int units = args.num_items * blocks * args.num_kv_heads;
+  const int grid = std::min(units, ctas * context.num_sms);
+  // No more than a CTA's keys and values: what is left lets the next kernel in.
+  const int slots =
+      std::min({kMaxSlots, available / C::kSlotBytes, 2 * kPartTiles * ceil_div(units, grid)});
   TM_CHECK(slots >= kPartTiles, "%d bytes of shared memory are too few for decode attention",
            context.max_shared_bytes);
   const Params params{.args = args,
@@ -725,9 +887,8 @@ void run(const LaunchContext& context, const DecodeAttentionArgs& args, int grou
                       .pairs = ceil_div(std::min(columns, C::kColumns), 2),
                       .slots = slots,
                       .scale_log2 = args.softmax_scale * 1.4426950408889634F};
-  const int units = args.num_items * blocks * args.num_kv_heads;
   launch(decode_kernel<C>,
-         {.grid = dim3(static_cast<unsigned>(std::min(units, ctas * context.num_sms))),
+         {.grid = dim3(static_cast<unsigned>(grid)),
           .threads = kThreads,
           .shared_bytes = slots * C::kSlotBytes + exchange},
          context.stream, context.programmatic, params);

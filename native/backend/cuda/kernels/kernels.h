@@ -15,7 +15,9 @@ inline constexpr int kQueryTile = 128;    // query rows of a prefill work item
 inline constexpr int kMaxDecodeRows = 8;  // rows of a sequence that the decode kernel takes: a new
                                           // token and the drafts after it
 
-// Device arrays of the current step, at fixed addresses so that captured graphs stay valid.
+// Device arrays of the current step, at fixed addresses so that captured graphs stay valid. A kernel may
+// read them before it waits for the one before it: unpack_step, which writes them, lets no kernel start
+// before it has ended.
 struct StepArrays {
   int32_t* token_ids = nullptr;     // [T]
   int32_t* positions = nullptr;     // [T]
@@ -65,16 +67,21 @@ void copy_rows(const LaunchContext& context, const void* x, int64_t ldx, const i
 void embed(const LaunchContext& context, const void* table, int64_t ld_table, int64_t vocab,
            const int32_t* token_ids, void* x, int rows, int columns);
 
-struct RopeKvArgs {
-  void* qkv = nullptr;    // [T, (Hq + 2 Hkv) * D]; q is rotated in place
-  void* cache = nullptr;  // a layer: [B, Hkv, 2 (K, V)] tiles of kv_tile_bytes
-  int kv_bits = 16;
+// What happens to a head of q or k before attention: an optional RMSNorm, then the rotation.
+struct RopeArgs {
   const float* inv_freq = nullptr;  // [D / 2]
   float attention_scaling = 1.0F;
   const float* q_norm = nullptr;  // [D] or null
   const float* k_norm = nullptr;
   float q_norm_eps = 0.0F;
   float k_norm_eps = 0.0F;
+};
+
+struct RopeKvArgs {
+  void* qkv = nullptr;    // [T, (Hq + 2 Hkv) * D]; q is rotated in place
+  void* cache = nullptr;  // a layer: [B, Hkv, 2 (K, V)] tiles of kv_tile_bytes
+  int kv_bits = 16;
+  RopeArgs rope;
   const int32_t* positions = nullptr;  // [T]
   const int32_t* slots = nullptr;      // [T]
   int tokens = 0;
@@ -88,10 +95,13 @@ void rope_kv(const LaunchContext& context, DType dtype, const RopeKvArgs& args);
 size_t kv_tile_bytes(int head_dim, int bits);
 
 struct DecodeAttentionArgs {
-  const void* qkv = nullptr;  // [T, (Hq + 2 Hkv) * D], q rotated
+  const void* qkv = nullptr;  // [T, (Hq + 2 Hkv) * D]
   void* y = nullptr;          // [T, Hq * D]
-  const void* cache = nullptr;
+  void* cache = nullptr;
   int kv_bits = 16;
+  // With frequencies: qkv is as the projection left it, and the kernel does rope_kv's work on the rows
+  // that it takes, to the same bits. Without: q is rotated, K and V are in the cache.
+  RopeArgs rope;
   StepArrays step;
   int num_items = 0;                  // with padding
   int max_rows = 1;                   // most rows of a sequence with items

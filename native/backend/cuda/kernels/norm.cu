@@ -1,6 +1,9 @@
-// RMSNorm and LayerNorm of rows, optionally of gathered rows. One CTA of fixed size a row, sums in
-// a fixed order. f32 inside, one rounding at the end. Bound by launch latency at decode, by memory
-// bandwidth at prefill (the second and third read of a row hit L1).
+// RMSNorm and LayerNorm of rows, optionally of gathered rows. One CTA a row, its threads a function of
+// the columns alone and its sums in a fixed order, so that a row has the same bits in every step. f32
+// inside, one rounding at the end. A decode step waits for two of these a layer: aligned rows are held
+// in registers, read once, with the weights fetched before the wait for the kernel that writes the
+// row, and the next kernel is let in first of all. Bound by latency at decode, by memory bandwidth at
+// prefill.
 #include "backend/cuda/device/convert.cuh"
 #include "backend/cuda/device/memory.cuh"
 #include "backend/cuda/device/warp.cuh"
@@ -9,76 +12,146 @@
 namespace turbomind::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kMaxThreads = 512;
+constexpr int kPlainThreads = 256;
 
-// Calls f(column, values, count) for this thread's pieces of a row: 8 values where rows are aligned.
-template <class T, bool kVector, class F>
-__device__ __forceinline__ void for_row(const T* row, int columns, F&& f) {
-  if constexpr (kVector) {
-    for (int i = threadIdx.x * 8; i < columns; i += kThreads * 8) {
-      float values[8];
-      unpack8<T>(*reinterpret_cast<const uint4*>(row + i), values);
-      f(i, values);
+// Sum over a CTA of whole warps, at most 32; every thread gets it. `shared`: 32 floats that no
+// other sum uses.
+__device__ __forceinline__ float sum_of_cta(float value, float* shared) {
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  return warp_sum(lane < blockDim.x / 32 ? shared[lane] : 0.0F);
+}
+
+// Rows of a multiple of 8 columns at 16-byte addresses: thread t holds pieces t, t + blockDim, ... of
+// 8 values.
+template <class T, NormKind kKind, int kPieces>
+__global__ void __launch_bounds__(kMaxThreads) norm_kernel(const NormArgs args) {
+  __shared__ float shared[2][32];
+  grid_dependency_launch();
+  const int pieces = args.columns / 8;
+  float weight[kPieces][8];
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int piece = threadIdx.x + p * blockDim.x;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      const float4 four =
+          piece < pieces ? *reinterpret_cast<const float4*>(args.weight + piece * 8 + i) : float4{};
+      weight[p][i] = four.x;
+      weight[p][i + 1] = four.y;
+      weight[p][i + 2] = four.z;
+      weight[p][i + 3] = four.w;
     }
-  } else {
-    for (int i = threadIdx.x; i < columns; i += kThreads) {
-      float values[1] = {to_float(row[i])};
-      f(i, values);
+  }
+  grid_dependency_wait();
+
+  const int64_t source = args.gather != nullptr ? args.gather[blockIdx.x] : blockIdx.x;
+  const T* x = static_cast<const T*>(args.x) + source * args.ldx;
+  T* y = static_cast<T*>(args.y) + static_cast<int64_t>(blockIdx.x) * args.ldy;
+  const float inverse_columns = 1.0F / static_cast<float>(args.columns);
+  float value[kPieces][8];
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int piece = threadIdx.x + p * blockDim.x;
+    const uint4 bits =
+        piece < pieces ? *reinterpret_cast<const uint4*>(x + piece * 8) : uint4{0, 0, 0, 0};
+    unpack8<T>(bits, value[p]);
+  }
+  if constexpr (kKind == NormKind::layer) {
+    float sum = 0.0F;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+#pragma unroll
+      for (float x : value[p]) sum += x;
     }
+    const float mean = sum_of_cta(sum, shared[0]) * inverse_columns;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      if (threadIdx.x + p * blockDim.x >= pieces) continue;
+#pragma unroll
+      for (float& x : value[p]) x -= mean;
+    }
+  }
+  float squares = 0.0F;
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+#pragma unroll
+    for (float x : value[p]) squares = fmaf(x, x, squares);
+  }
+  const float scale = rsqrtf(sum_of_cta(squares, shared[1]) * inverse_columns + args.eps);
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int piece = threadIdx.x + p * blockDim.x;
+    if (piece >= pieces) continue;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float bias = args.bias != nullptr ? args.bias[piece * 8 + i] : 0.0F;
+      value[p][i] = fmaf(value[p][i] * scale, weight[p][i], bias);
+    }
+    *reinterpret_cast<uint4*>(y + piece * 8) = pack8<T>(value[p]);
   }
 }
 
-template <class T, bool kVector, NormKind kKind>
-__global__ void __launch_bounds__(kThreads) norm_kernel(const NormArgs args) {
-  __shared__ float shared[kThreads / 32];
-  grid_dependency_launch();  // the GEMM after this one may fetch its weights
+// Any other row: three passes.
+template <class T, NormKind kKind>
+__global__ void __launch_bounds__(kPlainThreads) plain_norm_kernel(const NormArgs args) {
+  __shared__ float shared[2][32];
+  grid_dependency_launch();
   grid_dependency_wait();
   const int64_t source = args.gather != nullptr ? args.gather[blockIdx.x] : blockIdx.x;
   const T* x = static_cast<const T*>(args.x) + source * args.ldx;
   T* y = static_cast<T*>(args.y) + static_cast<int64_t>(blockIdx.x) * args.ldy;
   const float inverse_columns = 1.0F / static_cast<float>(args.columns);
-
   float mean = 0.0F;
   if constexpr (kKind == NormKind::layer) {
     float sum = 0.0F;
-    for_row<T, kVector>(x, args.columns, [&](int, auto& values) {
-      for (float value : values) sum += value;
-    });
-    mean = cta_sum<kThreads>(sum, shared) * inverse_columns;
+    for (int i = threadIdx.x; i < args.columns; i += kPlainThreads) sum += to_float(x[i]);
+    mean = sum_of_cta(sum, shared[0]) * inverse_columns;
   }
   float squares = 0.0F;
-  for_row<T, kVector>(x, args.columns, [&](int, auto& values) {
-    for (float value : values) squares = fmaf(value - mean, value - mean, squares);
-  });
-  const float scale = rsqrtf(cta_sum<kThreads>(squares, shared) * inverse_columns + args.eps);
-  for_row<T, kVector>(x, args.columns, [&](int column, auto& values) {
-    constexpr int kCount = sizeof(values) / sizeof(float);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float bias = args.bias != nullptr ? args.bias[column + i] : 0.0F;
-      values[i] = fmaf((values[i] - mean) * scale, args.weight[column + i], bias);
-    }
-    if constexpr (kCount == 8) {
-      *reinterpret_cast<uint4*>(y + column) = pack8<T>(values);
-    } else {
-      y[column] = from_float<T>(values[0]);
-    }
-  });
+  for (int i = threadIdx.x; i < args.columns; i += kPlainThreads) {
+    const float value = to_float(x[i]) - mean;
+    squares = fmaf(value, value, squares);
+  }
+  const float scale = rsqrtf(sum_of_cta(squares, shared[1]) * inverse_columns + args.eps);
+  for (int i = threadIdx.x; i < args.columns; i += kPlainThreads) {
+    const float bias = args.bias != nullptr ? args.bias[i] : 0.0F;
+    y[i] = from_float<T>(fmaf((to_float(x[i]) - mean) * scale, args.weight[i], bias));
+  }
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <class T, NormKind kKind>
+void run(const LaunchContext& context, const NormArgs& args) {
+  const bool vector = args.columns % 8 == 0 && args.ldx % 8 == 0 && args.ldy % 8 == 0 &&
+                      aligned(args.x) && aligned(args.y) && aligned(args.weight);
+  const int pieces = ceil_div(args.columns, 8);
+  const auto run_kernel = [&](void (*kernel)(NormArgs), int threads) {
+    launch(kernel, {.grid = dim3(static_cast<unsigned>(args.rows)), .threads = threads},
+           context.stream, context.programmatic, args);
+  };
+  if (vector && pieces <= kMaxThreads / 2) {
+    run_kernel(norm_kernel<T, kKind, 1>, round_up(pieces, 32));
+  } else if (vector && pieces <= 2 * kMaxThreads) {
+    run_kernel(norm_kernel<T, kKind, 2>, round_up(ceil_div(pieces, 2), 32));
+  } else if (vector && pieces <= 4 * kMaxThreads) {
+    run_kernel(norm_kernel<T, kKind, 4>, kMaxThreads);
+  } else {
+    run_kernel(plain_norm_kernel<T, kKind>, kPlainThreads);
+  }
 }
 
 }  // namespace
 
 void norm(const LaunchContext& context, DType dtype, const NormArgs& args) {
   if (args.rows == 0) return;
-  const bool vector = args.columns % 8 == 0 && args.ldx % 8 == 0 && args.ldy % 8 == 0;
   visit_dtype(dtype, [&]<class T>() {
-    auto* kernel =
-        args.kind == NormKind::layer
-            ? (vector ? norm_kernel<T, true, NormKind::layer>
-                      : norm_kernel<T, false, NormKind::layer>)
-            : (vector ? norm_kernel<T, true, NormKind::rms> : norm_kernel<T, false, NormKind::rms>);
-    launch(kernel, {.grid = dim3(static_cast<unsigned>(args.rows)), .threads = kThreads},
-           context.stream, context.programmatic, args);
+    args.kind == NormKind::layer ? run<T, NormKind::layer>(context, args)
+                                 : run<T, NormKind::rms>(context, args);
   });
 }
 

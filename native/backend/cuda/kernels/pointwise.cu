@@ -9,9 +9,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Lets no dependent launch start early: see StepArrays.
 __global__ void unpack_step_kernel(const UnpackArgs args) {
   grid_dependency_wait();
-  grid_dependency_launch();
   const UnpackEntry& entry = args.entries[blockIdx.y];
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < entry.words; i += gridDim.x * kThreads) {
     entry.destination[i] = args.blob[entry.source_word + i];

@@ -117,7 +117,7 @@ export class GrammarHost {
       numSessions: 0,
     };
     this.#grammars.set(ebnf, compiled);
-    this.#evict();
+    this.#evict(compiled);
     return compiled;
   }
 
@@ -145,11 +145,12 @@ export class GrammarHost {
     return await instance.api.GrammarMatcher.createGrammarMatcher(compiled.grammar);
   }
 
-  #evict(): void {
+  // `added` has no session yet, but is about to.
+  #evict(added: Compiled): void {
     let extra = this.#grammars.size - MOST_GRAMMARS;
     for (const [ebnf, compiled] of this.#grammars) {
       if (extra <= 0) return;
-      if (compiled.numSessions > 0) continue;
+      if (compiled.numSessions > 0 || compiled === added) continue;
       this.#grammars.delete(ebnf);
       for (const matcher of compiled.spare) matcher.dispose();
       compiled.grammar.dispose();

@@ -7,7 +7,7 @@ const SLICE_MS = 4;
 
 /**
  * Bytes of all tokens a grammar may draw: not special ones, not those that end an answer. Reading
- * 150 thousand tokens takes 0.1 s, so the event loop gets its turns in between.
+ * 150 thousand tokens takes 0.4 s, so the event loop gets its turns in between.
  */
 export async function readVocabulary(tokenizer: Tokenizer, vocabSize: number): Promise<Vocabulary> {
   const stops = new Set(tokenizer.eosIds);

@@ -1,22 +1,11 @@
 // A byte-level BPE tokenizer of Qwen's size: the real one from a folder that holds tokenizer.json,
-// or a synthetic one (151,643 entries, each merge joins two earlier entries) made on the spot.
+// or a synthetic one of 151,643 entries and three special ones, made on the spot.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Random } from './model-shape.mjs';
+import { makeVocabulary } from './vocabulary.mjs';
 
-/** GPT-2's printable stand-ins for the 256 bytes. */
-function byteAlphabet() {
-  const printable = [];
-  for (let b = 33; b <= 126; b++) printable.push(b);
-  for (let b = 161; b <= 172; b++) printable.push(b);
-  for (let b = 174; b <= 255; b++) printable.push(b);
-  const map = new Array(256);
-  for (const b of printable) map[b] = String.fromCodePoint(b);
-  let next = 256;
-  for (let b = 0; b < 256; b++) map[b] ??= String.fromCodePoint(next++);
-  return map;
-}
-
+const NUM_TOKENS = 151_643;
 const SPECIALS = ['<|endoftext|>', '<|im_start|>', '<|im_end|>'];
 
 export function makeTokenizer(folder) {
@@ -26,28 +15,10 @@ export function makeTokenizer(folder) {
       config: JSON.parse(readFileSync(join(folder, 'tokenizer_config.json'), 'utf8')),
     };
   }
-  const random = new Random(7);
-  const alphabet = byteAlphabet();
-  const tokens = [...alphabet];
-  const seen = new Set(tokens);
-  const merges = [];
-  const space = alphabet[32];
-  const letters = [];
-  for (let b = 97; b <= 122; b++) letters.push(alphabet[b]);
-  const words = [...letters, space];
-  while (tokens.length < 151_643) {
-    const left = words[random.next() % words.length];
-    const right = letters[random.next() % letters.length];
-    const joined = left + right;
-    if (seen.has(joined) || joined.length > 12) continue;
-    seen.add(joined);
-    merges.push([left, right]);
-    tokens.push(joined);
-    words.push(joined);
-  }
+  const { tokens, merges } = makeVocabulary(NUM_TOKENS, new Random(7));
   const vocab = Object.fromEntries(tokens.map((t, i) => [t, i]));
   const added = SPECIALS.map((content, i) => ({
-    id: 151_643 + i,
+    id: NUM_TOKENS + i,
     content,
     single_word: false,
     lstrip: false,

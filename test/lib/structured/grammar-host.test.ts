@@ -156,6 +156,19 @@ describe('sessions', () => {
     expect(posted).toEqual([{ type: 'masks', results: [{ session, status: 'ended' }] }]);
   });
 
+  test('more grammars may be in use than are kept', async () => {
+    const grammars = Array.from({ length: 40 }, (_, index) => `root ::= "${index} "`);
+    const sessions: number[] = [];
+    for (const ebnf of grammars) sessions.push(await host.open(ebnf));
+    for (const [index, session] of sessions.entries()) {
+      expect(host.allowed(session, String(index).charCodeAt(0)), String(index)).toBe(true);
+      expect(host.allowed(session, 0x61)).toBe(false);
+      await host.send({ type: 'close', session });
+    }
+    for (const ebnf of grammars)
+      expect(await host.accepts(ebnf, bytesOf('7 '))).toBe(ebnf === grammars[7]);
+  });
+
   test('a lost session goes on from its tokens', async () => {
     const ebnf = grammarOf(text('abc'));
     const session = await host.open(ebnf, false, [0x61, 0x62]);

@@ -14,7 +14,7 @@ export function checkOptions<T extends object>(
   options: unknown,
   rules: Rules<T>,
 ): asserts options is T {
-  if (typeof options !== 'object' || options === null || Array.isArray(options)) {
+  if (!isOptionObject(options)) {
     throw invalidOption(name, options, 'an object');
   }
   const byName = new Map<string, Rule>(Object.entries(rules));
@@ -25,6 +25,12 @@ export function checkOptions<T extends object>(
     const expected = rule(value);
     if (expected !== undefined) throw invalidOption(key, value, expected);
   }
+}
+
+// A promise or a list has no options of its own: who passes one has forgotten something.
+function isOptionObject(options: unknown): options is object {
+  if (typeof options !== 'object' || options === null) return false;
+  return !(Symbol.iterator in options) && !(options instanceof Promise);
 }
 
 /** An ERR_TM_INVALID_OPTION that names the option, its value and what is expected. */

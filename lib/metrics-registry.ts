@@ -217,6 +217,9 @@ export function addToRegistry(
   options: RegisterMetricsOptions,
   read: () => PipelineMetrics,
 ): () => void {
+  if (typeof registry?.registerMetric !== 'function') {
+    throw invalid('registry: expected a prom-client Registry');
+  }
   const { prefix = 'turbomind_', labels = {} } = options;
   checkNames(prefix, labels);
   const group = groupOf(registry, prefix);

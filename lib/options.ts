@@ -337,10 +337,17 @@ const speculativeConfig: check.Rule = (value) => {
     : undefined;
 };
 
-const tokenizer: check.Rule = (value) =>
-  typeof value === 'object' && value !== null && 'encode' in value && 'bytesOf' in value
+const TOKENIZER_METHODS = ['encode', 'idOf', 'bytesOf', 'textOf', 'isSpecial', 'prepare'];
+
+const tokenizer: check.Rule = (value) => {
+  const expected = 'an object that implements Tokenizer';
+  if (typeof value !== 'object' || value === null) return expected;
+  const lacks = TOKENIZER_METHODS.find((name) => typeof Reflect.get(value, name) !== 'function');
+  if (lacks !== undefined) return `${expected}, with a function ${lacks}`;
+  return Array.isArray(Reflect.get(value, 'eosIds'))
     ? undefined
-    : 'an object that implements Tokenizer';
+    : `${expected}, with a list eosIds`;
+};
 
 const PIPELINE_RULES: check.Rules<PipelineOptions> = {
   device,

@@ -24,6 +24,7 @@ import type {
   NativeAddon,
   NativeEngine,
   NativeOpenOptions,
+  NativeRequest,
   NativeStats,
 } from './native-types.js';
 import {
@@ -114,6 +115,9 @@ export class Pipeline extends Callable implements AsyncDisposable {
     const call = (prompt: PromptInput, options?: CallOptions): Promise<Response | Response[]> =>
       this.#run(prompt, options ?? {});
     super(call);
+    if (parts?.router === undefined) {
+      throw new TurbomindError('ERR_TM_INVALID_ARGUMENT', 'Pipeline: open one with pipeline()');
+    }
     this.#parts = parts;
     const { addon, checkpoint, tokenizer, options } = parts;
     const { vocabSize } = checkpoint.spec.decoder;
@@ -151,9 +155,7 @@ export class Pipeline extends Callable implements AsyncDisposable {
   /** Scores of every token of the vocabulary for the place after the prompt, [vocabSize]. */
   async promptLogits(prompt: Prompt, options: PromptOptions = {}): Promise<Float32Array> {
     const { engine } = this.#parts.router;
-    const conversation = normalizePrompts(prompt).conversations[0] ?? [];
-    const resolved = resolvePromptOptions(options);
-    const request = await this.#preparer.prepare(conversation, resolved);
+    const request = await this.#prepare(prompt, options);
     try {
       return await engine.promptLogits({ ...request, id: 0 });
     } catch (error) {
@@ -202,9 +204,17 @@ export class Pipeline extends Callable implements AsyncDisposable {
 
   /** The model's prompt ids for this prompt, those of pictures included. */
   async promptIds(prompt: Prompt, options: PromptOptions = {}): Promise<Int32Array> {
-    const conversation = normalizePrompts(prompt).conversations[0] ?? [];
-    const resolved = resolvePromptOptions(options);
-    return (await this.#preparer.prepare(conversation, resolved)).promptTokens;
+    return (await this.#prepare(prompt, options)).promptTokens;
+  }
+
+  async #prepare(prompt: Prompt, options: PromptOptions): Promise<Omit<NativeRequest, 'id'>> {
+    void this.#parts.router.engine; // throws once the pipeline is closed
+    const [conversation, ...others] = normalizePrompts(prompt).conversations;
+    if (conversation === undefined || others.length > 0) {
+      const message = `prompt: ${others.length + 1} prompts; expected one, ask for each by itself`;
+      throw new TurbomindError('ERR_TM_INVALID_PROMPT', message);
+    }
+    return await this.#preparer.prepare(conversation, resolvePromptOptions(options));
   }
 
   /** Text ↔ token ids of this model. */
@@ -212,11 +222,14 @@ export class Pipeline extends Callable implements AsyncDisposable {
     return this.#parts.tokenizer;
   }
 
-  /** Token ids to text. */
+  /** Token ids to text. @throws TurbomindError ERR_TM_INVALID_ARGUMENT for what is no token id. */
   decode(ids: Iterable<number>, options: { readonly skipSpecialTokens?: boolean } = {}): string {
     const stream = new TextStream(this.#parts.tokenizer, options);
     let text = '';
-    for (const id of ids) text += stream.push(id).text;
+    for (const id of iterable(ids)) {
+      if (!Number.isInteger(id) || id < 0) throw notIds(id);
+      text += stream.push(id).text;
+    }
     return text + stream.flush().text;
   }
 
@@ -317,6 +330,17 @@ export class Pipeline extends Callable implements AsyncDisposable {
     if (response.error !== undefined) throw response.error;
     return response;
   }
+}
+
+// Types may lie in plain JavaScript.
+function iterable(ids: Iterable<number>): Iterable<number> {
+  if (typeof ids === 'object' && ids !== null && Symbol.iterator in ids) return ids;
+  throw notIds(ids);
+}
+
+function notIds(given: unknown): TurbomindError {
+  const message = `decode: ${String(given)} is not a token id; expected a list of ids from 0 on`;
+  return new TurbomindError('ERR_TM_INVALID_ARGUMENT', message);
 }
 
 // One response a prompt. That of several choices is the first that failed, or else the first.
@@ -448,6 +472,8 @@ function withTemplate(checkpoint: Checkpoint, template: string | undefined): Che
   return { ...checkpoint, chatTemplate };
 }
 
+const FOLDER = 'the path of a model folder';
+
 /** Options of `estimate()`. */
 export interface EstimateOptions extends PipelineOptions {
   /** Plans as if the device had so many bytes free. Defaults to what it has. */
@@ -465,6 +491,10 @@ export async function estimate(
   given: EstimateOptions = {},
   givenAddon?: NativeAddon,
 ): Promise<MemoryReport> {
+  if (model !== undefined && typeof model !== 'string') throw invalidOption('model', model, FOLDER);
+  if (typeof given !== 'object' || given === null) {
+    throw invalidOption('estimate options', given, 'an object');
+  }
   const { freeBytes, ...rest } = given;
   if (freeBytes !== undefined && !(Number.isSafeInteger(freeBytes) && freeBytes > 0)) {
     throw invalidOption('freeBytes', freeBytes, 'an integer of at least 1');
@@ -492,11 +522,22 @@ async function openEngine(
   router: EventRouter,
   { onProgress }: ResolvedPipelineOptions,
 ): Promise<NativeEngine> {
-  try {
-    return await addon.open(options, router.onEvents, onProgress ?? (() => undefined));
-  } catch (error) {
+  // What the caller's function throws ends the load, not the process.
+  const thrown: unknown[] = [];
+  const report = (share: number): void => {
+    if (thrown.length > 0) return;
+    try {
+      onProgress?.(share);
+    } catch (error) {
+      thrown.push(error);
+    }
+  };
+  const engine = await addon.open(options, router.onEvents, report).catch((error: unknown) => {
     throw fromNative(error);
-  }
+  });
+  if (thrown.length === 0) return engine;
+  await engine.close();
+  throw thrown[0];
 }
 
 // Native loading cannot be interrupted; the caller of an aborted load does not wait for it.

@@ -1,0 +1,95 @@
+// What types forbid and plain JavaScript does all the same: every wrong argument is a TurbomindError
+// that says what is expected, and nobody's callback ends the process. Options and prompts have tests
+// of their own.
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { type PipelineOptions, resolvePipelineOptions } from '../../lib/options.js';
+import { embeddedModel, estimate, openPipeline, Pipeline } from '../../lib/pipeline.js';
+import { type FakeAddon, makeFakeAddon } from './support/fake-addon.js';
+
+/** A value that its type does not allow. */
+function lie<T>(value: unknown): T {
+  return value as T;
+}
+
+let pipe: Pipeline;
+const open = async (
+  options: PipelineOptions,
+  addon: FakeAddon = makeFakeAddon({ answer: () => [65] }),
+) => await openPipeline(embeddedModel(), { device: 'cpu', ...options }, addon);
+
+beforeAll(async () => {
+  pipe = await open({});
+});
+afterAll(() => pipe.close());
+
+async function failure(run: () => unknown): Promise<{ code: unknown; message: string }> {
+  try {
+    await run();
+  } catch (error) {
+    if (error instanceof Error) return { code: Reflect.get(error, 'code'), message: error.message };
+    throw error;
+  }
+  throw new Error('nothing was refused');
+}
+
+describe('wrong arguments', () => {
+  test.each([
+    ['decode of a number', () => pipe.decode(lie(5)), 'ERR_TM_INVALID_ARGUMENT', 'token id'],
+    ['decode of NaN', () => pipe.decode([Number.NaN]), 'ERR_TM_INVALID_ARGUMENT', 'NaN'],
+    ['decode of texts', () => pipe.decode(lie(['a'])), 'ERR_TM_INVALID_ARGUMENT', 'a is not'],
+    [
+      'promptIds of two',
+      () => pipe.promptIds(lie(['a', 'b'])),
+      'ERR_TM_INVALID_PROMPT',
+      '2 prompts',
+    ],
+    ['promptLogits of none', () => pipe.promptLogits(lie([])), 'ERR_TM_INVALID_PROMPT', ''],
+    [
+      'a registry that is none',
+      () => pipe.registerMetrics(lie({})),
+      'ERR_TM_INVALID_OPTION',
+      'prom-client',
+    ],
+    ['new Pipeline()', () => new Pipeline(lie(undefined)), 'ERR_TM_INVALID_ARGUMENT', 'pipeline()'],
+    ['estimate of a number', () => estimate(lie(5)), 'ERR_TM_INVALID_OPTION', 'model folder'],
+    [
+      'estimate with null',
+      () => estimate(undefined, lie(null)),
+      'ERR_TM_INVALID_OPTION',
+      'an object',
+    ],
+    [
+      'options not awaited',
+      () => resolvePipelineOptions(lie(Promise.resolve({}))),
+      'ERR_TM_INVALID_OPTION',
+      'an object (Promise)',
+    ],
+    [
+      'a tokenizer that is none',
+      () => resolvePipelineOptions({ tokenizer: lie({ encode: () => [], bytesOf: () => [] }) }),
+      'ERR_TM_INVALID_OPTION',
+      'idOf',
+    ],
+  ] as const)('%s', async (_, run, code, text) => {
+    const error = await failure(run);
+    expect(error.code, error.message).toBe(code);
+    expect(error.message).toContain(text);
+  });
+
+  test('after close even what needs no engine is refused', async () => {
+    const other = await open({});
+    await other.close();
+    expect((await failure(() => other.promptIds('a'))).code).toBe('ERR_TM_DISPOSED');
+  });
+});
+
+test('a progress function that throws ends its load, and the engine is closed', async () => {
+  const addon = makeFakeAddon({ answer: () => [65] });
+  const options = {
+    onProgress: () => {
+      throw new Error('mine');
+    },
+  };
+  await expect(open(options, addon)).rejects.toThrow('mine');
+  expect(addon.engines.map(({ isClosed }) => isClosed)).toEqual([true]);
+});

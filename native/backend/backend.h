@@ -69,12 +69,9 @@ struct StepBatch {
   std::span<const int32_t> block_table;  // [S, max_blocks], -1 past a sequence's end
   int max_blocks = 0;
   std::span<const int32_t> sample_rows;  // [R] rows of T whose next token is wanted
-  // The first `num_decode` sequences have one row each, past their prompt; the others are prefilled,
-  // even a chunk of one row. A device may sum the two in different orders, so which one a row takes
-  // may depend on its own sequence alone. -1: not said, every sequence of one row is decoded.
-  int num_decode = -1;
   // Running ahead: [T] or empty. Row of the last launch_sample (of R there) whose token is the id of
-  // this row, which the host does not know yet; -1: token_ids has it.
+  // this row, which the host does not know yet; -1: token_ids has it. SampleRow::tokens of a fed row
+  // ends in a place for that id.
   std::span<const int32_t> fed_from{};
   int num_tokens() const { return static_cast<int>(token_ids.size()); }
   int num_sequences() const { return static_cast<int>(kv_len.size()); }

@@ -36,12 +36,6 @@ void Batch::build(const StepPlan& plan) {
   }
   block_table_.assign(plan.rows.size() * static_cast<size_t>(max_blocks_), -1);
   for (const ScheduledRow& row : plan.rows) add_row(row);
-  num_decode_ = 0;
-  while (num_decode_ < static_cast<int>(plan.rows.size()) &&
-         plan.rows[static_cast<size_t>(num_decode_)].num_drafts() == 0 &&
-         plan.rows[static_cast<size_t>(num_decode_)].sequence->decoding()) {
-    ++num_decode_;
-  }
 }
 
 void Batch::add_row(const ScheduledRow& row) {
@@ -118,7 +112,6 @@ StepBatch Batch::view() const {
   batch.block_table = block_table_;
   batch.max_blocks = max_blocks_;
   batch.sample_rows = sample_indices_;
-  batch.num_decode = num_decode_;
   return batch;
 }
 

@@ -47,7 +47,6 @@ class Batch {
   std::vector<SampleRow> samples_;       // [R]
   std::vector<ImageRows> image_rows_;
   int max_blocks_ = 0;
-  int num_decode_ = 0;  // leading sequences that are decoded
 };
 
 }  // namespace turbomind

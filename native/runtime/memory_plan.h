@@ -60,8 +60,8 @@ struct MemoryBudget {
   int max_prefill_token_num = 0;  // tokens
   int max_drafts = 0;             // speculated tokens of a sequence in a step
   int block_size = 0;             // tokens
-  CacheBudget cache;
-  MemoryParts parts;
+  CacheBudget cache = {};
+  MemoryParts parts = {};
   size_t free_bytes = 0;  // before anything is taken
   size_t host_free_bytes = 0;
   size_t block_bytes = 0;   // of one KV block, all layers

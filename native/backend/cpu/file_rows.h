@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "base/error.h"
+#include "base/file_mapping.h"
 
 namespace turbomind::cpu {
 
@@ -17,9 +17,6 @@ class FileRows {
   // The table's first byte and size. If it is not a read-only mapping of a file that can still be
   // opened under its name, rows are copied from memory.
   FileRows(const void* table, size_t bytes);
-  ~FileRows();
-  FileRows(FileRows&& other) noexcept;
-  FileRows& operator=(FileRows&& other) noexcept;
 
   // Copies [offset, offset + bytes) of the table. False if the file cannot be read there any more:
   // answer with `file_changed_error` outside of the thread pool.
@@ -27,10 +24,7 @@ class FileRows {
 
  private:
   const uint8_t* table_ = nullptr;
-  int fd_ = -1;
-  int64_t begin_ = 0;  // of the table, in the file
+  MappingReader reader_;
 };
-
-Error file_changed_error(const char* what);
 
 }  // namespace turbomind::cpu

@@ -3,12 +3,10 @@
 #include "backend/cpu/mapped_memory.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <string>
 
 #include "base/error.h"
+#include "base/file_mapping.h"
 #include "base/types.h"
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -80,30 +78,14 @@ MappedMemory& MappedMemory::operator=(MappedMemory&& other) noexcept {
   return *this;
 }
 
-SourcePages::SourcePages(std::vector<std::pair<const void*, size_t>> ranges) {
-#if defined(__linux__)
-  std::FILE* maps = std::fopen("/proc/self/maps", "re");
-  if (maps == nullptr) return;
-  char line[512];
-  bool line_start = true;
-  while (std::fgets(line, sizeof(line), maps) != nullptr) {
-    const bool whole = std::string(line).find('\n') != std::string::npos;
-    const bool parse = std::exchange(line_start, whole);
-    unsigned long begin = 0, end = 0, inode = 0;
-    char access[5] = {};
-    if (!parse || std::sscanf(line, "%lx-%lx %4s %*s %*s %lu", &begin, &end, access, &inode) != 4)
-      continue;
-    if (access[0] != 'r' || access[1] != '-' || inode == 0) continue;
+SourcePages::SourcePages(const std::vector<std::pair<const void*, size_t>>& ranges) {
+  for (const MappedRange& file : mapped_files()) {
     const bool wanted = std::any_of(ranges.begin(), ranges.end(), [&](const auto& range) {
       const uintptr_t first = reinterpret_cast<uintptr_t>(range.first);
-      return first < end && first + range.second > begin;
+      return first < file.end && first + range.second > file.begin;
     });
-    if (wanted) files_.emplace_back(begin, end);
+    if (wanted) files_.emplace_back(file.begin, file.end);
   }
-  std::fclose(maps);
-#else
-  (void)ranges;
-#endif
 }
 
 bool SourcePages::droppable(uintptr_t begin, uintptr_t end) const {

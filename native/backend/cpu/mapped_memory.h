@@ -26,12 +26,11 @@ class MappedMemory {
   size_t bytes_ = 0;  // asked for
 };
 
-// The parts of the source that may be dropped once read: read-only file mappings, found in
-// /proc/self/maps. Anything else (a caller's heap) is never touched, for there dropping a page
-// would clear it.
+// The parts of the source that may be dropped once read: read-only file mappings. Anything else (a
+// caller's heap) is never touched, for there dropping a page would clear it.
 class SourcePages {
  public:
-  explicit SourcePages(std::vector<std::pair<const void*, size_t>> ranges);
+  explicit SourcePages(const std::vector<std::pair<const void*, size_t>>& ranges);
   // Maps [data, data + bytes) in one go instead of one fault per 64 kB.
   void will_read(const void* data, size_t bytes) const;
   // Forgets the whole pages inside the range; their contents stay in the file cache.

@@ -5,6 +5,11 @@
 #include "base/error.h"
 
 namespace turbomind {
+namespace {
+
+const SamplingParams kPlain;  // of rows whose token nobody wants
+
+}  // namespace
 
 void Batch::reserve(int max_tokens, int max_sequences, int max_rows, int max_blocks_per_sequence) {
   const auto tokens = static_cast<size_t>(max_tokens);
@@ -66,8 +71,18 @@ void Batch::add_row(const ScheduledRow& row) {
   }
 }
 
+void Batch::drop_ended(const StepPlan& plan) {
+  size_t r = 0;
+  for (const ScheduledRow& row : plan.rows) {
+    for (int i = 0; i < row.num_samples; ++i, ++r) {
+      if (row.sequence != nullptr) continue;
+      samples_[r] = SampleRow{};
+      samples_[r].params = &kPlain;
+    }
+  }
+}
+
 void Batch::take_masks(const StepPlan& plan) {
-  static const SamplingParams kPlain;
   size_t r = 0;
   for (const ScheduledRow& row : plan.rows) {
     for (int i = 0; i < row.num_samples; ++i) {

@@ -28,6 +28,8 @@ class Batch {
   std::span<const SampleRow> sample_rows() const { return samples_; }  // [R]
   // Masks that came after build; what a parked row draws is thrown away.
   void take_masks(const StepPlan& plan);
+  // Rows of a plan that was started ahead whose sequences have ended since: nothing of them is read.
+  void drop_ended(const StepPlan& plan);
   // Rows of T of the plan's sequences.
   std::span<const int32_t> query_start() const { return query_start_; }
   std::span<const ImageRows> image_rows() const { return image_rows_; }

@@ -71,8 +71,8 @@ bool EngineImpl::step() {
 
 // `events` come before those of the step.
 void EngineImpl::commit_oldest(std::vector<Event> events) {
-  StepResults results = runner_->collect();
   const StepPlan& plan = scheduler_.current();
+  StepResults results = runner_->collect(plan);
   step_times_.observe(results.ms);
   // What waits for JavaScript or hands things out says nothing about the price of a row.
   const bool is_plain = std::none_of(plan.rows.begin(), plan.rows.end(), [](const auto& row) {

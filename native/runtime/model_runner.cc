@@ -48,7 +48,7 @@ bool ModelRunner::draw(const StepPlan& plan) {
   return slot.drawn_on_device;
 }
 
-StepResults ModelRunner::collect() {
+StepResults ModelRunner::collect(const StepPlan& plan) {
   TM_CHECK(num_launched_ > 0, "no step is launched");
   Slot& slot = oldest();
   std::optional<Error> failure;
@@ -56,6 +56,7 @@ StepResults ModelRunner::collect() {
     if (slot.drawn_on_device) {
       model_.collect_sample(slot.results);
     } else {
+      slot.batch.drop_ended(plan);  // the step before may have been its last
       model_.sample(slot.batch.sample_rows(), slot.results);
     }
   } catch (const Error& error) {

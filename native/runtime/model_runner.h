@@ -74,12 +74,12 @@ class ModelRunner {
     forward(plan);
     return draw(plan);
   }
-  // What the sampling rows of the oldest started step drew; valid until the forward after next.
-  // A failure of single rows is part of the results.
-  StepResults collect();
+  // What the sampling rows of the oldest started step, `plan`, drew; valid until the forward after
+  // next. A failure of single rows is part of the results.
+  StepResults collect(const StepPlan& plan);
   StepResults run(const StepPlan& plan) {
     launch(plan);
-    return collect();
+    return collect(plan);
   }
   int num_launched() const { return num_launched_; }
   // Waits for what is launched and forgets it, after a failure or before the end.

@@ -23,7 +23,7 @@ generator=(); command -v ninja >/dev/null && generator=(-G Ninja)
 cmake -S . -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DTURBOMIND_CUDA=ON -DTURBOMIND_CUDA_ARCHS="$arch" \
   > "$out/configure.log" 2>&1 || { cat "$out/configure.log"; exit 1; }
 cmake --build "$build" -j "$(nproc)" --target turbomind_cuda kernel_bench cuda_gemm_test cuda_attention_test cuda_pointwise_test \
-  cuda_backend_test cuda_loader_test cuda_sample_test cuda_lost_device_test > "$out/build.log" 2>&1 || { grep -E "error|warning" "$out/build.log" | head -40; tail -5 "$out/build.log"; exit 1; }
+  cuda_backend_test cuda_loader_test cuda_sample_test cuda_upload_test cuda_lost_device_test > "$out/build.log" 2>&1 || { grep -E "error|warning" "$out/build.log" | head -40; tail -5 "$out/build.log"; exit 1; }
 
 status=0
 entries=
@@ -41,7 +41,7 @@ run() {  # name, command...
   echo "== $name: $result ($seconds s)"
   grep -E "^(FAIL|SKIP)|^    |cases,|ERROR SUMMARY" "$out/$name.log" | cut -c1-200 | head -60
 }
-for test in cuda_pointwise_test cuda_sample_test cuda_gemm_test cuda_attention_test cuda_backend_test cuda_loader_test \
+for test in cuda_pointwise_test cuda_sample_test cuda_upload_test cuda_gemm_test cuda_attention_test cuda_backend_test cuda_loader_test \
   cuda_lost_device_test; do
   run "$test" "$build/test/kernels/$test"
 done

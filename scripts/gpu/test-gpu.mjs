@@ -268,6 +268,37 @@ await check('the same sampled tokens for the same seed, alone and in a batch', a
   }
 });
 
+await check(
+  'drafts: the tokens of decoding one by one, greedy, sampled and penalised',
+  async () => {
+    const plain = await open(AWQ);
+    const drafting = await open(AWQ, { speculativeConfig: { method: 'ngram' } });
+    try {
+      const prompts = ['one two three four, '.repeat(12), 'Count: 1 2 3 1 2 3 1 2 3 1 2', 'Hello.'];
+      const settings = { maxNewTokens: 96, ignoreEos: true };
+      const kinds = [
+        settings,
+        { ...settings, doSample: true, temperature: 0.7, topK: 20, randomSeed: 5, logprobs: 2 },
+        { ...settings, repetitionPenalty: 1.05, frequencyPenalty: 0.1 },
+      ];
+      for (const kind of kinds) {
+        const wanted = await plain(prompts, kind);
+        const together = await drafting(prompts, kind);
+        for (const [i, prompt] of prompts.entries()) {
+          mustMatch(together[i], wanted[i], prompt);
+          mustMatch(await drafting(prompt, kind), wanted[i], `${prompt}, alone`);
+        }
+      }
+      const { draftedTokens, acceptedTokens } = drafting.stats();
+      must(acceptedTokens > 0, `${acceptedTokens} of ${draftedTokens} drafts were accepted`);
+      return { draftedTokens, acceptedTokens };
+    } finally {
+      await plain.close();
+      await drafting.close();
+    }
+  },
+);
+
 // Each generation option on the GPU against the CPU backend, which has tests of its own for every one.
 // float16 resolves the scores of these prompts, so the tokens must be the same ones.
 const OPTIONS = {

@@ -107,6 +107,135 @@ TEST("a steady decode step allocates nothing and captures nothing new") {
   EXPECT_EQ(backend->counters().graph_captures, before.graph_captures);
 }
 
+// Greedy; sampled; penalties, which look at tokens that a step ahead does not know yet.
+std::vector<SamplingParams> kinds_of_sampling() {
+  std::vector<SamplingParams> kinds(4);
+  for (size_t i = 1; i < kinds.size(); ++i) {
+    kinds[i].do_sample = true;
+    kinds[i].temperature = 1.5F;
+    kinds[i].seed = 40 + i;
+  }
+  kinds[1].top_k = 50;
+  kinds[1].num_logprobs = 3;
+  kinds[2].top_p = 0.9F;
+  kinds[2].repetition_penalty = 1.8F;
+  kinds[2].frequency_penalty = 0.7F;
+  kinds[3].presence_penalty = 1.5F;
+  kinds[3].num_logprobs = 2;
+  kinds[3].bad_words = {{7}};
+  return kinds;
+}
+
+struct Group {
+  Group(SmallDecoder& decoder, int count) {
+    for (int i = 0; i < count; ++i) {
+      sequences.push_back(decoder.make_sequence(prompt_of(5 + i % 30, 200 + static_cast<uint32_t>(i))));
+    }
+    for (Sequence& sequence : sequences) {
+      decoder.step({&sequence}, {sequence.prompt});
+      members.push_back(&sequence);
+    }
+  }
+  std::vector<Sequence> sequences;
+  std::vector<Sequence*> members;
+};
+
+TEST("steps launched ahead draw what steps that are waited for draw") {
+  for (const int graphs : {0, 1}) {
+    const auto backend = backend_with(graphs);
+    SmallDecoder decoder(*backend, {});
+    for (const SamplingParams& params : kinds_of_sampling()) {
+      decoder.params = params;
+      for (const int count : {1, 5, 16}) {
+        Group plain(decoder, count);
+        for (int i = 0; i < 24; ++i) decoder.step(plain.members, std::vector<int>(static_cast<size_t>(count), 1));
+        Group ahead(decoder, count);
+        // Runs of steps ahead of different lengths, and single steps between them.
+        for (const int run : {1, 9, 1, 2, 10}) {
+          EXPECT(decoder.launch(ahead.members));
+          for (int i = 1; i < run; ++i) {
+            EXPECT(decoder.launch(ahead.members));
+            decoder.collect(ahead.members);
+          }
+          decoder.collect(ahead.members);
+          if (run == 9) decoder.step(ahead.members, std::vector<int>(static_cast<size_t>(count), 1));
+        }
+        for (size_t i = 0; i < plain.sequences.size(); ++i) {
+          EXPECT(ahead.sequences[i].tokens == plain.sequences[i].tokens);
+          EXPECT(ahead.sequences[i].top == plain.sequences[i].top);
+        }
+      }
+    }
+    EXPECT_EQ(backend->counters().rows_on_host, 0U);
+  }
+}
+
+TEST("a step ahead allocates nothing and captures nothing new") {
+  const auto backend = backend_with(1);
+  SmallDecoder decoder(*backend, {});
+  decoder.params = kinds_of_sampling()[2];
+  Group group(decoder, 7);
+  EXPECT(decoder.launch(group.members));
+  CudaCounters before;
+  for (int i = 0; i < 40; ++i) {
+    EXPECT(decoder.launch(group.members));
+    decoder.collect(group.members);
+    if (i == 1) before = backend->counters();
+  }
+  decoder.collect(group.members);
+  EXPECT_EQ(backend->counters().driver_allocations, before.driver_allocations);
+  EXPECT_EQ(backend->counters().graph_captures, before.graph_captures);
+}
+
+TEST("a ban that depends on a token not known yet is left to sample()") {
+  const auto backend = backend_with(1);
+  SmallDecoder decoder(*backend, {});
+  decoder.params.bad_words = {{1, 2}};
+  Group group(decoder, 2);
+  EXPECT(decoder.launch(group.members));  // all tokens are known
+  EXPECT(!decoder.launch(group.members));
+  decoder.collect(group.members);
+  EXPECT(group.sequences[0].tokens.back() >= 0);
+}
+
+TEST("drafts draw what decoding one by one draws, in captured steps") {
+  const auto eager = backend_with(0);
+  const auto graphed = backend_with(1);
+  for (CudaBackend* backend : {eager.get(), graphed.get()}) {
+    SmallDecoder decoder(*backend, {});
+    for (const SamplingParams& params : kinds_of_sampling()) {
+      decoder.params = params;
+      Group group(decoder, 6);
+      Group reference(decoder, 6);
+      for (int i = 0; i < 16; ++i) decoder.step(reference.members, std::vector<int>(6, 1));
+      size_t captured = 0;
+      for (int round = 0; round < 3; ++round) {
+        // The i-th sequence guesses i + 1 tokens, all but the last of which will be right.
+        std::vector<std::vector<TokenId>> drafts(6);
+        for (size_t s = 0; s < 6; ++s) {
+          const std::vector<TokenId>& right = reference.sequences[s].tokens;
+          const size_t known = group.sequences[s].tokens.size();
+          for (size_t i = 0; i <= s; ++i) drafts[s].push_back(right[known + i]);
+          drafts[s].back() = (drafts[s].back() + 1) % 1000;
+        }
+        const auto drawn = decoder.verify(group.members, drafts);
+        for (size_t s = 0; s < 6; ++s) {
+          Sequence& sequence = group.sequences[s];
+          const std::vector<TokenId>& right = reference.sequences[s].tokens;
+          for (size_t i = 0; i <= s; ++i) EXPECT_EQ(drawn[s][i], right[sequence.tokens.size() + i]);
+        }
+        for (Sequence& sequence : group.sequences) {
+          sequence.tokens.push_back(reference.sequences[static_cast<size_t>(&sequence - group.sequences.data())].tokens[sequence.tokens.size()]);
+          ++sequence.computed;
+        }
+        if (round == 0) captured = backend->counters().graph_captures;
+      }
+      EXPECT_EQ(backend->counters().graph_captures, captured);
+    }
+  }
+  EXPECT(graphed->counters().graph_captures > 0);
+}
+
 TEST("buffers without room for padding rows are never written past their end") {
   const auto backend = backend_with(1);
   const auto eager = backend_with(0);

@@ -55,71 +55,153 @@ class SmallDecoder {
   }
 
   struct Sequence {
-    std::vector<TokenId> tokens;
+    std::vector<TokenId> tokens;  // -1: drawn by a step that was launched and not collected
     std::vector<int32_t> blocks;
     int computed = 0;
+    int prompt = 0;
+    std::vector<std::pair<TokenId, float>> top{};  // log-probabilities of all tokens drawn
   };
   Sequence make_sequence(std::vector<TokenId> prompt) {
     Sequence sequence{std::move(prompt), {}, 0};
+    sequence.prompt = static_cast<int>(sequence.tokens.size());
     for (int i = 0; i < spec_.max_kv_len / 64; ++i) sequence.blocks.push_back(next_block_++ % spec_.blocks);
     return sequence;
   }
 
   // One step: sequence i computes chunks[i] of its waiting tokens; those that finish get a token.
   void step(std::vector<Sequence*> sequences, const std::vector<int>& chunks, std::vector<float>* logits = nullptr) {
-    std::vector<TokenId> ids;
-    std::vector<int32_t> positions, slots, start{0}, kv_len, table, sample_rows;
-    std::vector<Sequence*> finished;
-    const int stride = spec_.max_kv_len / 64;
-    for (size_t s = 0; s < sequences.size(); ++s) {
-      Sequence& sequence = *sequences[s];
-      for (int i = 0; i < chunks[s]; ++i) {
-        const int position = sequence.computed + i;
-        ids.push_back(sequence.tokens[static_cast<size_t>(position)]);
-        positions.push_back(position);
-        slots.push_back(sequence.blocks[static_cast<size_t>(position / 64)] * 64 + position % 64);
-      }
-      sequence.computed += chunks[s];
-      start.push_back(static_cast<int32_t>(ids.size()));
-      kv_len.push_back(sequence.computed);
-      table.insert(table.end(), sequence.blocks.begin(), sequence.blocks.end());
-      if (sequence.computed == static_cast<int>(sequence.tokens.size())) {
-        sample_rows.push_back(static_cast<int32_t>(ids.size()) - 1);
-        finished.push_back(&sequence);
-      }
-    }
-    const StepBatch batch{.token_ids = ids, .positions = positions, .slots = slots, .query_start = start, .kv_len = kv_len,
-                          .block_table = table, .max_blocks = stride, .sample_rows = sample_rows};
-    backend_.begin_step(batch);
-    const auto tokens = static_cast<int64_t>(ids.size());
-    const SampleArgs args{.head = head_.get(), .norm = &norm_, .x = view(*x_, tokens, spec_.hidden)};
-    backend_.execute([&] {
-      forward(tokens);
-      if (!sample_rows.empty() && start_sample) backend_.start_sample(args);
-    });
+    Step step;
+    for (size_t s = 0; s < sequences.size(); ++s) add(step, *sequences[s], chunks[s], {}, false);
+    const SampleArgs args = forward(step);
     if (logits != nullptr) {
-      logits->resize(sample_rows.size() * static_cast<size_t>(spec_.vocab));
+      logits->resize(step.sample_rows.size() * static_cast<size_t>(spec_.vocab));
       const auto vocab = static_cast<size_t>(spec_.vocab);
-      for (size_t r = 0; r < sample_rows.size(); ++r) {
-        backend_.logits({.head = head_.get(), .norm = &norm_, .x = args.x.rows(sample_rows[r], 1)},
+      for (size_t r = 0; r < step.sample_rows.size(); ++r) {
+        backend_.logits({.head = head_.get(), .norm = &norm_, .x = args.x.rows(step.sample_rows[r], 1)},
                         std::span(*logits).subspan(r * vocab, vocab));
       }
     }
-    if (finished.empty()) return;
-    std::vector<SampleRow> rows(finished.size());
-    std::vector<SampleResult> results(finished.size());
-    for (size_t i = 0; i < rows.size(); ++i) rows[i] = {&params, finished[i]->tokens, {}, 0};
-    SampleArgs sample = args;
-    sample.rows = rows;
-    sample.results = results;
-    backend_.sample(sample);
-    for (size_t i = 0; i < rows.size(); ++i) finished[i]->tokens.push_back(results[i].token);
+    if (step.finished.empty()) return;
+    std::vector<SampleRow> rows;
+    for (Sequence* sequence : step.finished) rows.push_back(sample_row(*sequence, sequence->tokens));
+    std::vector<SampleResult> results(rows.size());
+    draw(args, rows, results);
+    for (size_t i = 0; i < rows.size(); ++i) take(*step.finished[i], results[i], sequence_end);
+  }
+
+  // Starts a step of one token each without waiting; its ids are those that the step launched before
+  // draws, if that is not collected. False: the backend cannot draw it by itself, sample() can.
+  bool launch(const std::vector<Sequence*>& sequences) {
+    Step step;
+    for (Sequence* sequence : sequences) {
+      const bool fed = sequence->tokens.back() < 0;
+      step.fed_from.push_back(fed ? static_cast<int32_t>(step.fed_from.size()) : -1);
+      add(step, *sequence, 1, {}, true);
+    }
+    SampleArgs args = forward(step);
+    std::vector<SampleRow> rows;
+    for (Sequence* sequence : sequences) rows.push_back(sample_row(*sequence, sequence->tokens));
+    args.rows = rows;
+    if (!backend_.launch_sample(args)) return false;
+    for (Sequence* sequence : sequences) sequence->tokens.push_back(-1);
+    return true;
+  }
+  // The step launched first of those that were not collected, of the same sequences.
+  void collect(const std::vector<Sequence*>& sequences) {
+    std::vector<SampleResult> results(sequences.size());
+    backend_.collect_sample(results);
+    for (size_t i = 0; i < sequences.size(); ++i) {
+      std::vector<TokenId>& tokens = sequences[i]->tokens;
+      const auto place = std::find(tokens.begin(), tokens.end(), -1);
+      take(*sequences[i], results[i], static_cast<size_t>(place - tokens.begin()));
+    }
+  }
+
+  // One step of the waiting token of each sequence and drafts behind it; answers what is drawn at each
+  // of these rows. Nothing is appended.
+  std::vector<std::vector<TokenId>> verify(const std::vector<Sequence*>& sequences, const std::vector<std::vector<TokenId>>& drafts) {
+    Step step;
+    for (size_t s = 0; s < sequences.size(); ++s) add(step, *sequences[s], 1, drafts[s], true);
+    const SampleArgs args = forward(step);
+    std::vector<SampleRow> rows;
+    std::vector<std::vector<TokenId>> texts;
+    for (size_t s = 0; s < sequences.size(); ++s) {
+      texts.push_back(sequences[s]->tokens);
+      texts.back().insert(texts.back().end(), drafts[s].begin(), drafts[s].end());
+    }
+    for (size_t s = 0; s < sequences.size(); ++s) {
+      for (size_t i = 0; i <= drafts[s].size(); ++i) {
+        rows.push_back(sample_row(*sequences[s], std::span(texts[s]).first(sequences[s]->tokens.size() + i)));
+      }
+    }
+    std::vector<SampleResult> results(rows.size());
+    draw(args, rows, results);
+    std::vector<std::vector<TokenId>> drawn(sequences.size());
+    size_t r = 0;
+    for (size_t s = 0; s < sequences.size(); ++s) {
+      for (size_t i = 0; i <= drafts[s].size(); ++i) drawn[s].push_back(results[r++].token);
+      sequences[s]->computed -= 1 + static_cast<int>(drafts[s].size());
+    }
+    return drawn;
   }
 
   SamplingParams params;
   bool start_sample = true;  // head inside the captured step
 
  private:
+  struct Step {
+    std::vector<TokenId> ids;
+    std::vector<int32_t> positions, slots, start{0}, kv_len, table, sample_rows, fed_from;
+    std::vector<Sequence*> finished;
+  };
+  // `count` waiting tokens of the sequence, and drafts. All rows are sampled, or the last one.
+  void add(Step& step, Sequence& sequence, int count, const std::vector<TokenId>& drafts, bool all_rows) {
+    const auto known = static_cast<int>(sequence.tokens.size());
+    for (int i = 0; i < count + static_cast<int>(drafts.size()); ++i) {
+      const int position = sequence.computed + i;
+      step.ids.push_back(position < known ? sequence.tokens[static_cast<size_t>(position)] : drafts[static_cast<size_t>(position - known)]);
+      step.positions.push_back(position);
+      step.slots.push_back(sequence.blocks[static_cast<size_t>(position / 64)] * 64 + position % 64);
+      if (all_rows) step.sample_rows.push_back(static_cast<int32_t>(step.ids.size()) - 1);
+    }
+    sequence.computed += count + static_cast<int>(drafts.size());
+    step.start.push_back(static_cast<int32_t>(step.ids.size()));
+    step.kv_len.push_back(sequence.computed);
+    step.table.insert(step.table.end(), sequence.blocks.begin(), sequence.blocks.end());
+    if (!all_rows && sequence.computed == known) {
+      step.sample_rows.push_back(static_cast<int32_t>(step.ids.size()) - 1);
+      step.finished.push_back(&sequence);
+    }
+  }
+  SampleArgs forward(const Step& step) {
+    backend_.begin_step({.token_ids = step.ids, .positions = step.positions, .slots = step.slots, .query_start = step.start,
+                         .kv_len = step.kv_len, .block_table = step.table, .max_blocks = spec_.max_kv_len / 64,
+                         .sample_rows = step.sample_rows, .fed_from = step.fed_from});
+    const auto tokens = static_cast<int64_t>(step.ids.size());
+    const SampleArgs args{.head = head_.get(), .norm = &norm_, .x = view(*x_, tokens, spec_.hidden)};
+    backend_.execute([&] {
+      forward(tokens);
+      if (!step.sample_rows.empty() && start_sample) backend_.start_sample(args);
+    });
+    return args;
+  }
+  SampleRow sample_row(const Sequence& sequence, std::span<const TokenId> tokens) const {
+    return {&params, tokens, {}, static_cast<uint32_t>(tokens.size()) - static_cast<uint32_t>(sequence.prompt)};
+  }
+  void draw(SampleArgs args, std::span<const SampleRow> rows, std::span<SampleResult> results) {
+    args.rows = rows;
+    args.results = results;
+    backend_.sample(args);
+  }
+  static constexpr size_t sequence_end = ~size_t{0};
+  static void take(Sequence& sequence, const SampleResult& result, size_t place) {
+    if (place == sequence_end) {
+      sequence.tokens.push_back(result.token);
+    } else {
+      sequence.tokens[place] = result.token;
+    }
+    sequence.top.insert(sequence.top.end(), result.top_logprobs.begin(), result.top_logprobs.end());
+  }
   TensorView view(Buffer& buffer, int64_t rows, int64_t columns) const {
     return TensorView(buffer.data(), backend_.activation_dtype(), {rows, columns});
   }

@@ -247,6 +247,7 @@ TEST("running ahead gives every request what it gets alone: random schedules") {
     options.max_drafts = below(3) == 0 ? 1 + below(7) : 0;
     options.asynchronous = true;
     Setup s(Stepping::manual, options);
+    s.model->fed_rows_need_host = seed % 4 == 0;
     std::vector<Request> requests;
     for (RequestId id = 1; id <= 20; ++id) {
       Request request = text_request(id, 1 + below(12), 1 + below(40));
@@ -285,6 +286,20 @@ TEST("running ahead gives every request what it gets alone: random schedules") {
   std::printf("    %d steps ahead, %d aborted, %d preemptions, %d drafts, %d logits\n",
               launches_ahead, aborted, static_cast<int>(preemptions), drafted, logits);
   EXPECT(launches_ahead >= 1000 && aborted >= 20 && preemptions >= 20 && drafted >= 100);
+}
+
+TEST("a step ahead that needs the host draws for those that have not ended") {
+  Setup s(Stepping::manual, {.asynchronous = true});
+  s.model->fed_rows_need_host = true;
+  const Request lasting = text_request(1, 5, 30);
+  Request stopped = text_request(2, 6, 50);
+  stopped.stop_token_ids = {expected_completion(stopped, s.options.spec, 128).tokens[10]};
+  s.engine->submit(lasting);
+  s.engine->submit(stopped);
+  s.run_all();
+  for (const Request& request : {lasting, stopped}) s.expect_same_as_alone(request);
+  EXPECT(s.model->launches_ahead >= 10);
+  EXPECT_EQ(s.engine->stats().free_blocks, 64);
 }
 
 TEST("a step that fails while another runs ends their requests, and the engine goes on") {

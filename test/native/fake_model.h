@@ -84,6 +84,7 @@ class FakeModel final : public Model {
   std::function<void()> on_forward;  // may throw or wait
   uint64_t unsampled = 0;            // rows with this seed cannot be sampled; 0: all can
   bool asynchronous = false;         // draws without the host where no penalty forbids it
+  bool fed_rows_need_host = false;   // cannot draw what comes after a token that is fed
   int launches_ahead = 0;            // launched while another was not collected
   int max_step_tokens = 0;
   int64_t tiles_encoded = 0;
@@ -175,6 +176,7 @@ class FakeModel final : public Model {
              "%zu rows to sample, %zu results", rows.size(), results.size());
     for (size_t r = 0; r < rows.size(); ++r) {
       const int row = batch_.sample_rows[r];
+      if (rows[r].tokens.empty()) continue;  // it has ended
       TM_CHECK(static_cast<int>(rows[r].tokens.size()) ==
                        batch_.positions[static_cast<size_t>(row)] + 1 &&
                    (batch_.token_ids[static_cast<size_t>(row)] == -1 ||
@@ -198,6 +200,7 @@ class FakeModel final : public Model {
       return row.params->repetition_penalty != 1.0F;
     };
     if (!asynchronous || std::any_of(rows.begin(), rows.end(), needs_host)) return false;
+    if (fed_rows_need_host && !batch_.fed_from.empty()) return false;
     Launched& launch = launched_.emplace_back();
     launch.results.resize(rows.size());
     try {

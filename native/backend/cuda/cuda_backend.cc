@@ -179,6 +179,7 @@ std::unique_ptr<Buffer> CudaBackend::allocate_host(size_t bytes) {
 size_t CudaBackend::slack_bytes() const { return DevicePool::slab_bytes() + kDriverBytes; }
 
 void CudaBackend::synchronize() {
+  if (weight_upload_) weight_upload_->finish();
   cuda_check(cudaStreamSynchronize(context_.stream), "waiting for the GPU");
 }
 
@@ -507,7 +508,15 @@ void CudaBackend::compute_logits(const LogitsArgs& args, const int32_t* gather, 
 void CudaBackend::launch_head(const SampleArgs& args, int rows) {
   compute_logits({.head = args.head, .norm = args.norm, .x = args.x}, workspace_.step.sample_rows,
                  rows);
-  workspace_.sampler->scan(context_, rows, as_cuda(args.head).matrix.n);
+  workspace_.sampler->scan(context_, rows, as_cuda(args.head).matrix.n, sampled_step());
+}
+
+SampledStep CudaBackend::sampled_step() const {
+  const StepArrays& step = workspace_.step;
+  return {.slot = step_.slot,
+          .device_slot = step.block_stride + 2,
+          .token_ids = step.token_ids,
+          .fed_rows = workspace_.fed_rows};
 }
 
 void CudaBackend::start_sample(const SampleArgs& args) {
@@ -523,15 +532,32 @@ void CudaBackend::start_sample(const SampleArgs& args) {
   launch_head(args, graph_rows_ > 0 ? graph_rows_ : step_.rows);
 }
 
-void CudaBackend::sample(const SampleArgs& args) {
-  TM_CHECK(
-      static_cast<int>(args.rows.size()) == step_.rows && args.results.size() == args.rows.size(),
-      "%zu sample rows and %zu results for a step that wants %d", args.rows.size(),
-      args.results.size(), step_.rows);
-  if (args.rows.empty()) return;
+SampledStep CudaBackend::ready_to_sample(const SampleArgs& args) {
+  TM_CHECK(static_cast<int>(args.rows.size()) == step_.rows && workspace_.sampler != nullptr,
+           "%zu sample rows for a step that wants %d", args.rows.size(), step_.rows);
   use_device();
   if (step_.started_head != args.head) launch_head(args, step_.rows);
-  workspace_.sampler->sample(context_, as_cuda(args.head).matrix.n, args.rows, args.results);
+  step_.started_head = args.head;
+  return sampled_step();
+}
+
+void CudaBackend::sample(const SampleArgs& args) {
+  TM_CHECK(args.results.size() == args.rows.size(), "%zu results for %zu rows", args.results.size(),
+           args.rows.size());
+  if (args.rows.empty()) return;
+  const SampledStep step = ready_to_sample(args);
+  workspace_.sampler->sample(context_, as_cuda(args.head).matrix.n, args.rows, args.results, step);
+}
+
+bool CudaBackend::launch_sample(const SampleArgs& args) {
+  if (args.rows.empty()) return false;
+  const SampledStep step = ready_to_sample(args);
+  return workspace_.sampler->launch(context_, as_cuda(args.head).matrix.n, args.rows, step);
+}
+
+void CudaBackend::collect_sample(std::span<SampleResult> results) {
+  use_device();
+  workspace_.sampler->collect(results);
 }
 
 void CudaBackend::logits(const LogitsArgs& args, std::span<float> out) {

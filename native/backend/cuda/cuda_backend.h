@@ -11,6 +11,7 @@
 #include "backend/cuda/cuda_graph.h"
 #include "backend/cuda/cuda_memory.h"
 #include "backend/cuda/cuda_sampler.h"
+#include "backend/cuda/cuda_upload.h"
 #include "backend/cuda/gemm/gemm_table.h"
 #include "backend/cuda/kernels/kernels.h"
 #include "backend/cuda_api.h"
@@ -28,9 +29,10 @@ class CudaLinear final : public LinearWeight {
   size_t bytes() const override;
 
   PackedMatrix matrix;
-  std::shared_ptr<Buffer> weights;  // shared by an embedding table and a tied head
-  std::unique_ptr<Buffer> meta;
-  std::unique_ptr<Buffer> bias;
+  // Shared with conversions under way; weights also by an embedding table and a tied head.
+  std::shared_ptr<Buffer> weights;
+  std::shared_ptr<Buffer> meta;
+  std::shared_ptr<Buffer> bias;
 };
 
 class CudaKvCache final : public KvCache {
@@ -75,7 +77,9 @@ class CudaBackend final : public Backend {
   size_t buffer_bytes(size_t bytes) const override { return DevicePool::size_of(bytes); }
   size_t weight_bytes(const LinearSource& source, WeightUse use) const override;
   size_t slack_bytes() const override;
-  size_t allocated_bytes() const override { return pool_.bytes_in_use(); }
+  size_t allocated_bytes() const override {
+    return pool_.bytes_in_use() - (weight_upload_ ? weight_upload_->device_bytes() : 0);
+  }
 
   std::unique_ptr<LinearWeight> load_linear(const LinearSource& source) override;
   std::unique_ptr<LinearWeight> load_embedding(ConstTensorView table) override;
@@ -99,6 +103,8 @@ class CudaBackend final : public Backend {
   void attention(const AttentionArgs& args) override;
   void start_sample(const SampleArgs& args) override;
   void sample(const SampleArgs& args) override;
+  bool launch_sample(const SampleArgs& args) override;
+  void collect_sample(std::span<SampleResult> results) override;
   void logits(const LogitsArgs& args, std::span<float> out) override;
   void patchify(const PatchifyArgs& args) override;
   void vision_embed(const VisionEmbedArgs& args) override;
@@ -130,6 +136,7 @@ class CudaBackend final : public Backend {
     std::unique_ptr<Buffer> attention_max_sum;
     std::unique_ptr<Buffer> attention_tickets;
     std::unique_ptr<CudaSampler> sampler;  // null without a vocabulary
+    std::vector<int32_t> fed_rows;         // see SampledStep
     StepArrays step;
   };
   struct WorkspaceSizes;
@@ -139,22 +146,25 @@ class CudaBackend final : public Backend {
     int sequences = 0;
     int rows = 0;  // sampled
     int items = 0;
-    int decode_rows = 0;  // most rows of a sequence with decode items
+    int decode_rows = 0;  // most rows of a sequence with decode items, rounded up
     int tiles = 0;
     int padded_rows = 0;  // of a decode step: its bucket; else tokens
     int padded_items = 0;
     bool decode_only = false;
+    int slot = 0;                        // of the staging, and of the sampler's results
     const void* started_head = nullptr;  // whose logits start_sample has launched
   };
 
   void use_device() const { cuda_check(cudaSetDevice(device_), "selecting the device"); }
   std::unique_ptr<Buffer> zeroed(size_t bytes);
-  void release_load_scratch();
-  void* load_scratch(size_t bytes);
+  bool is_ready() const { return workspace_.blob != nullptr; }
+  WeightUpload& weight_upload();
+  void finish_loading();
   std::unique_ptr<CudaLinear> load_dense(const LinearSource& source);
   std::unique_ptr<CudaLinear> load_awq(const LinearSource& source);
   void load_bias(const LinearSource& source, CudaLinear& linear);
-  const void* stage_to_scratch(ConstTensorView source, char*& cursor);
+  void load_dense_part(const LinearSource& source, size_t part_idx, int64_t base,
+                       const CudaLinear& linear);
 
   // All pieces of one block, between the cache and itself or packed host memory.
   void copy_pieces(const CudaKvCache& cache, char* to, size_t to_pitch, const char* from,
@@ -174,6 +184,10 @@ class CudaBackend final : public Backend {
   void compute_logits(const LogitsArgs& args, const int32_t* gather, int rows);
   // Logits of the step's sample rows and their greedy tokens, on the way to the host.
   void launch_head(const SampleArgs& args, int rows);
+  // The head if start_sample has not launched it. What the sampler needs to know of the step.
+  SampledStep ready_to_sample(const SampleArgs& args);
+  SampledStep sampled_step() const;
+  int plan_attention(const StepBatch& batch);
 
   int device_ = 0;
   DType dtype_ = DType::bf16;
@@ -183,7 +197,7 @@ class CudaBackend final : public Backend {
   std::unique_ptr<CudaStreamOwner> stream_;
   LaunchContext context_;
   std::unique_ptr<StagedUpload> staged_upload_;
-  std::unique_ptr<Buffer> load_scratch_;
+  std::unique_ptr<WeightUpload> weight_upload_;  // while weights are loaded
   std::unordered_map<const void*, std::weak_ptr<Buffer>> dense_by_source_;
   Workspace workspace_;
   Step step_;

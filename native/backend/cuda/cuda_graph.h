@@ -13,8 +13,9 @@ namespace turbomind::cuda {
 
 struct GraphKey {
   uint64_t signature = 0;
-  int rows = 0;   // padded tokens
-  int items = 0;  // padded decode attention items
+  int rows = 0;         // padded tokens
+  int items = 0;        // padded decode attention items
+  int decode_rows = 0;  // most rows of a sequence, padded
   bool operator==(const GraphKey&) const = default;
 };
 

@@ -1,5 +1,5 @@
-// The arrays of a step: flattened on the host, sent in one copy, spread by one kernel to fixed
-// addresses; and execution, which replays a captured graph for decode steps. Engine thread.
+// The arrays of a step: flattened on the host, sent at once, spread by one kernel to fixed addresses;
+// and execution, which replays a captured graph for decode steps. Engine thread.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -13,6 +13,9 @@ namespace {
 constexpr int kMaxGraphRows = 256;
 constexpr size_t kGemmPartialFloats = size_t{8} << 20;
 constexpr size_t kGemmTickets = 4096;
+// A step's arrays of up to so many bytes are read from pinned memory by the kernel that spreads them: a
+// copy in front of it would take longer than the trip over the bus.
+constexpr size_t kDirectBytes = size_t{16} << 10;
 constexpr size_t kMaxAttentionBytes = size_t{256} << 20;
 
 // Padded rows of a decode step: few enough graphs, little waste.
@@ -34,18 +37,29 @@ class BlobWriter {
       : words_(reinterpret_cast<int32_t*>(data)), capacity_(bytes / sizeof(int32_t)) {}
   // Room for `count` words that will be copied to `destination`.
   std::span<int32_t> add(int32_t* destination, size_t count) {
-    TM_CHECK(used_ + count <= capacity_ && entry_ < kUnpackEntries,
-             "a step of %zu words, %zu reserved", used_ + count, capacity_);
+    TM_CHECK(entry_ < kUnpackEntries, "array %d of a step", entry_);
     args_.entries[entry_++] = {destination, static_cast<int32_t>(used_),
                                static_cast<int32_t>(count)};
-    const std::span<int32_t> out(words_ + used_, count);
-    used_ += count;
-    return out;
+    return take(count);
+  }
+  // Room for the rows that `count` tokens come from; `ids` is read when the arrays are unpacked.
+  std::span<int32_t> add_feed(const int32_t* ids, size_t count) {
+    args_.fed_from_word = static_cast<int32_t>(used_);
+    args_.ids = ids;
+    return take(count);
   }
   size_t bytes() const { return used_ * sizeof(int32_t); }
   UnpackArgs& args() { return args_; }
 
  private:
+  std::span<int32_t> take(size_t count) {
+    TM_CHECK(used_ + count <= capacity_, "a step of %zu words, %zu reserved", used_ + count,
+             capacity_);
+    const std::span<int32_t> out(words_ + used_, count);
+    used_ += count;
+    return out;
+  }
+
   int32_t* words_;
   size_t capacity_;
   size_t used_ = 0;
@@ -125,9 +139,10 @@ CudaBackend::WorkspaceSizes::WorkspaceSizes(const WorkspaceSpec& spec) {
            static_cast<size_t>(sequences),
            2 * static_cast<size_t>(max_items),
            2 * static_cast<size_t>(max_tiles),
-           2,
+           3,
            static_cast<size_t>(sequences) * static_cast<size_t>(max_blocks)};
   for (size_t count : words) step_bytes += round_up<size_t>(count, 64) * sizeof(int32_t);
+  step_bytes += static_cast<size_t>(kMaxGraphRows + sequences) * sizeof(int32_t);  // the feed
   scratch_row_elements = static_cast<size_t>(
       round_up<int64_t>(std::max<int64_t>(spec.max_in_features, 1), kChunkColumns));
   scratch = static_cast<size_t>(tokens) * scratch_row_elements * 2;
@@ -160,7 +175,7 @@ WorkspaceBytes CudaBackend::workspace_bytes(const WorkspaceSpec& spec) const {
 
 WorkspaceBytes CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
   use_device();
-  release_load_scratch();
+  finish_loading();
   graphs_.clear();
   workspace_ = Workspace{};
   Workspace& w = workspace_;
@@ -201,6 +216,7 @@ WorkspaceBytes CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
   w.attention_tickets = zeroed(sizes.attention_tickets);
   if (sizes.sampler.rows > 0) {
     w.sampler = std::make_unique<CudaSampler>(sizes.sampler, context_, pool_);
+    w.fed_rows.reserve(static_cast<size_t>(sizes.sampler.tasks));
   }
   tiles_.reset();
   if (spec.vision_pixel_bytes > 0) tiles_ = pool_.allocate(spec.vision_pixel_bytes);
@@ -227,35 +243,24 @@ void CudaBackend::begin_step(const StepBatch& batch) {
   step_.sequences = sequences;
   step_.rows = static_cast<int>(batch.sample_rows.size());
 
-  // Parts of many rows take more memory: where they do not fit, fewer rows are decoded.
-  int decode_rows = kMaxDecodeRows;
-  AttentionWork work = attention_work(batch, decode_rows);
-  while (work.items * work.rows > w.max_items && decode_rows > 1) {
-    decode_rows /= 2;
-    work = attention_work(batch, decode_rows);
-  }
-  step_.items = work.items;
-  step_.decode_rows = work.rows;
-  step_.tiles = work.tiles;
-  TM_CHECK(step_.tiles <= w.max_tiles, "%d query tiles, %d reserved", step_.tiles, w.max_tiles);
-  if (step_.items > w.max_items) {
-    throw Error(ErrorCode::out_of_memory,
-                format("decode attention of this step needs %d work items, the workspace holds %d; "
-                       "lower maxBatchSize or sessionLen",
-                       step_.items, w.max_items));
-  }
-  step_.decode_only =
-      step_.tiles == 0 && tokens == sequences && tokens > 0 && tokens <= kMaxGraphRows;
-  step_.padded_rows = step_.decode_only ? row_bucket(tokens) : tokens;
-  step_.padded_items = step_.items == 0 ? 0 : std::min(pad_items(step_.items), w.max_items);
-
+  const int decode_rows = plan_attention(batch);
   // flatten
   const int slot = w.next_staging;
+  step_.slot = slot;
+  w.fed_rows.clear();
+  for (size_t r = 0; !batch.fed_from.empty() && r < batch.sample_rows.size(); ++r) {
+    const int32_t row = batch.sample_rows[r];
+    w.fed_rows.push_back(batch.fed_from[static_cast<size_t>(row)] >= 0 ? row : -1);
+  }
   w.next_staging = 1 - slot;
   w.staged[slot].wait();
   BlobWriter blob(w.staging[slot]->data(), w.staging[slot]->bytes());
   const auto padded = static_cast<size_t>(step_.padded_rows);
   fill(blob.add(w.step.token_ids, padded), batch.token_ids, 0);
+  if (!batch.fed_from.empty()) {
+    TM_CHECK(w.sampler != nullptr, "a step fed by tokens that nobody has drawn");
+    fill(blob.add_feed(w.sampler->ids(), padded), batch.fed_from, -1);
+  }
   fill(blob.add(w.step.positions, padded), batch.positions, 0);
   fill(blob.add(w.step.slots, padded), batch.slots, -1);
   fill(blob.add(w.step.query_start, batch.query_start.size()), batch.query_start, 0);
@@ -285,18 +290,56 @@ void CudaBackend::begin_step(const StepBatch& batch) {
     }
   }
   std::fill(items.begin() + static_cast<int64_t>(item), items.end(), -1);
-  const std::span<int32_t> sizes = blob.add(w.step.block_stride, 2);
+  const std::span<int32_t> sizes = blob.add(w.step.block_stride, 3);
   sizes[0] = batch.max_blocks;
   sizes[1] = step_.items;
+  sizes[2] = slot;
   fill(blob.add(w.step.block_table, batch.block_table.size()), batch.block_table, -1);
 
   // send
-  cuda_check(cudaMemcpyAsync(w.blob->data(), w.staging[slot]->data(), blob.bytes(),
-                             cudaMemcpyHostToDevice, context_.stream),
-             "uploading a step");
-  w.staged[slot].record(context_.stream);
-  blob.args().blob = static_cast<const int32_t*>(w.blob->data());
+  if (blob.bytes() <= kDirectBytes) {
+    blob.args().blob = reinterpret_cast<const int32_t*>(w.staging[slot]->data());
+  } else {
+    blob.args().blob = static_cast<const int32_t*>(w.blob->data());
+    cuda_check(cudaMemcpyAsync(w.blob->data(), w.staging[slot]->data(), blob.bytes(),
+                               cudaMemcpyHostToDevice, context_.stream),
+               "uploading a step");
+  }
   unpack_step(context_, blob.args());
+  w.staged[slot].record(context_.stream);
+}
+
+// How attention is split; answers the most rows of a sequence that is decoded.
+int CudaBackend::plan_attention(const StepBatch& batch) {
+  const Workspace& w = workspace_;
+  // Parts of many rows take more memory: where they do not fit, fewer rows are decoded.
+  int decode_rows = kMaxDecodeRows;
+  AttentionWork work = attention_work(batch, decode_rows);
+  while (work.items * work.rows > w.max_items && decode_rows > 1) {
+    decode_rows /= 2;
+    work = attention_work(batch, decode_rows);
+  }
+  step_.items = work.items;
+  step_.decode_rows = work.rows;
+  step_.tiles = work.tiles;
+  TM_CHECK(step_.tiles <= w.max_tiles, "%d query tiles, %d reserved", step_.tiles, w.max_tiles);
+  if (step_.items > w.max_items) {
+    throw Error(ErrorCode::out_of_memory,
+                format("decode attention of this step needs %d work items, the workspace holds %d; "
+                       "lower maxBatchSize or sessionLen",
+                       step_.items, w.max_items));
+  }
+  // Decode rows, and drafts behind them: all of them are sampled. Others pass once and would only
+  // crowd out graphs that are worth keeping.
+  const int tokens = step_.tokens;
+  step_.decode_only = step_.tiles == 0 && tokens > 0 && tokens <= kMaxGraphRows &&
+                      (tokens == step_.sequences || tokens == step_.rows);
+  step_.padded_rows = step_.decode_only ? row_bucket(tokens) : tokens;
+  step_.padded_items = step_.items == 0 ? 0 : std::min(pad_items(step_.items), w.max_items);
+  // Few sizes of captured steps; where the parts would not fit, the rows there are.
+  const int padded = static_cast<int>(std::bit_ceil(static_cast<unsigned>(work.rows)));
+  if (step_.items * padded <= w.max_items) step_.decode_rows = padded;
+  return decode_rows;
 }
 
 void CudaBackend::execute(const std::function<void()>& forward) {
@@ -324,7 +367,7 @@ void CudaBackend::execute(const std::function<void()>& forward) {
     return;
   }
   const int rows = step_.padded_rows <= capacity_rows_ ? step_.padded_rows : step_.tokens;
-  const GraphKey key{signature_, rows, step_.padded_items};
+  const GraphKey key{signature_, rows, step_.padded_items, step_.decode_rows};
   graph_rows_ = rows;
   graphs_.run(key, context_.stream, forward);
 }

@@ -1,8 +1,6 @@
-// Loading: checkpoint arrays through pinned staging to the device, converted or repacked there.
-// Engine thread (or the thread that opens the pipeline), before the first step.
-#include <sys/mman.h>
-#include <unistd.h>
-
+// Loading: checkpoint arrays go to the device through cuda_upload.h and are converted or repacked there.
+// A weight's memory is taken at once and filled later, in stream order, by the time reserve_workspace
+// returns. Engine thread (or the thread that opens the pipeline), before the first step.
 #include <algorithm>
 
 #include "backend/cuda/cuda_backend.h"
@@ -68,18 +66,23 @@ void check_source(const LinearSource& source) {
   }
 }
 
-// Lets the kernel reclaim the pages just read before others; a hint, safe for memory that is not a
-// file's. Not MADV_PAGEOUT: it takes longer than the upload and empties the page cache, so that the
-// next start would read the disk again.
-void drop_pages(ConstTensorView view) {
-#ifdef MADV_COLD
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(view.data), page);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(view.data) + view.bytes()) / page * page;
-  if (end <= begin || end - begin < (size_t{1} << 20)) return;
-  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_COLD);
-#endif
+bool has_bias(const LinearSource& source) {
+  return std::any_of(source.parts.begin(), source.parts.end(),
+                     [](const LinearPart& part) { return static_cast<bool>(part.bias); });
 }
+
+size_t staged_bytes(ConstTensorView view) { return round_up<size_t>(view.bytes(), 256); }
+
+// A buffer that a conversion under way keeps alive beside its owner.
+class SharedBuffer final : public Buffer {
+ public:
+  explicit SharedBuffer(std::shared_ptr<Buffer> buffer) : buffer_(std::move(buffer)) {}
+  void* data() override { return buffer_->data(); }
+  size_t bytes() const override { return buffer_->bytes(); }
+
+ private:
+  std::shared_ptr<Buffer> buffer_;
+};
 
 RowMap row_map(const LinearSource& source, size_t part) {
   if (source.order != PartOrder::gate_up) return RowMap::plain;
@@ -120,51 +123,81 @@ size_t CudaBackend::weight_bytes(const LinearSource& source, WeightUse use) cons
   } else if (use != WeightUse::tied_head) {  // which shares the embedding's rows
     bytes = buffer_bytes(cells * 2);
   }
-  const bool any = std::any_of(source.parts.begin(), source.parts.end(),
-                               [](const LinearPart& part) { return static_cast<bool>(part.bias); });
-  return any ? bytes + buffer_bytes(static_cast<size_t>(matrix.n_padded) * sizeof(float)) : bytes;
+  return has_bias(source)
+             ? bytes + buffer_bytes(static_cast<size_t>(matrix.n_padded) * sizeof(float))
+             : bytes;
 }
 
-void* CudaBackend::load_scratch(size_t bytes) {
-  if (!load_scratch_ || load_scratch_->bytes() < bytes) {
-    synchronize();  // kernels may still read the old one
-    load_scratch_.reset();
-    load_scratch_ = pool_.allocate(bytes);
+WeightUpload& CudaBackend::weight_upload() {
+  if (!weight_upload_) {
+    weight_upload_ = std::make_unique<WeightUpload>(device_, pool_, context_.stream);
   }
-  return load_scratch_->data();
+  return *weight_upload_;
 }
 
-void CudaBackend::release_load_scratch() {
-  if (!load_scratch_ && !staged_upload_) return;
-  synchronize();
-  load_scratch_.reset();
+// Waits for the device too: the raw arrays are in memory that goes back to the driver.
+void CudaBackend::finish_loading() {
+  if (!weight_upload_) return;
+  weight_upload_->finish();
+  weight_upload_.reset();
   pool_.trim();
 }
 
-const void* CudaBackend::stage_to_scratch(ConstTensorView source, char*& cursor) {
-  char* at = cursor;
-  staged_upload_->copy(at, source.data, source.bytes(), context_.stream);
-  drop_pages(source);
-  cursor += round_up<size_t>(source.bytes(), 256);
-  return at;
-}
-
 void CudaBackend::load_bias(const LinearSource& source, CudaLinear& linear) {
-  const bool any = std::any_of(source.parts.begin(), source.parts.end(),
-                               [](const LinearPart& part) { return static_cast<bool>(part.bias); });
-  if (!any) return;
+  if (!has_bias(source)) return;
   linear.bias = zeroed(static_cast<size_t>(linear.matrix.n_padded) * sizeof(float));
-  linear.matrix.bias = static_cast<const float*>(linear.bias->data());
+  auto* out = static_cast<float*>(linear.bias->data());
+  linear.matrix.bias = out;
+  size_t bytes = 0;
+  for (const LinearPart& part : source.parts) bytes += part.bias ? staged_bytes(part.bias) : 0;
+  struct Piece {
+    const void* staged;
+    DType dtype;
+    int64_t count;
+    RowMap map;
+    int64_t base;
+  };
+  std::vector<Piece> pieces;
+  WeightUpload& upload = weight_upload();
+  upload.begin(bytes);
   int64_t base = 0;
   for (size_t i = 0; i < source.parts.size(); ++i) {
     const LinearPart& part = source.parts[i];
     if (part.bias) {
-      char* cursor = static_cast<char*>(load_scratch(part.bias.bytes() + 256));
-      const void* staged = stage_to_scratch(part.bias, cursor);
-      convert_vector(context_, staged, part.bias.dtype, static_cast<float*>(linear.bias->data()),
-                     part.out_features, row_map(source, i), base);
+      pieces.push_back(
+          {upload.add(part.bias), part.bias.dtype, part.out_features, row_map(source, i), base});
     }
     base += part.out_features;
+  }
+  upload.end([context = context_, pieces = std::move(pieces), owner = linear.bias, out] {
+    for (const Piece& piece : pieces) {
+      convert_vector(context, piece.staged, piece.dtype, out, piece.count, piece.map, piece.base);
+    }
+  });
+}
+
+// Rows of a part go in pieces of whole octets, so that the gate and up mapping of a piece starts at its
+// row 0.
+void CudaBackend::load_dense_part(const LinearSource& source, size_t part_idx, int64_t base,
+                                  const CudaLinear& linear) {
+  const PackedMatrix& matrix = linear.matrix;
+  const ConstTensorView weight = source.parts[part_idx].weight;
+  const int64_t row_bytes = weight.row_elements() * static_cast<int64_t>(dtype_bytes(weight.dtype));
+  const int64_t step = std::max<int64_t>(
+      8, static_cast<int64_t>(kDenseChunkBytes) / std::max<int64_t>(1, row_bytes) / 8 * 8);
+  for (int64_t row = 0; row < weight.dim(0); row += step) {
+    const ConstTensorView piece = weight.rows(row, std::min(step, weight.dim(0) - row));
+    const int64_t first = matrix.gate_up ? 2 * row : base + row;
+    char* out = static_cast<char*>(linear.weights->data()) +
+                (matrix.gate_up ? first * matrix.k_padded * 2 : 0);
+    WeightUpload& upload = weight_upload();
+    upload.begin(staged_bytes(piece));
+    const void* staged = upload.add(piece);
+    upload.end([context = context_, staged, dtype = piece.dtype, out, owner = linear.weights,
+                out_dtype = dtype_, rows = piece.dim(0), k = matrix.k, ld = matrix.k_padded,
+                map = row_map(source, part_idx), to = matrix.gate_up ? 0 : first] {
+      convert_matrix(context, staged, dtype, out, out_dtype, rows, k, ld, map, to);
+    });
   }
 }
 
@@ -185,25 +218,8 @@ std::unique_ptr<CudaLinear> CudaBackend::load_dense(const LinearSource& source) 
     if (whole) dense_by_source_[key] = linear->weights;
     int64_t base = 0;
     for (size_t i = 0; i < source.parts.size(); ++i) {
-      const LinearPart& part = source.parts[i];
-      const int64_t row_bytes =
-          part.weight.row_elements() * static_cast<int64_t>(dtype_bytes(part.weight.dtype));
-      // Pieces of whole octets, so that the gate and up mapping of a piece starts at its row 0.
-      const int64_t step = std::max<int64_t>(
-          8, static_cast<int64_t>(kDenseChunkBytes) / std::max<int64_t>(1, row_bytes) / 8 * 8);
-      for (int64_t row = 0; row < part.out_features; row += step) {
-        const ConstTensorView piece =
-            part.weight.rows(row, std::min(step, part.out_features - row));
-        char* cursor = static_cast<char*>(load_scratch(piece.bytes() + 256));
-        const void* staged = stage_to_scratch(piece, cursor);
-        const int64_t first = matrix.gate_up ? 2 * row : base + row;
-        convert_matrix(context_, staged, piece.dtype,
-                       static_cast<char*>(linear->weights->data()) +
-                           (matrix.gate_up ? first * matrix.k_padded * 2 : 0),
-                       dtype_, piece.dim(0), matrix.k, matrix.k_padded, row_map(source, i),
-                       matrix.gate_up ? 0 : first);
-      }
-      base += part.out_features;
+      load_dense_part(source, i, base, *linear);
+      base += source.parts[i].out_features;
     }
   }
   matrix.weights = linear->weights->data();
@@ -217,7 +233,7 @@ std::unique_ptr<CudaLinear> CudaBackend::load_awq(const LinearSource& source) {
   size_t raw_bytes = 0;
   for (const LinearPart& part : source.parts) {
     for (const ConstTensorView& view : {part.qweight, part.qzeros, part.scales}) {
-      raw_bytes += round_up<size_t>(view.bytes(), 256);
+      raw_bytes += staged_bytes(view);
     }
   }
   linear->weights = pool_.allocate(static_cast<size_t>(matrix.n_padded * matrix.k_padded / 2));
@@ -233,19 +249,22 @@ std::unique_ptr<CudaLinear> CudaBackend::load_awq(const LinearSource& source) {
   args.matrix = matrix;
   args.weights = static_cast<uint32_t*>(linear->weights->data());
   args.meta = static_cast<uint32_t*>(linear->meta->data());
-  char* cursor = static_cast<char*>(load_scratch(raw_bytes));
+  WeightUpload& upload = weight_upload();
+  upload.begin(raw_bytes);
   int64_t base = 0;
   for (int i = 0; i < args.num_parts; ++i) {
     const LinearPart& part = source.parts[static_cast<size_t>(i)];
     AwqPart& out = args.parts[i];
-    out.qweight = static_cast<const uint32_t*>(stage_to_scratch(part.qweight, cursor));
-    out.qzeros = static_cast<const uint32_t*>(stage_to_scratch(part.qzeros, cursor));
-    out.scales = stage_to_scratch(part.scales, cursor);
+    out.qweight = static_cast<const uint32_t*>(upload.add(part.qweight));
+    out.qzeros = static_cast<const uint32_t*>(upload.add(part.qzeros));
+    out.scales = upload.add(part.scales);
     out.n = part.out_features;
     out.base = base;
     base += part.out_features;
   }
-  pack_awq(context_, args);
+  upload.end([context = context_, args, weights = linear->weights, meta = linear->meta] {
+    pack_awq(context, args);
+  });
   return linear;
 }
 
@@ -255,6 +274,7 @@ std::unique_ptr<LinearWeight> CudaBackend::load_linear(const LinearSource& sourc
   std::unique_ptr<CudaLinear> linear =
       source.kind() == WeightKind::awq ? load_awq(source) : load_dense(source);
   load_bias(source, *linear);
+  if (is_ready()) finish_loading();
   return linear;
 }
 
@@ -280,12 +300,16 @@ std::unique_ptr<Buffer> CudaBackend::load_vector(ConstTensorView source) {
                                                    to_string(source.dtype).data()));
   }
   const int64_t count = source.elements();
-  std::unique_ptr<Buffer> buffer = pool_.allocate(static_cast<size_t>(count) * sizeof(float));
-  char* cursor = static_cast<char*>(load_scratch(source.bytes() + 256));
-  const void* staged = stage_to_scratch(source, cursor);
-  convert_vector(context_, staged, source.dtype, static_cast<float*>(buffer->data()), count,
-                 RowMap::plain, 0);
-  return buffer;
+  const std::shared_ptr<Buffer> buffer = pool_.allocate(static_cast<size_t>(count) * sizeof(float));
+  WeightUpload& upload = weight_upload();
+  upload.begin(staged_bytes(source));
+  const void* staged = upload.add(source);
+  upload.end([context = context_, staged, dtype = source.dtype, buffer, count] {
+    convert_vector(context, staged, dtype, static_cast<float*>(buffer->data()), count,
+                   RowMap::plain, 0);
+  });
+  if (is_ready()) finish_loading();
+  return std::make_unique<SharedBuffer>(buffer);
 }
 
 }  // namespace turbomind::cuda

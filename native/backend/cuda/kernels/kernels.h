@@ -28,11 +28,13 @@ struct StepArrays {
   int32_t* split_start = nullptr;   // [S] first decode item of the sequence
   int2* decode_items = nullptr;     // (sequence, part), sequence -1 on padding
   int2* query_tiles = nullptr;      // (sequence, first query row of the tile within it)
-  int32_t* block_stride = nullptr;  // [2] row length of block_table; decode items without padding
+  int32_t* block_stride = nullptr;  // [3] row length of block_table; decode items without padding;
+                                    // which of its two places the sampler's results go to
   int32_t* block_table = nullptr;   // [S, block_stride]
 };
 
-// Copies the packed words of one step, just uploaded to `blob`, to the arrays.
+// Copies the packed words of one step, just uploaded to `blob`, to the arrays. Where ids are fed, word i
+// of the first entry is ids[fed_from[i]] unless fed_from[i] is negative.
 struct UnpackEntry {
   int32_t* destination = nullptr;
   int32_t source_word = 0;  // offset in blob
@@ -42,6 +44,8 @@ inline constexpr int kUnpackEntries = 11;
 struct UnpackArgs {
   const int32_t* blob = nullptr;
   UnpackEntry entries[kUnpackEntries];
+  int32_t fed_from_word = -1;    // offset in blob of as many words as the first entry has; -1: none
+  const int32_t* ids = nullptr;  // of the step before
 };
 void unpack_step(const LaunchContext& context, const UnpackArgs& args);
 
@@ -144,14 +148,23 @@ struct TileAttentionArgs {    // non-causal, contiguous keys: the vision tower
 void tile_attention(const LaunchContext& context, DType dtype, const TileAttentionArgs& args);
 
 // One pass over rows of logits: the largest of each block of 64 to block_max [rows, ceil(V / 64)] and
-// the index of the row's largest, the lowest index among equals, to ids and to host_ids (pinned); or, instead of an index,
-// kNotFinite where a logit is NaN or +infinity, kNoTokenLeft where all are -infinity. `scratch` has
-// scan_scratch_bytes(max_rows) bytes, zeroed once.
+// the index of the row's largest, the lowest index among equals, to ids and to host_ids; or, instead
+// of an index, kNotFinite where a logit is NaN or +infinity, kNoTokenLeft where all are -infinity.
+// `scratch` has scan_scratch_bytes(max_rows) bytes, zeroed once.
 inline constexpr int32_t kNotFinite = -1;
 inline constexpr int32_t kNoTokenLeft = -2;
 size_t scan_scratch_bytes(int max_rows);
-void scan_logits(const LaunchContext& context, const float* logits, int rows, int64_t vocab,
-                 void* scratch, int max_rows, float* block_max, int32_t* ids, int32_t* host_ids);
+struct ScanArgs {
+  const float* logits = nullptr;  // [rows, V]
+  int64_t vocab = 0;
+  void* scratch = nullptr;
+  int max_rows = 0;
+  float* block_max = nullptr;
+  int32_t* ids = nullptr;
+  int32_t* host_ids = nullptr;    // pinned [2, max_rows]
+  const int32_t* slot = nullptr;  // which half of host_ids, read when the kernel runs; null: 0
+};
+void scan_logits(const LaunchContext& context, const ScanArgs& args, int rows);
 
 // What sample_rows can serve; the host's sampler does the rest.
 inline constexpr int kMaxSampleVocab = 1 << 19;
@@ -178,6 +191,7 @@ struct SampleTask {
   int32_t tokens = 0;  // prompt and completion: ids
   int32_t num_tokens = 0;
   int32_t num_completion = 0;  // the last ones of tokens
+  int32_t fed_row = -1;        // row of T whose id is the last of tokens; -1: tokens has it
   int32_t bias = 0;            // pairs of id and f32
   int32_t num_bias = 0;
   int32_t bans = 0;  // ids within the vocabulary
@@ -204,11 +218,12 @@ struct SampleRowsArgs {
   const uint32_t* words = nullptr;
   float* logits = nullptr;  // [*, V]; edits are made in place
   int64_t vocab = 0;
-  const float* block_max = nullptr;  // of scan_logits
-  const int32_t* greedy = nullptr;   // of scan_logits
-  float* spare = nullptr;            // [*, V]
-  SampleOutput* outputs = nullptr;   // [tasks]
-  TopLogit* top = nullptr;           // best first
+  const float* block_max = nullptr;    // of scan_logits
+  int32_t* ids = nullptr;              // of scan_logits; rows of tasks get the token drawn
+  const int32_t* token_ids = nullptr;  // [T] of the step, for tasks with a fed_row
+  float* spare = nullptr;              // [*, V]
+  SampleOutput* outputs = nullptr;     // [tasks]
+  TopLogit* top = nullptr;             // best first
 };
 size_t sample_rows_shared_bytes(int64_t vocab);
 void sample_rows(const LaunchContext& context, const SampleRowsArgs& args, int tasks);

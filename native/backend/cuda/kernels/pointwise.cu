@@ -13,8 +13,10 @@ constexpr int kThreads = 256;
 __global__ void unpack_step_kernel(const UnpackArgs args) {
   grid_dependency_wait();
   const UnpackEntry& entry = args.entries[blockIdx.y];
+  const bool fed = blockIdx.y == 0 && args.fed_from_word >= 0;
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < entry.words; i += gridDim.x * kThreads) {
-    entry.destination[i] = args.blob[entry.source_word + i];
+    const int32_t from = fed ? args.blob[args.fed_from_word + i] : -1;
+    entry.destination[i] = from >= 0 ? args.ids[from] : args.blob[entry.source_word + i];
   }
 }
 

@@ -30,14 +30,14 @@ __device__ Best shuffled(Best best, int offset) {
 
 // partial: [rows, kPieces]; tickets: [rows], zero between launches.
 __global__ void __launch_bounds__(kThreads)
-    scan_kernel(const float* logits, int64_t vocab, Best* partial, uint32_t* tickets,
-                float* block_max, int32_t* ids, int32_t* host_ids) {
+    scan_kernel(const ScanArgs args, Best* partial, uint32_t* tickets) {
   __shared__ Best shared[kThreads / 32];
   __shared__ bool last;
   grid_dependency_wait();
   grid_dependency_launch();
+  const int64_t vocab = args.vocab;
   const int64_t row = blockIdx.y;
-  const float* x = logits + row * vocab;
+  const float* x = args.logits + row * vocab;
   const int blocks = static_cast<int>((vocab + kSumBlock - 1) / kSumBlock);
   const int piece = (blocks + kPieces - 1) / kPieces;
   const int begin = blockIdx.x * piece;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int offset = 8; offset > 0; offset /= 2) mine = better(mine, shuffled(mine, offset));
     if (lane == 0 && block < end) {
-      block_max[row * blocks + block] = mine.index >= 0 ? mine.value : -INFINITY;
+      args.block_max[row * blocks + block] = mine.index >= 0 ? mine.value : -INFINITY;
     }
     best = better(best, mine);
   }
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kThreads)
   const volatile Best* pieces = partial + row * kPieces;
   best = {-INFINITY, kNoTokenLeft};
   for (int i = 0; i < kPieces; ++i) best = better(best, {pieces[i].value, pieces[i].index});
-  ids[row] = best.index;
-  host_ids[row] = best.index;
+  args.ids[row] = best.index;
+  args.host_ids[(args.slot != nullptr ? *args.slot : 0) * args.max_rows + row] = best.index;
   tickets[row] = 0;
 }
 
@@ -87,15 +87,14 @@ size_t scan_scratch_bytes(int max_rows) {
   return static_cast<size_t>(max_rows) * (kPieces * sizeof(Best) + sizeof(uint32_t));
 }
 
-void scan_logits(const LaunchContext& context, const float* logits, int rows, int64_t vocab,
-                 void* scratch, int max_rows, float* block_max, int32_t* ids, int32_t* host_ids) {
+void scan_logits(const LaunchContext& context, const ScanArgs& args, int rows) {
   if (rows == 0) return;
-  TM_CHECK(rows <= max_rows, "a scan of %d rows, sized for %d", rows, max_rows);
-  auto* partial = static_cast<Best*>(scratch);
-  auto* tickets = reinterpret_cast<uint32_t*>(partial + static_cast<int64_t>(max_rows) * kPieces);
+  TM_CHECK(rows <= args.max_rows, "a scan of %d rows, sized for %d", rows, args.max_rows);
+  auto* partial = static_cast<Best*>(args.scratch);
+  auto* tickets =
+      reinterpret_cast<uint32_t*>(partial + static_cast<int64_t>(args.max_rows) * kPieces);
   launch(scan_kernel, {.grid = dim3(kPieces, static_cast<unsigned>(rows)), .threads = kThreads},
-         context.stream, context.programmatic, logits, vocab, partial, tickets, block_max, ids,
-         host_ids);
+         context.stream, context.programmatic, args, partial, tickets);
 }
 
 }  // namespace turbomind::cuda

@@ -325,7 +325,24 @@ __device__ __forceinline__ void touch(const Row& row, int id) {
   atomicOr(&row.s->touched[block / 32], 1U << (block % 32));
 }
 
-__device__ void penalize_repetition(const Row& row, const SampleTask& task, const int32_t* tokens) {
+// Prompt and completion of a task; the last one may be what the step before has drawn.
+struct TaskTokens {
+  const int32_t* ids;
+  int count;
+  int32_t last;
+  __device__ int32_t operator[](int i) const { return i + 1 == count ? last : ids[i]; }
+};
+
+__device__ TaskTokens tokens_of(const SampleTask& task, const uint32_t* words,
+                                const int32_t* token_ids) {
+  const auto* ids = reinterpret_cast<const int32_t*>(words + task.tokens);
+  if (task.num_tokens == 0) return {ids, 0, -1};
+  return {ids, task.num_tokens,
+          task.fed_row >= 0 ? token_ids[task.fed_row] : ids[task.num_tokens - 1]};
+}
+
+__device__ void penalize_repetition(const Row& row, const SampleTask& task,
+                                    const TaskTokens& tokens) {
   uint32_t* seen = row.s->scratch.seen;
   for (int i = threadIdx.x; i < (row.vocab + 31) / 32; i += kThreads) seen[i] = 0;
   __syncthreads();
@@ -341,15 +358,17 @@ __device__ void penalize_repetition(const Row& row, const SampleTask& task, cons
   __syncthreads();
 }
 
-__device__ void penalize_completion(const Row& row, const SampleTask& task, const int32_t* tokens) {
+__device__ void penalize_completion(const Row& row, const SampleTask& task,
+                                    const TaskTokens& tokens) {
   auto& hash = row.s->scratch.hash;
   for (int i = threadIdx.x; i < kHashSlots; i += kThreads) {
     hash.keys[i] = kEmpty;
     hash.counts[i] = 0;
   }
   __syncthreads();
+  const int first = task.num_tokens - task.num_completion;
   for (int i = threadIdx.x; i < task.num_completion; i += kThreads) {
-    const int id = tokens[i];
+    const int id = tokens[first + i];
     if (id < 0 || id >= row.vocab) continue;
     uint32_t slot = static_cast<uint32_t>(id) * 2654435761U % kHashSlots;
     for (;;) {
@@ -371,15 +390,16 @@ __device__ void penalize_completion(const Row& row, const SampleTask& task, cons
 }
 
 // Steps 1 to 4 of host_sampler.h, then block maxima again where something changed.
-__device__ void adjust(const Row& row, const SampleTask& task, const uint32_t* words) {
+__device__ void adjust(const Row& row, const SampleTask& task, const uint32_t* words,
+                       const int32_t* token_ids) {
   Shared& s = *row.s;
   for (int i = threadIdx.x; i < (row.blocks + 31) / 32; i += kThreads) s.touched[i] = 0;
   if (threadIdx.x == 0) s.bad = 0;
   __syncthreads();
-  const auto* tokens = reinterpret_cast<const int32_t*>(words + task.tokens);
+  const TaskTokens tokens = tokens_of(task, words, token_ids);
   if (task.repetition_penalty != 1.0F) penalize_repetition(row, task, tokens);
   if (task.frequency_penalty != 0.0F || task.presence_penalty != 0.0F) {
-    penalize_completion(row, task, tokens + task.num_tokens - task.num_completion);
+    penalize_completion(row, task, tokens);
   }
   for (int i = threadIdx.x; i < task.num_bias; i += kThreads) {
     const int id = static_cast<int>(words[task.bias + 2 * i]);
@@ -656,7 +676,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_rows_kernel(const SampleRo
                 .block_sum = block_values + blocks,
                 .s = reinterpret_cast<Shared*>(dynamic)};
   SampleOutput output{.status = SampleOutcome::ok, .token = -1};
-  const int first = args.greedy[task.row];
+  const int first = args.ids[task.row];
   if (first < 0) {
     output.status = first == kNoTokenLeft ? SampleOutcome::all_banned : SampleOutcome::not_finite;
     if (threadIdx.x == 0) args.outputs[blockIdx.x] = output;
@@ -686,7 +706,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_rows_kernel(const SampleRo
     __syncthreads();
   }
   if (task.edits) {
-    adjust(row, task, args.words);
+    adjust(row, task, args.words, args.token_ids);
     max = largest(row);
     if (row.s->bad != 0) output.status = SampleOutcome::not_finite;
     if (row.s->bad == 0 && max == minus_infinity()) output.status = SampleOutcome::all_banned;
@@ -701,7 +721,10 @@ __global__ void __launch_bounds__(kThreads, 1) sample_rows_kernel(const SampleRo
     }
     if (task.num_logprobs > 0) output.raw_logit = raw[output.token];
   }
-  if (threadIdx.x == 0) args.outputs[blockIdx.x] = output;
+  if (threadIdx.x == 0) {
+    args.outputs[blockIdx.x] = output;
+    args.ids[task.row] = output.token;  // read by all threads long ago
+  }
 }
 
 }  // namespace

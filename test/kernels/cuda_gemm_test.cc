@@ -94,9 +94,12 @@ Case make_case(const Shape& shape, uint32_t seed) {
       for (int n = 0; n < part_n; ++n) {
         for (int k = 0; k < shape.k; ++k) {
           const int g = k / shape.group;
+          // One rounding to the activations' type, of the scale first and then of the weight.
+          const float s = from_bits(scale[static_cast<size_t>(g) * part_n + n], DType::f16);
+          const float weight = static_cast<float>(nibble(qweight, k, n) - nibble(qzeros, g, n)) *
+                               from_bits(to_bits(s, shape.dtype), shape.dtype);
           c.rows[static_cast<size_t>(packed_row(shape, part, n)) * shape.k + k] =
-              static_cast<double>(nibble(qweight, k, n) - nibble(qzeros, g, n)) *
-              from_bits(scale[static_cast<size_t>(g) * part_n + n], DType::f16);
+              from_bits(to_bits(weight, shape.dtype), shape.dtype);
         }
       }
       words.push_back(std::make_unique<DeviceArray<uint32_t>>(qweight));

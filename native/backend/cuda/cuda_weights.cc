@@ -241,7 +241,6 @@ std::unique_ptr<CudaLinear> CudaBackend::load_awq(const LinearSource& source) {
       static_cast<size_t>(matrix.n_padded * (matrix.k_padded / matrix.group_size)) * 4);
   matrix.weights = linear->weights->data();
   matrix.meta = static_cast<const uint32_t*>(linear->meta->data());
-  matrix.scale_is_bf16 = source.parts[0].scales.dtype == DType::bf16;
 
   AwqPackArgs args;
   args.num_parts = static_cast<int>(source.parts.size());

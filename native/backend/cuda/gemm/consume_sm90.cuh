@@ -1,15 +1,11 @@
 // What the consumer warpgroups of gemm_sm90.cuh do between their barriers: stages of the ring to f32
-// accumulators of 64 rows of W x kTileT tokens. A group's k16 steps form one chain of sums from zero,
-// scale * sum is added to the accumulator by one fma; the same in all variants here and on mma.sync.
-//  - simple: a chunk at a time; warpgroups cover for each other.
-//  - pipelined (group 128, 64 tokens or more): tokens in two halves, so that one half is scaled and the
-//    next weights are dequantised while the tensor cores run the other.
-//  - mma.sync for few tokens: less latency than a wgmma of 8 or 16 columns.
+// accumulators of 64 rows of W x kTileT tokens, one chain of k16 steps. 4-bit weights are dequantised
+// into one of two sets of registers while the tensor cores multiply the other; for few tokens mma.sync
+// has less latency than a wgmma of 8 or 16 columns.
 #pragma once
 
-#include "backend/cuda/device/dequant.cuh"
 #include "backend/cuda/device/hopper.cuh"
-#include "backend/cuda/device/mma.cuh"
+#include "backend/cuda/device/u4_mma.cuh"
 #include "backend/cuda/device/wgmma.cuh"
 #include "backend/cuda/gemm/epilogue.cuh"
 
@@ -21,7 +17,7 @@ inline constexpr int kMaxStages = 16;
 // Shared stage: x [kSplitGroups][kTileK / 64][kTileT][64] | weights [kSplitGroups][kRowGroups] |
 // group words likewise; 1024-aligned.
 template <class T_, int kGroupSize_, int kRowGroups_, int kSplitGroups_, int kTileT_,
-          bool kMmaSync_ = false, int kCtas_ = 1>
+          int kCtas_ = 1, bool kMmaSync_ = false>
 struct Sm90Config {
   using T = T_;
   static constexpr int kGroupSize = kGroupSize_;
@@ -33,17 +29,18 @@ struct Sm90Config {
   static constexpr int kTileT = kTileT_;
   static constexpr int kTileK = kU4 ? 128 : 64;
   static constexpr bool kMmaSync = kMmaSync_;
-  static constexpr bool kPipelined =
-      kGroupSize == 128 && kTileT >= 64 && kSplitGroups == 1 && !kMmaSync;
   static constexpr int kCtas = kCtas_;
   static constexpr int kConsumers = 128 * kGroups;
   // Registers move from the producers to the consumers where tiles are big; that takes warpgroups.
   static constexpr bool kMoveRegisters = kTileT >= 64 && kGroups >= 2;
   static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 64);
-  static constexpr int kRegisterShare = (65536 / kCtas - 128 * 24) / kConsumers / 8 * 8;
+  // What the launch takes for all threads is all there is to move.
+  static constexpr int kLaunchRegisters = 65536 / kCtas / kThreads / 8 * 8;
+  static constexpr int kRegisterShare =
+      (kLaunchRegisters * kThreads - 128 * 24) / kConsumers / 8 * 8;
   static constexpr int kConsumerRegisters = kRegisterShare < 240 ? kRegisterShare : 240;
   static constexpr int kXBytes = kTileK / 64 * kTileT * 128;                   // of a split group
-  static constexpr int kBlockBytes = kU4 ? 4096 : 8192;                        // of 64 rows
+  static constexpr int kBlockBytes = kU4 ? 32 * kTileK : 8192;                 // of 64 rows
   static constexpr int kMetaBlockBytes = kU4 ? kTileK / kGroupSize * 256 : 0;  // of 64 rows
   static constexpr int kSplitLoadBytes = kXBytes + kRowGroups * (kBlockBytes + kMetaBlockBytes);
   static constexpr int kWeightOffset = kSplitGroups * kXBytes;
@@ -54,6 +51,8 @@ struct Sm90Config {
   static constexpr int kSlice =
       kTileT < 32 ? kTileT : 32;           // tokens of an epilogue without a meeting
   static constexpr int kAcc = kTileT / 2;  // accumulators of a thread
+  // Segments one after the other take their sum in registers too.
+  static constexpr bool kInTurn = kSplitGroups == 1 && kTileT == 128;
 };
 
 struct Sm90Params {
@@ -68,7 +67,6 @@ struct Sm90Params {
   bool in_turn;
   bool blocked_x;
   bool all_lanes;
-  bool scale_is_bf16;
   EpilogueParams epilogue;
 };
 
@@ -109,16 +107,7 @@ struct Ring {
   }
 };
 
-__device__ __forceinline__ uint32_t word_of(const uint4 (&words)[2], int step) {
-  const uint4& four = words[step / 4];
-  return step % 4 == 0 ? four.x : step % 4 == 1 ? four.y : step % 4 == 2 ? four.z : four.w;
-}
-
-template <class C>
-__device__ __forceinline__ void load_words(uint4 (&words)[2], const char* weights, int thread) {
-  words[0] = *reinterpret_cast<const uint4*>(weights + thread * 16);
-  words[1] = *reinterpret_cast<const uint4*>(weights + 2048 + thread * 16);
-}
+// ---- 4-bit ---------------------------------------------------------------------------------------
 
 // Group words of the two rows of W that a thread holds.
 struct RowMeta {
@@ -131,209 +120,141 @@ __device__ __forceinline__ RowMeta load_meta(const char* meta, int thread) {
           *reinterpret_cast<const uint32_t*>(meta + row * 4 + 32)};
 }
 
-template <int kCount>
-__device__ __forceinline__ void add_scaled(float* acc, const float* sums, float low, float high) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) acc[i] = fmaf(i % 4 < 2 ? low : high, sums[i], acc[i]);
-}
-
-// ---- simple ----------------------------------------------------------------------------------------
-
+// Half a chunk, 64 columns and so four k16 steps, of a block of 64 rows: packed words and what
+// dequantises them.
 template <class C>
-__device__ __forceinline__ void chunk_u4(float (&acc)[C::kAcc], uint32_t x, const char* weights,
-                                         const char* meta, bool scale_is_bf16, int thread) {
-  constexpr int kSteps = C::kGroupSize / 16;       // k16 steps of a group
-  constexpr int kBatch = kSteps < 4 ? kSteps : 4;  // steps whose fragments live together
-  float sums[C::kAcc];
-  uint4 words[2];
-  load_words<C>(words, weights, thread);
-#pragma unroll
-  for (int group = 0; group < 8 / kSteps; ++group) {
-    const RowMeta rows = load_meta(meta + group * 256, thread);
-    const uint32_t zero_low = zero_pair<typename C::T>(rows.low);
-    const uint32_t zero_high = zero_pair<typename C::T>(rows.high);
-    uint32_t a[kSteps / kBatch][kBatch][4];
-#pragma unroll
-    for (int batch = 0; batch < kSteps / kBatch; ++batch) {
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        dequant_word<typename C::T>(word_of(words, group * kSteps + batch * kBatch + i), zero_low,
-                                    zero_high, a[batch][i]);
-      }
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int step = group * kSteps + batch * kBatch + i;
-        const uint64_t b = wgmma_descriptor(x + (step / 4) * C::kTileT * 128 + (step % 4) * 32);
-        Wgmma<typename C::T, C::kTileT>::rs(sums, a[batch][i], b, batch == 0 && i == 0);
-      }
-      wgmma_commit();
-    }
-    const float scale_low = group_scale(rows.low, scale_is_bf16);
-    const float scale_high = group_scale(rows.high, scale_is_bf16);
-    wgmma_wait<0>();
-    add_scaled<C::kAcc>(acc, sums, scale_low, scale_high);
-  }
-}
+struct Words {
+  static constexpr int kGroups = C::kGroupSize < 64 ? 64 / C::kGroupSize : 1;
+  uint4 four;
+  RowMeta rows[kGroups];
 
-// The same on mma.sync: warp w of the warpgroup has rows 16w..16w+15, as in wgmma.
-template <class C>
-__device__ __forceinline__ void chunk_u4_mma(float (&acc)[C::kAcc], uint32_t x, const char* weights,
-                                             const char* meta, bool scale_is_bf16, int thread) {
-  static_assert(C::kTileT == 8 || C::kTileT == 16);
-  constexpr int kSteps = C::kGroupSize / 16;
-  const int lane = thread % 32;
-  uint4 words[2];
-  load_words<C>(words, weights, thread);
-  uint32_t b[4];
+  __device__ __forceinline__ void load(const char* stage, int block, int half, int thread) {
+    const char* weights = stage + C::kWeightOffset + block * C::kBlockBytes;
+    const char* meta = stage + C::kMetaOffset + block * C::kMetaBlockBytes;
+    four = *reinterpret_cast<const uint4*>(weights + half * 2048 + thread * 16);
+    if (C::kGroupSize == 128 && half == 1) return;  // the same group
 #pragma unroll
-  for (int group = 0; group < 8 / kSteps; ++group) {
-    const RowMeta rows = load_meta(meta + group * 256, thread);
-    const uint32_t zero_low = zero_pair<typename C::T>(rows.low);
-    const uint32_t zero_high = zero_pair<typename C::T>(rows.high);
-    float sums[C::kTileT / 8][4] = {};
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int step = group * kSteps + i;
-      const uint32_t base = x + (step / 4) * C::kTileT * 128;
-      uint32_t a[4];
-      dequant_word<typename C::T>(word_of(words, step), zero_low, zero_high, a);
-      if constexpr (C::kTileT == 8) {
-        if (step % 2 == 0) {  // four pieces of eight columns: two steps
-          const int t = lane & 7;
-          ldmatrix_x4(b, base + t * 128 + ((((step % 4) * 2 + (lane >> 3)) ^ t) << 4));
-        }
-        mma_16816<typename C::T>(sums[0], a, b[step % 2 * 2], b[step % 2 * 2 + 1]);
-      } else {
-        const int t = (lane >> 4) * 8 + (lane & 7);
-        ldmatrix_x4(b, base + t * 128 + ((((step % 4) * 2 + ((lane >> 3) & 1)) ^ (t & 7)) << 4));
-        mma_16816<typename C::T>(sums[0], a, b[0], b[1]);
-        mma_16816<typename C::T>(sums[C::kTileT / 16], a, b[2], b[3]);
-      }
-    }
-    const float scale_low = group_scale(rows.low, scale_is_bf16);
-    const float scale_high = group_scale(rows.high, scale_is_bf16);
-#pragma unroll
-    for (int j = 0; j < C::kTileT / 8; ++j) {
-      add_scaled<4>(acc + 4 * j, sums[j], scale_low, scale_high);
+    for (int i = 0; i < kGroups; ++i) {
+      rows[i] = load_meta(meta + (half * 64 / C::kGroupSize + i) * 256, thread);
     }
   }
-}
+  // The values are there afterwards: the compiler may not move the work past the next wait.
+  __device__ __forceinline__ void dequant(uint32_t (&a)[4][4]) const {
+    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+    GroupPairs pairs;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const RowMeta& row = rows[i * kGroups / 4];
+      if (i * kGroups % 4 == 0) pairs = group_pairs<typename C::T>(row.low, row.high);
+      dequant_word<typename C::T>(words[i], pairs, a[i]);
+      asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
+    }
+  }
+};
 
-// ---- pipelined ---------------------------------------------------------------------------------------
-
-// The values are there afterwards: the compiler may not move the work past the next wait.
+// Four k16 steps. x: of their 64 columns.
 template <class C>
-__device__ __forceinline__ void dequant_half(uint32_t (&a)[4][4], const uint4& words,
-                                             const RowMeta& rows) {
-  const uint32_t zero_low = zero_pair<typename C::T>(rows.low);
-  const uint32_t zero_high = zero_pair<typename C::T>(rows.high);
-  dequant_word<typename C::T>(words.x, zero_low, zero_high, a[0]);
-  dequant_word<typename C::T>(words.y, zero_low, zero_high, a[1]);
-  dequant_word<typename C::T>(words.z, zero_low, zero_high, a[2]);
-  dequant_word<typename C::T>(words.w, zero_low, zero_high, a[3]);
+__device__ __forceinline__ void multiply(float (&acc)[C::kAcc], const uint32_t (&a)[4][4],
+                                         uint32_t x) {
+  wgmma_fence();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
-  }
-}
-
-// Four k16 steps against half of the tokens. x: of the half, in its 64 columns.
-template <class C>
-__device__ __forceinline__ void multiply_half(float (&sums)[C::kAcc / 2], const uint32_t (&a)[4][4],
-                                              uint32_t x, bool first) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    Wgmma<typename C::T, C::kTileT / 2>::rs(sums, a[i], wgmma_descriptor(x + i * 32),
-                                            first && i == 0);
+    Wgmma<typename C::T, C::kTileT>::rs(acc, a[i], wgmma_descriptor(x + i * 32), false);
   }
   wgmma_commit();
 }
 
-// `count` chunks of one group each. Names of the commit groups of a chunk: A, B (columns 0..63, the two
-// halves of the tokens), C, D (columns 64..127).
+// `count` chunks, added to acc. Halves of chunks take turns with two sets of registers; the product of
+// one is running while the next is dequantised.
 template <class C>
-__device__ __forceinline__ void consume_pipelined(const Sm90Params& p, Ring<C>& ring,
-                                                  float (&acc)[C::kAcc], int count, int row_group,
-                                                  int thread) {
-  constexpr int kHalf = C::kAcc / 2;
-  constexpr int kHalfX = C::kTileT / 2 * 128;
-  float sums0[kHalf];
-  float sums1[kHalf];
-  uint32_t a0[4][4];
-  uint32_t a1[4][4];
-  uint4 words[2];
-  RowMeta rows;
-  uint32_t x = 0;
-  const auto fetch = [&] {
+__device__ __forceinline__ void consume_u4(Ring<C>& ring, float (&acc)[C::kAcc], int count,
+                                           int block, int thread) {
+  uint32_t a[2][4][4];
+  int previous = -1;
+  for (int i = 0; i < count; ++i) {
     ring.wait();
-    const char* weights = ring.stages + ring.stage * C::kStageBytes + C::kWeightOffset;
-    load_words<C>(words, weights + row_group * C::kBlockBytes, thread);
-    rows = load_meta(weights + C::kRowGroups * C::kBlockBytes + row_group * C::kMetaBlockBytes,
-                     thread);
-    x = ring.base + ring.stage * C::kStageBytes;
-  };
-  // B to D of the current chunk; A has been issued.
-  const auto multiply_rest = [&] {
-    wgmma_fence();
-    multiply_half<C>(sums1, a0, x + kHalfX, true);  // B
-    dequant_half<C>(a1, words[1], rows);
-    wgmma_fence();
-    multiply_half<C>(sums0, a1, x + 2 * kHalfX, false);  // C
-    multiply_half<C>(sums1, a1, x + 3 * kHalfX, false);  // D
-  };
-  fetch();
-  dequant_half<C>(a0, words[0], rows);
-  wgmma_fence();
-  multiply_half<C>(sums0, a0, x, true);  // A
-  for (int i = 1; i < count; ++i) {
-    multiply_rest();
-    const float low = group_scale(rows.low, p.scale_is_bf16);
-    const float high = group_scale(rows.high, p.scale_is_bf16);
-    const int previous = ring.stage;
+    const char* stage = ring.stages + ring.stage * C::kStageBytes;
+    const uint32_t x = ring.base + ring.stage * C::kStageBytes;
+    Words<C> words;
+    words.load(stage, block, 0, thread);
+    wgmma_wait<1>();  // a[0] has been read
+    words.dequant(a[0]);
+    multiply<C>(acc, a[0], x);
+    words.load(stage, block, 1, thread);
+    wgmma_wait<1>();  // a[1], and all of the stage before this one
+    if (previous >= 0) ring.release(previous, thread);
+    words.dequant(a[1]);
+    multiply<C>(acc, a[1], x + C::kTileT * 128);
+    previous = ring.stage;
     ring.advance();
-    fetch();
-    wgmma_wait<2>();  // A and B have read a0
-    dequant_half<C>(a0, words[0], rows);
-    wgmma_wait<1>();  // C
-    add_scaled<kHalf>(acc, sums0, low, high);
-    wgmma_fence();
-    multiply_half<C>(sums0, a0, x, true);  // A of the next chunk
-    wgmma_wait<1>();                       // D
-    add_scaled<kHalf>(acc + kHalf, sums1, low, high);
-    ring.release(previous, thread);
   }
-  multiply_rest();
-  const float low = group_scale(rows.low, p.scale_is_bf16);
-  const float high = group_scale(rows.high, p.scale_is_bf16);
   wgmma_wait<0>();
-  add_scaled<kHalf>(acc, sums0, low, high);
-  add_scaled<kHalf>(acc + kHalf, sums1, low, high);
-  ring.release(ring.stage, thread);
-  ring.advance();
+  if (previous >= 0) ring.release(previous, thread);
+}
+
+// The same on mma.sync, for acc zero, out of `iterations` stages: warp w of the warpgroup has rows 16w..16w+15, as in
+// wgmma.
+template <class C>
+__device__ __forceinline__ void consume_u4_mma(Ring<C>& ring, float (&acc)[C::kAcc], int count,
+                                               int iterations, int row_group, int split_group,
+                                               int thread) {
+  static_assert(C::kGroupSize == 128);
+  const int block = split_group * C::kRowGroups + row_group;
+  const int lane = thread % 32;
+  const int token = C::kTileT == 8 ? lane & 7 : (lane >> 4) * 8 + (lane & 7);
+  const int piece = C::kTileT == 8 ? lane >> 3 : (lane >> 3) & 1;
+  const uint32_t lane_x = token * 128 + ((piece ^ (lane & 7)) << 4) + split_group * C::kXBytes;
+  constexpr int kTiles = C::kTileT / 8;
+  float sums[kTiles][4] = {};
+  for (int i = 0; i < iterations; ++i) {
+    ring.wait();
+    if (i < count) {
+      // All reads first: in the order of the instructions, each product would wait for its own.
+      const char* stage = ring.stages + ring.stage * C::kStageBytes;
+      const uint32_t x = ring.base + ring.stage * C::kStageBytes + lane_x;
+      Words<C> words[2];
+      TokenPieces<kTiles> b[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        words[half].load(stage, block, half, thread);
+        b[half].load([&](int step) { return (x ^ (step * 32)) + half * C::kTileT * 128; });
+      }
+      const GroupPairs pairs =
+          group_pairs<typename C::T>(words[0].rows[0].low, words[0].rows[0].high);
+      multiply_words<typename C::T, kTiles>(sums, words[0].four, pairs, b[0]);
+      multiply_words<typename C::T, kTiles>(sums, words[1].four, pairs, b[1]);
+    }
+    __syncwarp();
+    ring.release(ring.stage, thread);
+    ring.advance();
+  }
+#pragma unroll
+  for (int i = 0; i < C::kAcc; ++i) acc[i] = sums[i / 4][i % 4];
 }
 
 // ---- dense -----------------------------------------------------------------------------------------
 
 template <class C>
-__device__ __forceinline__ void chunk_dense(float (&acc)[C::kAcc], uint32_t x, uint32_t weights,
-                                            bool first) {
+__device__ __forceinline__ void chunk_dense(float (&acc)[C::kAcc], uint32_t x, uint32_t weights) {
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     Wgmma<typename C::T, C::kTileT>::ss(acc, wgmma_descriptor(weights + step * 32),
-                                        wgmma_descriptor(x + step * 32), first && step == 0);
+                                        wgmma_descriptor(x + step * 32), false);
   }
   wgmma_commit();
 }
 
-// `count` chunks of this warpgroup's segment out of `iterations` stages, into acc (zero before).
+// `count` chunks of this warpgroup's segment out of `iterations` stages, added to acc.
 template <class C>
-__device__ __forceinline__ void consume(const Sm90Params& p, Ring<C>& ring, float (&acc)[C::kAcc],
-                                        int count, int iterations, int row_group, int split_group,
+__device__ __forceinline__ void consume(Ring<C>& ring, float (&acc)[C::kAcc], int count,
+                                        int iterations, int row_group, int split_group,
                                         int thread) {
-  if constexpr (C::kPipelined) {
-    consume_pipelined<C>(p, ring, acc, count, row_group, thread);
+  if constexpr (C::kMmaSync) {
+    consume_u4_mma<C>(ring, acc, count, iterations, row_group, split_group, thread);
+    return;
+  } else if constexpr (C::kU4) {
+    consume_u4<C>(ring, acc, count, row_group, thread);
     return;
   }
   const int block = split_group * C::kRowGroups + row_group;
@@ -341,34 +262,17 @@ __device__ __forceinline__ void consume(const Sm90Params& p, Ring<C>& ring, floa
   for (int i = 0; i < iterations; ++i) {
     ring.wait();
     const uint32_t stage = ring.base + ring.stage * C::kStageBytes;
-    const uint32_t x = stage + split_group * C::kXBytes;
-    if constexpr (C::kU4) {
-      const char* data = ring.stages + ring.stage * C::kStageBytes;
-      const char* weights = data + C::kWeightOffset + block * C::kBlockBytes;
-      const char* meta = data + C::kMetaOffset + block * C::kMetaBlockBytes;
-      if (i < count) {
-        if constexpr (C::kMmaSync) {
-          chunk_u4_mma<C>(acc, x, weights, meta, p.scale_is_bf16, thread);
-        } else {
-          chunk_u4<C>(acc, x, weights, meta, p.scale_is_bf16, thread);
-        }
-      }
-      __syncwarp();
-      ring.release(ring.stage, thread);
-    } else {
-      if (i < count) {
-        chunk_dense<C>(acc, x, stage + C::kWeightOffset + block * C::kBlockBytes, i == 0);
-      }
-      wgmma_wait<1>();  // the chunk before this one has been read
-      if (previous >= 0) ring.release(previous, thread);
-      previous = ring.stage;
+    if (i < count) {
+      chunk_dense<C>(acc, stage + split_group * C::kXBytes,
+                     stage + C::kWeightOffset + block * C::kBlockBytes);
     }
+    wgmma_wait<1>();  // the chunk before this one has been read
+    if (previous >= 0) ring.release(previous, thread);
+    previous = ring.stage;
     ring.advance();
   }
-  if constexpr (!C::kU4) {
-    wgmma_wait<0>();
-    ring.release(previous, thread);
-  }
+  wgmma_wait<0>();
+  ring.release(previous, thread);
 }
 
 }  // namespace turbomind::cuda

@@ -70,33 +70,107 @@ __device__ __forceinline__ void store8(const EpilogueParams& p, int64_t offset, 
   }
 }
 
+__device__ __forceinline__ bool is_aligned16(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+__device__ __forceinline__ void load8(const float* from, float (&v)[8]) {
+  *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(from);
+  *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(from + 4);
+}
+
+// v = residual + scale * v for eight outputs at y: all loads in flight together.
+template <class T>
+__device__ __forceinline__ void add_residual8(const float* scale, const T* y, float (&v)[8]) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(y);
+  float scales[8] = {1.0F, 1.0F, 1.0F, 1.0F, 1.0F, 1.0F, 1.0F, 1.0F};
+  if (scale != nullptr) load8(scale, scales);
+  float old[8];
+  unpack8<T>(bits, old);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = fmaf(v[i], scales[i], old[i]);
+}
+
 // Eight neighbouring outputs of token t, from row n of W. `other` holds the up outputs of silu_mul.
 template <class T>
 __device__ __forceinline__ void finish8(const EpilogueParams& p, int t, int n, float (&v)[8],
-                                        const float (&other)[8]) {
-  if (p.kind == Epilogue::silu_mul) {
+                                        float (&other)[8]) {
+  if (p.bias != nullptr) {
+    float bias[8];
+    load8(p.bias + n, bias);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float gate = v[i] + (p.bias != nullptr ? p.bias[n + i] : 0.0F);
-      const float up = other[i] + (p.bias != nullptr ? p.bias[n + 8 + i] : 0.0F);
-      v[i] = silu(gate) * up;
+    for (int i = 0; i < 8; ++i) v[i] += bias[i];
+  }
+  if (p.kind == Epilogue::silu_mul) {
+    if (p.bias != nullptr) {
+      float bias[8];
+      load8(p.bias + n + 8, bias);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) other[i] += bias[i];
     }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = silu(v[i]) * other[i];
     store8<T>(p, t * p.ldy + n / 2, v, 8);
     return;
   }
   const int count = min(8, p.n - n);
   const int64_t offset = t * p.ldy + n;
+  if (p.kind == Epilogue::gelu) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (i >= count) break;
-    if (p.bias != nullptr) v[i] += p.bias[n + i];
-    if (p.kind == Epilogue::gelu) v[i] = gelu(v[i]);
-    if (p.kind == Epilogue::residual) {
-      const float scale = p.scale != nullptr ? p.scale[n + i] : 1.0F;
-      v[i] = fmaf(v[i], scale, to_float(static_cast<const T*>(p.y)[offset + i]));
+    for (int i = 0; i < 8; ++i) v[i] = gelu(v[i]);
+  }
+  if (p.kind == Epilogue::residual) {
+    const T* y = static_cast<const T*>(p.y) + offset;
+    if (count == 8 && is_aligned16(y) && is_aligned16(p.scale)) {
+      add_residual8<T>(p.scale != nullptr ? p.scale + n : nullptr, y, v);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (i >= count) break;
+        v[i] = fmaf(v[i], p.scale != nullptr ? p.scale[n + i] : 1.0F, to_float(y[i]));
+      }
     }
   }
   store8<T>(p, offset, v, count);
+}
+
+// The same for one output of row n, in three steps so that a kernel can ask early for what it needs.
+struct OutputTerms {
+  float bias = 0.0F;
+  float up_bias = 0.0F;
+  float scale = 1.0F;
+  float old = 0.0F;
+};
+template <class T>
+__device__ __forceinline__ OutputTerms load_terms(const EpilogueParams& p, int t, int n) {
+  OutputTerms terms;
+  if (p.bias != nullptr) {
+    terms.bias = p.bias[n];
+    if (p.kind == Epilogue::silu_mul) terms.up_bias = p.bias[n + 8];
+  }
+  if (p.kind == Epilogue::residual) {
+    if (p.scale != nullptr) terms.scale = p.scale[n];
+    terms.old = to_float(static_cast<const T*>(p.y)[t * p.ldy + n]);
+  }
+  return terms;
+}
+__device__ __forceinline__ float finish_value(const EpilogueParams& p, const OutputTerms& terms,
+                                              float v, float up) {
+  if (p.bias != nullptr) v += terms.bias;
+  if (p.kind == Epilogue::silu_mul) {
+    if (p.bias != nullptr) up += terms.up_bias;
+    return silu(v) * up;
+  }
+  if (p.kind == Epilogue::gelu) return gelu(v);
+  return p.kind == Epilogue::residual ? fmaf(v, terms.scale, terms.old) : v;
+}
+template <class T>
+__device__ __forceinline__ void store_output(const EpilogueParams& p, int t, int n, float v) {
+  const int column = p.kind == Epilogue::silu_mul ? n / 16 * 8 + n % 8 : n;
+  if (p.y_is_f32) {
+    static_cast<float*>(p.y)[t * p.ldy + column] = v;
+  } else {
+    static_cast<T*>(p.y)[t * p.ldy + column] = from_float<T>(v);
+  }
 }
 
 template <int kTileN>

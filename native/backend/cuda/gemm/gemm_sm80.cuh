@@ -49,7 +49,6 @@ struct Sm80Params {
   int k_padded;
   int chunk_groups;  // groups in 128 columns: 1, 2 or 4
   int group_shift;   // log2 of the k16 steps of a group: 3, 2 or 1
-  bool scale_is_bf16;
   int segments;
   EpilogueParams epilogue;
   SplitParams split;
@@ -161,11 +160,11 @@ __device__ __forceinline__ void compute_dense(float (&acc)[C::kMT][C::kNT][4], u
   }
 }
 
-// A chunk of 128 columns: its groups' sums of integers times tokens, then scale * sum into acc.
+// A chunk of 128 columns.
 template <class C>
 __device__ __forceinline__ void compute_u4(float (&acc)[C::kMT][C::kNT][4], uint32_t stage,
-                                           const char* stage_pointer, int group_shift,
-                                           bool scale_is_bf16, int warp_n, int warp_t, int lane) {
+                                           const char* stage_pointer, int group_shift, int warp_n,
+                                           int warp_t, int lane) {
   uint4 words[C::kMT][2];
   const char* meta = stage_pointer + C::kWeightBytes + (warp_n * 16 + lane / 4) * 4;
 #pragma unroll
@@ -176,23 +175,17 @@ __device__ __forceinline__ void compute_u4(float (&acc)[C::kMT][C::kNT][4], uint
                                                        (warp_n * 32 + lane) * 16);
     }
   }
-  float group[C::kMT][C::kNT][4] = {};
   if constexpr (C::kGroup128) group_shift = 3;
   const int group_mask = (1 << group_shift) - 1;
-  uint32_t low[C::kMT];  // group words of rows g and g + 8, and their zeros as pairs
-  uint32_t high[C::kMT];
-  uint32_t zero_low[C::kMT];
-  uint32_t zero_high[C::kMT];
+  GroupPairs pairs[C::kMT];
 #pragma unroll
   for (int step = 0; step < 8; ++step) {
     if (step % 2 == 0 && (step & group_mask) == 0) {
 #pragma unroll
       for (int mt = 0; mt < C::kMT; ++mt) {
         const char* word = meta + mt * 1024 + (step >> group_shift) * 256;
-        low[mt] = *reinterpret_cast<const uint32_t*>(word);
-        high[mt] = *reinterpret_cast<const uint32_t*>(word + 32);
-        zero_low[mt] = zero_pair<typename C::T>(low[mt]);
-        zero_high[mt] = zero_pair<typename C::T>(high[mt]);
+        pairs[mt] = group_pairs<typename C::T>(*reinterpret_cast<const uint32_t*>(word),
+                                               *reinterpret_cast<const uint32_t*>(word + 32));
       }
     }
     uint32_t a[C::kMT][4];
@@ -203,24 +196,9 @@ __device__ __forceinline__ void compute_u4(float (&acc)[C::kMT][C::kNT][4], uint
                             : step % 4 == 1 ? four.y
                             : step % 4 == 2 ? four.z
                                             : four.w;
-      dequant_word<typename C::T>(word, zero_low[mt], zero_high[mt], a[mt]);
+      dequant_word<typename C::T>(word, pairs[mt], a[mt]);
     }
-    multiply_step<C>(group, a, stage + C::kWeightBytes + C::kMetaBytes, warp_t, step, lane);
-    if (step % 2 == 1 && ((step + 1) & group_mask) == 0) {
-#pragma unroll
-      for (int mt = 0; mt < C::kMT; ++mt) {
-        const float scale_low = group_scale(low[mt], scale_is_bf16);
-        const float scale_high = group_scale(high[mt], scale_is_bf16);
-#pragma unroll
-        for (int j = 0; j < C::kNT; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            acc[mt][j][i] = fmaf(i < 2 ? scale_low : scale_high, group[mt][j][i], acc[mt][j][i]);
-            group[mt][j][i] = 0.0F;
-          }
-        }
-      }
-    }
+    multiply_step<C>(acc, a, stage + C::kWeightBytes + C::kMetaBytes, warp_t, step, lane);
   }
 }
 
@@ -293,8 +271,8 @@ __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params
     cp_async_commit();
     const uint32_t current = ring + stage * C::kStageBytes;
     if constexpr (C::kU4) {
-      compute_u4<C>(acc, current, shared + stage * C::kStageBytes, p.group_shift, p.scale_is_bf16,
-                    warp_n, warp_t, lane);
+      compute_u4<C>(acc, current, shared + stage * C::kStageBytes, p.group_shift, warp_n, warp_t,
+                    lane);
     } else {
       compute_dense<C>(acc, current, warp_n, warp_t, lane);
     }
@@ -352,7 +330,6 @@ bool run_sm80(const GemmArgs& args, const LaunchContext& context) {
                           .group_shift = w.group_size == 32   ? 1
                                          : w.group_size == 64 ? 2
                                                               : 3,
-                          .scale_is_bf16 = w.scale_is_bf16,
                           .segments = w.segments,
                           .epilogue = epilogue_params(args),
                           .split = {args.partials, args.tickets, split}};

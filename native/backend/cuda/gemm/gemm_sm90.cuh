@@ -140,19 +140,17 @@ __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;\n" ::"n"(C::kConsumers) : "memory");
 }
 
-// Accumulators of tokens [first, first + count) → tile [t - first][n], or added to it; row_group: of
-// this warpgroup inside the tile.
+// Accumulators of tokens [first, first + count) → tile [t - first][n]; row_group: of this warpgroup
+// inside the tile.
 template <class C>
-__device__ __forceinline__ void put_acc(const float (&acc)[C::kAcc], float* tile, bool add,
-                                        int row_group, int thread, int first = 0,
-                                        int count = C::kTileT) {
+__device__ __forceinline__ void put_acc(const float (&acc)[C::kAcc], float* tile, int row_group,
+                                        int thread, int first = 0, int count = C::kTileT) {
   const int n = row_group * 64 + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
   for (int i = 0; i < C::kAcc; ++i) {
     if (i / 4 * 8 < first || i / 4 * 8 >= first + count) continue;
     const int t = i / 4 * 8 + (thread % 4) * 2 + i % 2 - first;
-    float* cell = tile + t * C::kStride + n + (i % 4 / 2) * 8;
-    *cell = add ? *cell + acc[i] : acc[i];
+    tile[t * C::kStride + n + (i % 4 / 2) * 8] = acc[i];
   }
 }
 
@@ -204,6 +202,34 @@ __device__ __forceinline__ void store_cluster(const Sm90Params& p, const float* 
   cluster_sync();  // nobody leaves while its slots are read
 }
 
+// No meeting: through shared memory in slices of tokens.
+template <class C>
+__device__ __forceinline__ void store_slices(const Sm90Params& p, const float (&acc)[C::kAcc],
+                                             float* tile, int row_group, int thread, int t0,
+                                             int n0) {
+#pragma unroll 1
+  for (int first = 0; first < C::kTileT; first += C::kSlice) {
+#pragma unroll
+    for (int slice = 0; slice < C::kTileT; slice += C::kSlice) {
+      if (slice == first) put_acc<C>(acc, tile, row_group, thread, slice, C::kSlice);
+    }
+    store_slots<C>(p, tile, 1, t0 + first, C::kSlice, n0);
+  }
+}
+
+// All segments, one after the other, and their sum in order.
+template <class C>
+__device__ __forceinline__ void consume_in_turn(const Sm90Params& p, Ring<C>& ring,
+                                                float (&sum)[C::kAcc], int row_group, int thread) {
+  for (int segment = 0; segment < p.segments; ++segment) {
+    float acc[C::kAcc] = {};
+    const int count = segment_begin(p, segment + 1) - segment_begin(p, segment);
+    consume<C>(ring, acc, count, count, row_group, 0, thread);
+#pragma unroll
+    for (int i = 0; i < C::kAcc; ++i) sum[i] = segment == 0 ? acc[i] : sum[i] + acc[i];
+  }
+}
+
 template <class C>
 __device__ __forceinline__ void consume_tiles(const Sm90Params& p, Ring<C>& ring, float* tile,
                                               const int* bounds) {
@@ -215,21 +241,18 @@ __device__ __forceinline__ void consume_tiles(const Sm90Params& p, Ring<C>& ring
     const int2 at = tile_of(i, p.row_tiles, p.token_tiles);
     const int t0 = at.y * C::kTileT;
     const int n0 = at.x * C::kTileN;
-    if (p.in_turn) {
-      for (int segment = 0; segment < p.segments; ++segment) {
-        float acc[C::kAcc] = {};
-        const int count = segment_begin(p, segment + 1) - segment_begin(p, segment);
-        consume<C>(p, ring, acc, count, count, row_group, split_group, thread);
-        put_acc<C>(acc, tile, segment > 0, row_group, thread);
-      }
-      store_slots<C>(p, tile, 1, t0, C::kTileT, n0);
-      continue;
-    }
     float acc[C::kAcc] = {};
-    consume<C>(p, ring, acc, bounds[split_group + 1] - bounds[split_group], iterations<C>(bounds),
+    if constexpr (C::kInTurn) {
+      if (p.in_turn) {
+        consume_in_turn<C>(p, ring, acc, row_group, thread);
+        store_slices<C>(p, acc, tile, row_group, thread, t0, n0);
+        continue;
+      }
+    }
+    consume<C>(ring, acc, bounds[split_group + 1] - bounds[split_group], iterations<C>(bounds),
                row_group, split_group, thread);
     if (p.segments > 1) {
-      put_acc<C>(acc, tile + split_group * C::kSlotFloats, false, row_group, thread);
+      put_acc<C>(acc, tile + split_group * C::kSlotFloats, row_group, thread);
       if (gridDim.z > 1) {
         store_cluster<C>(p, tile, t0, n0);
       } else {
@@ -237,15 +260,7 @@ __device__ __forceinline__ void consume_tiles(const Sm90Params& p, Ring<C>& ring
       }
       continue;
     }
-    // No meeting: through shared memory in slices of tokens.
-#pragma unroll 1
-    for (int first = 0; first < C::kTileT; first += C::kSlice) {
-#pragma unroll
-      for (int slice = 0; slice < C::kTileT; slice += C::kSlice) {
-        if (slice == first) put_acc<C>(acc, tile, false, row_group, thread, slice, C::kSlice);
-      }
-      store_slots<C>(p, tile, 1, t0 + first, C::kSlice, n0);
-    }
+    store_slices<C>(p, acc, tile, row_group, thread, t0, n0);
   }
 }
 
@@ -316,11 +331,13 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, Segments where
   const int token_tiles = ceil_div(args.m, C::kTileT);
   const bool in_turn = w.segments > 1 && where == Segments::in_turn;
   const int depth = in_turn ? 1 : w.segments / C::kSplitGroups;
-  TM_CHECK(in_turn ? C::kSplitGroups == 1 : depth * C::kSplitGroups == w.segments && depth <= 8,
+  TM_CHECK(in_turn ? C::kInTurn : depth * C::kSplitGroups == w.segments && depth <= 8,
            "%d segments of K with %d warpgroups each", w.segments, C::kSplitGroups);
-  const int tile_bytes =
-      w.segments == 1 ? C::kSlice * C::kStride * 4 : C::kSplitGroups * C::kSlotFloats * 4;
-  const int available = context.max_shared_bytes - 1024 - tile_bytes;
+  const int tile_bytes = w.segments == 1 || in_turn ? C::kSlice * C::kStride * 4
+                                                    : C::kSplitGroups * C::kSlotFloats * 4;
+  // Of each CTA's share the driver takes 1 KiB, and the barriers some more.
+  const int ctas_of_sm = wanted.stages > 0 ? 1 : C::kCtas;
+  const int available = (context.max_shared_bytes + 1024) / ctas_of_sm - 2048 - tile_bytes;
   const int most = std::min(kMaxStages, available / C::kStageBytes);
   const int stages = wanted.stages > 0 ? std::min(wanted.stages, most) : most;
   TM_CHECK(stages >= 2, "%d bytes of shared memory are too few for the GEMM",
@@ -349,7 +366,6 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, Segments where
                           .in_turn = in_turn,
                           .blocked_x = blocked_x,
                           .all_lanes = args.all_lanes_arrive,
-                          .scale_is_bf16 = w.scale_is_bf16,
                           .epilogue = epilogue_params(args)};
   launch_cluster(gemm_sm90_kernel<C>,
                  {.grid = dim3(static_cast<unsigned>(ctas), 1, static_cast<unsigned>(depth)),

@@ -22,17 +22,17 @@ inline constexpr int kChunkColumns = 128;  // K of 4-bit weights is padded to th
 // A weight matrix on the device, in the layout that all kernels read.
 //  dense: weights T [n_padded, k_padded] row-major.
 //  awq:   weights [n_padded / 64, k_padded / 64, 4 warps, 32 lanes, 4 k16 steps] words of eight
-//         nibbles (device/dequant.cuh), meta [n_padded / 64, k_padded / group, 64 rows] words.
+//         nibbles, meta [n_padded / 64, k_padded / group, 64 rows] words (device/dequant.cuh). Its
+//         weights are (q - zero) * scale rounded to dtype, the scale having been rounded to it first.
 // gate_up: rows 16i..16i+7 are gate outputs 8i..8i+7, rows 16i+8..16i+15 the up outputs.
 struct PackedMatrix {
   WeightKind kind = WeightKind::dense;
-  DType dtype = DType::bf16;  // of activations, and of dense weights
+  DType dtype = DType::bf16;  // of activations, dense weights and dequantised ones
   int64_t n = 0;
   int64_t k = 0;
   int64_t n_padded = 0;
   int64_t k_padded = 0;
   int group_size = 0;
-  bool scale_is_bf16 = false;  // else f16
   bool gate_up = false;
   int segments = 1;
   const void* weights = nullptr;

@@ -36,12 +36,13 @@ __device__ float dot_row(const PackedMatrix& w, const T* x, int row) {
         w.meta[(row / kPackRows * (w.k_padded / w.group_size) + k0 / w.group_size) * kPackRows +
                row % kPackRows];
     const int zero = static_cast<int>((meta >> 16) & 0xf);
-    float sum = 0.0F;
+    const uint16_t scale_bits = static_cast<uint16_t>(meta);
+    const float scale = to_float(reinterpret_cast<const T&>(scale_bits));
     for (int k = k0; k < k0 + w.group_size; ++k) {
       const int q = packed_nibble(static_cast<const uint32_t*>(w.weights), w.k_padded, row, k);
-      sum = fmaf(static_cast<float>(q - zero), to_float(x[k]), sum);
+      const float weight = to_float(from_float<T>(static_cast<float>(q - zero) * scale));
+      total = fmaf(weight, to_float(x[k]), total);
     }
-    total = fmaf(group_scale(meta, w.scale_is_bf16), sum, total);
   }
   return total;
 }
@@ -113,6 +114,14 @@ __global__ void pack_weights_kernel(const AwqPackArgs args) {
   args.weights[word] = bits;
 }
 
+__device__ float scale_of(const AwqPackArgs& args, const AwqPart& part, int64_t index) {
+  if (args.scale_type == DType::f32) return static_cast<const float*>(part.scales)[index];
+  if (args.scale_type == DType::bf16) {
+    return to_float(static_cast<const __nv_bfloat16*>(part.scales)[index]);
+  }
+  return to_float(static_cast<const __half*>(part.scales)[index]);
+}
+
 __global__ void pack_meta_kernel(const AwqPackArgs args) {
   const PackedMatrix& w = args.matrix;
   const int64_t groups = w.k_padded / w.group_size;
@@ -124,14 +133,10 @@ __global__ void pack_meta_kernel(const AwqPackArgs args) {
   uint32_t word = 0;
   if (source.part >= 0 && group * w.group_size < w.k) {
     const AwqPart& part = args.parts[source.part];
-    const int64_t at = group * part.n + source.n;
-    uint32_t scale = 0;
-    if (args.scale_type == DType::f32) {
-      scale = __half_as_ushort(__float2half_rn(static_cast<const float*>(part.scales)[at]));
-    } else {
-      scale = static_cast<const uint16_t*>(part.scales)[at];
-    }
-    word = scale | (awq_nibble(part.qzeros, part.n, group, source.n) << 16);
+    const uint32_t zero = awq_nibble(part.qzeros, part.n, group, source.n);
+    const float scale = scale_of(args, part, group * part.n + source.n);
+    word = w.dtype == DType::bf16 ? group_word(from_float<__nv_bfloat16>(scale), zero)
+                                  : group_word(from_float<__half>(scale), zero);
   }
   args.meta[i] = word;
 }

@@ -1,9 +1,9 @@
-// 4-bit weights on wgmma and, for few tokens, mma.sync: which tile of gemm_sm90.cuh serves which M.
-// Instantiated in u4_*_sm90.cu, a file for each type so that they compile side by side. Compared with
-// `naive` and `u4_sm80`.
+// 4-bit weights on sm_90a: which kernel and tile serves which M. Instantiated in u4_*_sm90.cu, a file for
+// each type so that they compile side by side. Compared with `naive` and `u4_sm80`.
 #pragma once
 
 #include "backend/cuda/gemm/gemm_sm90.cuh"
+#include "backend/cuda/gemm/u4_stream_sm90.cuh"
 
 namespace turbomind::cuda {
 
@@ -18,7 +18,7 @@ int64_t ctas_together(const GemmArgs& args) {
 // most so many bytes; what is left on an SM takes the CTAs of the next kernel, which then fetches its
 // first weights while this one ends.
 template <class C>
-void run_stream(const GemmArgs& args, const LaunchContext& context, int least, int most) {
+void run_rings(const GemmArgs& args, const LaunchContext& context, int least, int most) {
   const int slots =
       args.w->segments == 1 ? C::kSlice * C::kStride * 4 : C::kSplitGroups * C::kSlotFloats * 4;
   const int64_t on_sm = ceil_div<int64_t>(ctas_together<C>(args), context.num_sms);
@@ -37,12 +37,33 @@ void run_tiles(const GemmArgs& args, const LaunchContext& context) {
   constexpr int64_t kMeeting = 9;
   const int64_t chunks = args.w->k_padded / C::kTileK;
   const int64_t together = ctas_together<C>(args);
+  const int64_t in_turn = together / args.w->segments;
   const auto rounds = [&](int64_t ctas) { return ceil_div<int64_t>(ctas, context.num_sms); };
-  const bool share = rounds(together) * (chunks / args.w->segments + kMeeting) <
-                     rounds(together / args.w->segments) * chunks;
+  const bool share = !C::kInTurn || (rounds(in_turn) <= 2 &&
+                                     rounds(together) * (chunks / args.w->segments + kMeeting) <
+                                         rounds(in_turn) * chunks);
   // CTAs that stay for the next tile pay where K is short.
   run_sm90<C>(args, context, share ? Segments::together : Segments::in_turn,
               {.ctas = chunks <= 64 ? context.num_sms : 0});
+}
+
+// One or two tokens whose CTAs, three to an SM, run in one round: the least latency. Each takes a third
+// of an SM, so that they spread, and leaves the rest to the next kernel's.
+template <class T>
+bool run_u4_one_round(const GemmArgs& args, const LaunchContext& context) {
+  constexpr int kThird = 73 * 1024;
+  using Four = StreamConfig<T, 1, 4, 1, 8>;
+  using One = StreamConfig<T, 1, 1, 4, 8>;
+  const int segments = args.w->segments;
+  if (args.m > 2 || (segments != 4 && segments != 1)) return false;
+  const int rows = segments == 4 ? Four::kTileN : One::kTileN;
+  if (ceil_div<int64_t>(args.w->n, rows) > 3 * context.num_sms) return false;
+  if (segments == 4) {
+    run_stream<Four>(args, context, kThird);
+  } else {
+    run_stream<One>(args, context, kThird);
+  }
+  return true;
 }
 
 // Up to 32 tokens, groups of 128. T: activations.
@@ -50,17 +71,21 @@ template <class T>
 void run_u4_few(const GemmArgs& args, const LaunchContext& context) {
   constexpr int kKiB = 1024;
   if (args.m > 16) {
-    return run_stream<Sm90Config<T, 128, 2, 1, 32, false, 2>>(args, context, 110 * kKiB,
-                                                              220 * kKiB);
+    return run_rings<Sm90Config<T, 128, 2, 1, 32, 2>>(args, context, 110 * kKiB, 220 * kKiB);
   }
   if (args.m > 8) {
-    return run_stream<Sm90Config<T, 128, 2, 1, 16, true, 2>>(args, context, 110 * kKiB, 220 * kKiB);
+    // Long segments: many small CTAs instead of few large ones.
+    if (args.w->k_padded / args.w->segments > 4096) {
+      return run_stream<StreamConfig<T, 2, 1, 4, 8>>(args, context, 0);
+    }
+    return run_rings<Sm90Config<T, 128, 2, 1, 16, 2, true>>(args, context, 110 * kKiB, 220 * kKiB);
   }
+  if (run_u4_one_round<T>(args, context)) return;
   // A short K's four segments meet inside a CTA, a long one's in a cluster.
   if (args.w->segments == 4 && args.w->k_padded <= 8192) {
-    return run_stream<Sm90Config<T, 128, 1, 4, 8, true>>(args, context, 110 * kKiB, 110 * kKiB);
+    return run_rings<Sm90Config<T, 128, 1, 4, 8, 1, true>>(args, context, 110 * kKiB, 110 * kKiB);
   }
-  return run_stream<Sm90Config<T, 128, 1, 1, 8, true, 5>>(args, context, 56 * kKiB, 110 * kKiB);
+  return run_rings<Sm90Config<T, 128, 1, 1, 8, 5, true>>(args, context, 56 * kKiB, 110 * kKiB);
 }
 
 // More tokens; groups other than the usual 128 have one tile for all of them.
@@ -68,12 +93,15 @@ template <class T, int kGroupSize>
 void run_u4_many(const GemmArgs& args, const LaunchContext& context) {
   if constexpr (kGroupSize == 128) {
     if (args.m <= 64) {
+      using Narrow = Sm90Config<T, 128, 1, 1, 64, 2>;
       using Tall = Sm90Config<T, 128, 3, 1, 64>;
-      using Wide = Sm90Config<T, 128, 2, 1, 64>;
-      // Three warpgroups a CTA where that makes one round of CTAs and two do not.
-      const bool tall = ctas_together<Tall>(args) <= context.num_sms &&
-                        ctas_together<Wide>(args) > context.num_sms;
-      return tall ? run_tiles<Tall>(args, context) : run_tiles<Wide>(args, context);
+      using Taller = Sm90Config<T, 128, 4, 1, 64>;
+      // One round of CTAs with as many warpgroups as fill the SMs; four where there are several rounds.
+      if (ctas_together<Narrow>(args) <= 2 * context.num_sms) {
+        return run_tiles<Narrow>(args, context);
+      }
+      if (ctas_together<Tall>(args) <= context.num_sms) return run_tiles<Tall>(args, context);
+      return run_tiles<Taller>(args, context);
     }
   }
   return run_tiles<Sm90Config<T, kGroupSize, 2, 1, 128>>(args, context);

@@ -39,7 +39,7 @@ export function nativeOptions(
     numSpeculativeTokens:
       options.numSpeculativeTokens ??
       (device === 'cpu' ? CPU_SPECULATIVE_TOKENS : GPU_SPECULATIVE_TOKENS),
-    cacheMaxEntryCount: options.cacheMaxEntryCount,
+    cacheMaxEntryCount: options.cacheMaxEntryCount ?? (device === 'cpu' ? 0.5 : 0.8),
     kvCacheBytes: options.kvCacheBytes,
     memoryBudgetBytes: options.memoryBudgetBytes,
     swapSpaceBytes: options.swapSpaceBytes,

@@ -56,7 +56,7 @@ export interface PipelineOptions {
   /**
    * Share of the memory that weights and buffers leave free which the KV cache may take, up to 1;
    * 'auto': 0.9 on a GPU, half on the CPU. Never more than `maxBatchSize` full sessions. Defaults
-   * to 0.8.
+   * to 0.8 on a GPU and to 0.5 on the CPU, whose memory others use too.
    */
   readonly cacheMaxEntryCount?: number | 'auto' | undefined;
   /** Bytes of the KV cache, down to whole blocks, instead of `cacheMaxEntryCount`. */
@@ -235,8 +235,8 @@ export interface ResolvedPipelineOptions {
   readonly maxBatchSize: number;
   /** undefined: what suits the device. */
   readonly maxPrefillTokenNum: number | undefined;
-  /** 0: 'auto'. */
-  readonly cacheMaxEntryCount: number;
+  /** 0: 'auto'; undefined: what suits the device. */
+  readonly cacheMaxEntryCount: number | undefined;
   /** 0: not given. */
   readonly kvCacheBytes: number;
   /** 0: not given. */
@@ -470,8 +470,7 @@ export function resolvePipelineOptions(options: PipelineOptions = {}): ResolvedP
     sessionLen: options.sessionLen ?? 0,
     maxBatchSize: options.maxBatchSize ?? 128,
     maxPrefillTokenNum: options.maxPrefillTokenNum,
-    cacheMaxEntryCount:
-      options.cacheMaxEntryCount === 'auto' ? 0 : (options.cacheMaxEntryCount ?? 0.8),
+    cacheMaxEntryCount: options.cacheMaxEntryCount === 'auto' ? 0 : options.cacheMaxEntryCount,
     kvCacheBytes: options.kvCacheBytes ?? 0,
     memoryBudgetBytes: options.memoryBudgetBytes ?? 0,
     swapSpaceBytes: options.swapSpaceBytes ?? -1,

@@ -30,6 +30,9 @@ EngineImpl::EngineImpl(EngineParts parts, EventSink sink, Stepping stepping)
       sink_(std::move(sink)),
       stepping_(stepping),
       stats_(std::move(parts.stats)) {
+  failed_.reserve(2 * static_cast<size_t>(parts.memory.max_sequences));
+  answered_.reserve(static_cast<size_t>(parts.memory.max_sequences));
+  keep_spare();
   stats_.session_len = parts.session_len;
   publish_stats();
   if (stepping == Stepping::own_thread) thread_ = std::thread([this] { loop(); });
@@ -54,7 +57,7 @@ bool EngineImpl::step() {
       runner_->forward(plan);
       await_masks(plan);
       offer_logits(plan, events);
-      outputs_.collect(plan, *runner_);
+      outputs_.collect(plan, *runner_, failed_);
       may_run_ahead_ = runner_->draw(plan);
     }
     // The device has work while the host plans the next step and hands out the tokens of this one.
@@ -79,10 +82,27 @@ void EngineImpl::commit_oldest(std::vector<Event> events) {
     return row.sequence != nullptr && row.sequence->request().step_by_step();
   });
   if (!is_plain) results.ms = 0;
+  // Room for all of them first: what is committed must go out.
+  events.reserve(events.size() + plan.rows.size() + failed_.size() + answered_.size());
+  end_failed(events);
   for (Event& event : scheduler_.commit(plan, results)) events.push_back(std::move(event));
-  for (RequestId id : answered_) events.push_back(draw_edited(*scheduler_.find(id)));
+  for (RequestId id : answered_) {
+    if (Sequence* sequence = scheduler_.find(id)) events.push_back(draw_edited(*sequence));
+  }
   answered_.clear();
   finish_step(std::move(events));
+}
+
+// Before the commit, so that nothing drawn for them goes out.
+void EngineImpl::end_failed(std::vector<Event>& events) {
+  for (RequestId id : failed_) {
+    const Error error(ErrorCode::out_of_memory,
+                      "the host has no memory for the logits or hidden states of this request; ask "
+                      "for fewer positions, or try again when fewer requests run");
+    if (std::optional<Event> event = scheduler_.fail(id, error))
+      events.push_back(std::move(*event));
+  }
+  failed_.clear();
 }
 
 // Ends running ahead: what comes next needs the runner for itself.
@@ -98,6 +118,7 @@ void EngineImpl::drain() {
 void EngineImpl::finish_step(std::vector<Event> events) {
   ++num_steps_;
   failed_steps_ = 0;
+  if (!spare_) keep_spare();
   emit(std::move(events));
 }
 

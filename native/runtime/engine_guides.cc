@@ -1,6 +1,7 @@
 // What JavaScript says about tokens: masks that come while a step runs, logits that go out and come
 // back edited.
 #include <algorithm>
+#include <new>
 #include <utility>
 
 #include "runtime/engine_impl.h"
@@ -62,14 +63,19 @@ void EngineImpl::offer_logits(const StepPlan& plan, std::vector<Event>& events) 
     if (row.num_samples == 0 || !sequence.request().edits_logits) continue;
     sequence.park();
     if (!sequence.needs_logits() && !sequence.needs_mask()) answered_.push_back(sequence.id());
-    if (std::exchange(sequence.guide().offered, true)) continue;  // before it was preempted
-    auto offer = std::make_shared<LogitsOffer>();
-    offer->completion_idx = static_cast<uint32_t>(sequence.num_completion_tokens());
-    offer->logits.resize(static_cast<size_t>(rules_.vocab_size));
-    model_->logits(runner_->first_row(i) + row.num_tokens - 1, offer->logits);
-    Event& event = events.emplace_back();
-    event.id = sequence.id();
-    event.offer = std::move(offer);
+    if (sequence.guide().offered) continue;  // before it was preempted
+    try {
+      auto offer = std::make_shared<LogitsOffer>();
+      offer->completion_idx = static_cast<uint32_t>(sequence.num_completion_tokens());
+      offer->logits.resize(static_cast<size_t>(rules_.vocab_size));
+      model_->logits(runner_->first_row(i) + row.num_tokens - 1, offer->logits);
+      Event& event = events.emplace_back();
+      event.id = sequence.id();
+      event.offer = std::move(offer);
+      sequence.guide().offered = true;
+    } catch (const std::bad_alloc&) {
+      failed_.push_back(sequence.id());
+    }
   }
 }
 
@@ -88,7 +94,12 @@ void EngineImpl::take_guide(GuideMessage message, std::vector<Event>& events) {
   }
   if (!sequence->parked() || sequence->needs_mask() || sequence->needs_logits()) return;
   if (request.edits_logits) {
-    events.push_back(draw_edited(*sequence));
+    try {
+      events.push_back(draw_edited(*sequence));
+    } catch (const std::bad_alloc&) {
+      failed_.push_back(message.id);
+      end_failed(events);
+    }
   } else {
     sequence->unpark();
   }

@@ -40,15 +40,18 @@ class EngineImpl final : public Engine {
   void loop();
   void admit();
   void expire();
-  void admit_one(SubmitMessage message, std::vector<Event>& events);
+  void admit_one(SubmitMessage& message, std::vector<Event>& events);
   void take_guide(GuideMessage message, std::vector<Event>& events);
   void await_masks(const StepPlan& plan);
   void offer_logits(const StepPlan& plan, std::vector<Event>& events);
   Event draw_edited(Sequence& sequence);
   bool recover(const std::exception_ptr& exception);
+  void admit_message(Message& message, std::vector<Event>& events);
   void shut_down();
   void commit_oldest(std::vector<Event> events);
+  void end_failed(std::vector<Event>& events);
   void drain();
+  void keep_spare();
   void finish_step(std::vector<Event> events);
   void emit(std::vector<Event> events);
   void publish_stats();
@@ -62,6 +65,7 @@ class EngineImpl final : public Engine {
   std::optional<ModelRunner> runner_;
   OutputCollector outputs_;
   HostSampler host_sampler_;          // of edited logits
+  std::vector<RequestId> failed_;     // rows of the step that the host has no memory for
   std::vector<RequestId> answered_;   // rows of the step whose logits came back before
   std::vector<GuideMessage> guides_;  // the inbox's, reused
   bool may_run_ahead_ = false;        // the newest launched step draws without the host
@@ -69,6 +73,7 @@ class EngineImpl final : public Engine {
   Stepping stepping_;
   Inbox inbox_;
   std::vector<Message> messages_;  // the inbox's, reused
+  std::unique_ptr<char[]> spare_;  // given up to have memory for the answers to a step without
   int failed_steps_ = 0;           // in a row
   std::optional<Error> dead_;      // why no further step can run
   uint64_t num_steps_ = 0;

@@ -66,11 +66,13 @@ void EncodedImage::unschedule() {
 }
 
 void EncodedImage::add(EncodedTiles run) {
-  for (int tile = run.first_tile; tile < run.first_tile + run.num_tiles; ++tile) {
+  const int first = run.first_tile;
+  const int end = first + run.num_tiles;
+  for (int tile = first; tile < end; ++tile) {
     TM_CHECK(state(tile) == TileState::scheduled, "tile %d was not scheduled", tile);
-    states_[static_cast<size_t>(tile)] = TileState::encoded;
   }
-  runs_.push_back(std::move(run));
+  runs_.push_back(std::move(run));  // may fail, and then nothing has changed
+  std::fill(states_.begin() + first, states_.begin() + end, TileState::encoded);
   std::sort(runs_.begin(), runs_.end(), [](const EncodedTiles& a, const EncodedTiles& b) {
     return a.first_tile < b.first_tile;
   });

@@ -237,7 +237,8 @@ MemoryReport estimate_model(const EngineOptions& options, Backend& backend) {
   return {.device_name = planned.device.name,
           .plan = planned.memory,
           .block_size = planned.cache.block_size,
-          .kv_bits = planned.cache.bits};
+          .kv_bits = planned.cache.bits,
+          .use = {}};
 }
 
 EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> backend,

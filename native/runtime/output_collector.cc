@@ -1,6 +1,7 @@
 #include "runtime/output_collector.h"
 
 #include <algorithm>
+#include <new>
 
 namespace turbomind {
 namespace {
@@ -9,30 +10,37 @@ constexpr int kGroup = 16;  // rows read at once where they are not kept
 
 }  // namespace
 
-void OutputCollector::collect(const StepPlan& plan, const ModelRunner& runner) {
+void OutputCollector::collect(const StepPlan& plan, const ModelRunner& runner,
+                              std::vector<RequestId>& failed) {
   for (size_t i = 0; i < plan.rows.size(); ++i) {
-    const ScheduledRow& row = plan.rows[i];
-    RequestOutputs* out = row.sequence->outputs();
+    RequestOutputs* out = plan.rows[i].sequence->outputs();
     if (out == nullptr) continue;
-    const Sequence& sequence = *row.sequence;
-    const OutputSpec& spec = sequence.request().outputs;
-    const int begin = sequence.num_computed();
-    const Rows all{begin, begin + row.num_tokens, runner.first_row(i) - begin};
-    const Rows fresh = all.from(out->next_position);
-    if (fresh.count() == 0) continue;
-    const Rows generation = fresh.from(sequence.num_prompt_tokens() - 1);
-    if (spec.logits != OutputRange::none) {
-      append_logits(spec.logits == OutputRange::all ? fresh : generation, out->logits);
+    try {
+      collect_row(plan.rows[i], runner.first_row(i), *out);
+    } catch (const std::bad_alloc&) {
+      failed.push_back(plan.rows[i].sequence->id());
     }
-    if (spec.hidden_states != OutputRange::none) {
-      append_hidden(spec.hidden_states == OutputRange::all ? fresh : generation,
-                    out->hidden_states);
-    }
-    const Rows prompt = fresh.until(sequence.num_prompt_tokens());
-    if (spec.pooling != Pooling::none) pool(sequence, prompt, *out);
-    if (spec.prompt_nll) score(sequence, prompt.until(sequence.num_prompt_tokens() - 1), *out);
-    out->next_position = fresh.end;
   }
+}
+
+void OutputCollector::collect_row(const ScheduledRow& row, int first_row, RequestOutputs& out) {
+  const Sequence& sequence = *row.sequence;
+  const OutputSpec& spec = sequence.request().outputs;
+  const int begin = sequence.num_computed();
+  const Rows all{begin, begin + row.num_tokens, first_row - begin};
+  const Rows fresh = all.from(out.next_position);
+  if (fresh.count() == 0) return;
+  const Rows generation = fresh.from(sequence.num_prompt_tokens() - 1);
+  if (spec.logits != OutputRange::none) {
+    append_logits(spec.logits == OutputRange::all ? fresh : generation, out.logits);
+  }
+  if (spec.hidden_states != OutputRange::none) {
+    append_hidden(spec.hidden_states == OutputRange::all ? fresh : generation, out.hidden_states);
+  }
+  const Rows prompt = fresh.until(sequence.num_prompt_tokens());
+  if (spec.pooling != Pooling::none) pool(sequence, prompt, out);
+  if (spec.prompt_nll) score(sequence, prompt.until(sequence.num_prompt_tokens() - 1), out);
+  out.next_position = fresh.end;
 }
 
 void OutputCollector::append_logits(const Rows& rows, std::vector<float>& out) {

@@ -15,10 +15,12 @@ class OutputCollector {
  public:
   OutputCollector(Model& model, const RequestRules& rules) : model_(model), rules_(rules) {}
 
-  // After the forward of `plan` and before its commit.
-  void collect(const StepPlan& plan, const ModelRunner& runner);
+  // After the forward of `plan` and before its commit. Appends to `failed` the requests whose outputs
+  // the host has no memory for.
+  void collect(const StepPlan& plan, const ModelRunner& runner, std::vector<RequestId>& failed);
 
  private:
+  void collect_row(const ScheduledRow& row, int first_row, RequestOutputs& out);
   // Positions [begin, end) of a sequence; position p is row p + offset of the step.
   struct Rows {
     int begin = 0;

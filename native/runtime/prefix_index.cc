@@ -104,25 +104,34 @@ void PrefixIndex::insert(BlockId block, BlockId parent, const BlockContent& cont
   TM_CHECK(!contains(block), "block %d is in the index", block);
   TM_CHECK(num_tokens >= min_common_ && num_tokens <= block_size_, "%d tokens of %d", num_tokens,
            block_size_);
-  Entry& made = entries_[static_cast<size_t>(block)];
+  Entry made;
   made.prefix = prefix_of(parent);
   made.parent = parent;
   made.num_tokens = num_tokens;
   made.images.assign(content.images.begin(), content.images.end());
+  made.head_key = key_of(made.prefix, content, min_common_);
+  const bool full = num_tokens == block_size_;
+  // What may fail comes first, so that the index changes as a whole or not at all.
+  const auto [newest, is_first] = newest_.try_emplace(made.head_key, block);
+  if (full) {
+    made.key = key_of(made.prefix, content, block_size_);
+    try {
+      full_.emplace(made.key, block);
+    } catch (...) {
+      if (is_first) newest_.erase(newest);
+      throw;
+    }
+    made.id = ++last_id_;
+  }
   std::copy(content.tokens.begin(), content.tokens.end(),
             tokens_.get() + static_cast<size_t>(block) * block_size_);
   if (parent >= 0) ++entries_[static_cast<size_t>(parent)].num_children;
-  if (num_tokens == block_size_) {
-    made.id = ++last_id_;
-    made.key = key_of(made.prefix, content, block_size_);
-    full_.emplace(made.key, block);
+  if (!is_first) {
+    made.older = newest->second;
+    entries_[static_cast<size_t>(made.older)].newer = block;
+    newest->second = block;
   }
-  made.head_key = key_of(made.prefix, content, min_common_);
-  const auto [newest, is_first] = newest_.try_emplace(made.head_key, block);
-  if (is_first) return;
-  made.older = newest->second;
-  entries_[static_cast<size_t>(made.older)].newer = block;
-  newest->second = block;
+  entries_[static_cast<size_t>(block)] = std::move(made);
 }
 
 void PrefixIndex::erase(BlockId block) {

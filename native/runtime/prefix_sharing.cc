@@ -1,6 +1,7 @@
 #include "runtime/prefix_sharing.h"
 
 #include <algorithm>
+#include <new>
 
 #include "base/error.h"
 
@@ -63,6 +64,14 @@ bool PrefixSharing::is_computing(std::span<const Sequence* const> others, const 
 
 void PrefixSharing::publish(Sequence& sequence, bool ends) {
   if (!enabled_ || !sequence.request().share_prefix) return;
+  try {
+    publish_computed(sequence, ends);
+  } catch (const std::bad_alloc&) {
+    // Without memory for the index a block is not found later: it is computed again.
+  }
+}
+
+void PrefixSharing::publish_computed(Sequence& sequence, bool ends) {
   const int block_size = blocks_.block_size();
   const int num_computed = sequence.num_computed();
   const PrefixIndex& index = blocks_.index();

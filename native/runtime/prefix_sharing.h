@@ -34,6 +34,7 @@ class PrefixSharing {
   void publish(Sequence& sequence, bool ends);
 
  private:
+  void publish_computed(Sequence& sequence, bool ends);
   // Blocks of `sequence` can be found behind what it has computed.
   bool at_boundary(const Sequence& sequence) const;
   PrefixId prefix_of(const Sequence& sequence, int block_idx) const;

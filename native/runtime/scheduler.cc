@@ -31,10 +31,20 @@ Scheduler::Scheduler(const SchedulerLimits& limits, BlockManager& blocks)
   TM_CHECK(images_.num_free() >= limits_.max_tiles, "%d tiles held, %d encoded in a step",
            images_.num_free(), limits_.max_tiles);
   running_.reserve(static_cast<size_t>(limits.max_batch_size));
-  plan_.rows.reserve(static_cast<size_t>(limits.max_batch_size));
-  plan_.saves.reserve(static_cast<size_t>(std::min(limits.swap.num_blocks, blocks.num_blocks())));
-  plan_.loads.reserve(plan_.saves.capacity());
-  saved_.reserve(static_cast<size_t>(limits.max_batch_size));
+  // Whatever a plan adds while it moves sequences and blocks has its place already: nothing can fail
+  // between two halves of a move.
+  const auto sequences = static_cast<size_t>(limits.max_batch_size);
+  saved_.reserve(sequences);
+  copied_.reserve(sequences);
+  computing_.reserve(sequences);
+  prefilling_.reserve(sequences);
+  for (StepPlan* plan : {&plan_, &ahead_}) {  // they change places
+    plan->rows.reserve(sequences);
+    plan->copies.reserve(sequences);
+    plan->tiles.reserve(static_cast<size_t>(limits.max_tiles));
+    plan->saves.reserve(static_cast<size_t>(std::min(limits.swap.num_blocks, blocks.num_blocks())));
+    plan->loads.reserve(plan->saves.capacity());
+  }
 }
 
 int Scheduler::max_sequence_tokens() const {
@@ -70,6 +80,9 @@ Admission Scheduler::add(Request request, Clock::time_point submitted) {
                      static_cast<int>(queued))};
     }
   }
+  // A preempted sequence comes back here.
+  const size_t all = waiting_.size() + running_.size() + 1;
+  if (waiting_.capacity() < all) waiting_.reserve(2 * all);
   may_join_ = true;
   const Rank rank{submitted - request.priority * kPriorityStep, num_added_++};
   auto sequence = std::make_unique<Sequence>(std::move(request), submitted, max_sequence_tokens(),

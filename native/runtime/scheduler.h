@@ -115,6 +115,7 @@ class Scheduler {
 
   // Each ends sequences early: their blocks are free when it returns.
   std::optional<Event> abort(RequestId id);
+  std::optional<Event> fail(RequestId id, const Error& error);
   std::vector<Event> abort_all();
   std::vector<Event> fail_planned(const Error& error);  // the sequences of the current plan
   std::vector<Event> fail_all(const Error& error);
@@ -159,6 +160,7 @@ class Scheduler {
   void observe_step(Clock::time_point now);
   int growing_sequences() const;
   void forget(const Sequence& sequence);  // it ends; a step on the device may still hold its row
+  void remove(const Sequence& sequence);
   void forget_plans();
   int max_sequence_tokens() const;
   void drop_finished();

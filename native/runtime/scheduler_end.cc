@@ -59,18 +59,26 @@ void Scheduler::drop_finished() {
 }
 
 std::optional<Event> Scheduler::abort(RequestId id) {
-  const auto matches = [id](const Owner& s) { return s->id() == id; };
-  const auto end = [this, &matches](auto& owners) -> std::optional<Event> {
-    const auto found = std::find_if(owners.begin(), owners.end(), matches);
-    if (found == owners.end()) return std::nullopt;
-    forget(**found);
-    sharing_.publish(**found, true);
-    const Event event = final_event(**found, FinishReason::abort);
-    owners.erase(found);
-    return event;
-  };
-  if (std::optional<Event> event = end(running_)) return event;
-  return end(waiting_);
+  Sequence* sequence = find(id);
+  if (sequence == nullptr) return std::nullopt;
+  Event event = final_event(*sequence, FinishReason::abort);
+  sharing_.publish(*sequence, true);
+  remove(*sequence);
+  return event;
+}
+
+std::optional<Event> Scheduler::fail(RequestId id, const Error& error) {
+  Sequence* sequence = find(id);
+  if (sequence == nullptr) return std::nullopt;
+  Event event = error_event(*sequence, error);
+  remove(*sequence);
+  return event;
+}
+
+void Scheduler::remove(const Sequence& sequence) {
+  forget(sequence);
+  const auto is_it = [&sequence](const Owner& s) { return s.get() == &sequence; };
+  if (std::erase_if(running_, is_it) == 0) std::erase_if(waiting_, is_it);
 }
 
 std::vector<Event> Scheduler::abort_all() {
@@ -112,15 +120,16 @@ std::vector<Event> Scheduler::fail_all(const Error& error) {
 
 std::vector<Event> Scheduler::expire(Clock::time_point now) {
   std::vector<Event> events;
-  std::erase_if(waiting_, [&](const Owner& s) {
-    if (!s->expired(now)) return false;
+  const auto has_expired = [now](const Owner& s) { return s->expired(now); };
+  for (const Owner& s : waiting_) {
+    if (!has_expired(s)) continue;
     events.push_back(error_event(
         *s, Error(ErrorCode::deadline,
                   format("the request waited longer for its first step than queueTimeoutMs (%g ms) "
                          "allows; allow more, or try again when fewer requests run",
                          s->request().queue_timeout_ms))));
-    return true;
-  });
+  }
+  if (!events.empty()) std::erase_if(waiting_, has_expired);
   return events;
 }
 

@@ -19,7 +19,7 @@ const { values: flags } = parseArgs({
     only: { type: 'string', default: '' },
   },
 });
-const { pipeline } = await import(pathToFileURL(join(root, 'dist', 'index.js')));
+const { estimate, pipeline } = await import(pathToFileURL(join(root, 'dist', 'index.js')));
 const { nativeOptions } = await import(pathToFileURL(join(root, 'dist', 'native-options.js')));
 const { resolvePipelineOptions } = await import(pathToFileURL(join(root, 'dist', 'options.js')));
 const { loadNative } = await import(pathToFileURL(join(root, 'dist', 'native.js')));
@@ -238,6 +238,87 @@ async function batchInvariance() {
   }
 }
 await check('bitwise: alone, in a batch of 64 with mixed prefills, run to run', batchInvariance);
+
+// A pool that holds a fraction of what runs: sequences are preempted to pinned host memory, or computed
+// again, and answer as they do alone. Without sharing, so that nothing is found in the pool instead.
+const PREEMPTED = { sessionLen: 1024, maxPrefillTokenNum: 256, enablePrefixCaching: false };
+async function preempted(quantPolicy, swapSpaceBytes) {
+  const { kvBlockBytes } = await estimate(AWQ, { device: flags.device, ...PREEMPTED, quantPolicy });
+  const pool = { ...PREEMPTED, quantPolicy, kvCacheBytes: 24 * kvBlockBytes };
+  const pipe = await open(AWQ, { ...pool, swapSpaceBytes: swapSpaceBytes * kvBlockBytes });
+  try {
+    const text = 'The quick brown fox jumps over the lazy dog. ';
+    const prompts = Array.from({ length: 14 }, (_, i) => text.repeat(1 + (i % 9)).slice(i));
+    const batch = [...prompts, ...golden.slice(0, 6).map(toMessages)];
+    const settings = { maxNewTokens: 160, ignoreEos: true, logprobs: 3 };
+    const together = await pipe(batch, settings);
+    const { preemptions, swapsOut, swapsIn, swapBlocks, freeSwapBlocks } = pipe.stats();
+    for (const [i, prompt] of batch.entries()) {
+      mustMatch(together[i], await pipe(prompt, settings), `request ${i}, alone`);
+    }
+    const seen = { preemptions, swapsOut, swapsIn, swapBlocks };
+    must(preemptions > 0, `nobody was preempted: ${JSON.stringify(seen)}`);
+    must(freeSwapBlocks === swapBlocks, `${swapBlocks - freeSwapBlocks} slots are not back`);
+    must(swapsIn > 0 === swapBlocks > 0, `no swap: ${JSON.stringify(seen)}`);
+    mustHold(pipe.memory());
+    return { quantPolicy, ...seen };
+  } finally {
+    await pipe.close();
+  }
+}
+
+// The plan bounds what was really taken: each part of it, all together, and as the driver counts.
+function mustHold(report) {
+  const { use, reserveBytes: reserve } = report;
+  const parts = [
+    ['decoder', use.decoderBytes, report.weightBytes + report.activationBytes],
+    ['vision', use.visionBytes, report.visionWeightBytes + report.visionActivationBytes],
+    ['workspace', use.workspaceBytes, report.scratchBytes + report.samplingBytes],
+    ['KV cache', use.kvCacheBytes, report.kvCacheBytes],
+    ['image embeddings', use.imageEmbeddingBytes, report.imageEmbeddingBytes],
+  ];
+  for (const [name, taken, planned] of parts) {
+    must(taken <= planned + reserve, `${name}: ${taken} bytes taken, ${planned} planned`);
+  }
+  const { allocatedBytes, totalBytes, freeBytes, deviceFreeBytes } = report;
+  must(allocatedBytes <= totalBytes, `${allocatedBytes} bytes taken, ${totalBytes} planned`);
+  // Others on the GPU may take memory meanwhile; nobody should in this test.
+  const driver = freeBytes - deviceFreeBytes;
+  must(driver <= totalBytes, `the driver counts ${driver} bytes, ${totalBytes} are planned`);
+  return { totalBytes, allocatedBytes, driverBytes: driver, parts };
+}
+await check(
+  'preempted to host memory and back, KV of 16, 8 and 4 bits: tokens as alone',
+  async () => {
+    const runs = [];
+    for (const [quantPolicy, swapBlocks] of [
+      [0, 256],
+      [0, 0],
+      [8, 256],
+      [4, 256],
+    ]) {
+      runs.push(await preempted(quantPolicy, swapBlocks));
+    }
+    return { runs };
+  },
+);
+await check('the memory plan holds, after loading and after work', async () => {
+  const pipe = await open(AWQ, { maxBatchSize: 64, cacheMaxEntryCount: 0.05 });
+  try {
+    const loaded = mustHold(pipe.memory());
+    const settings = { maxNewTokens: 48, ignoreEos: true };
+    await pipe(golden.map(toMessages), settings);
+    await pipe('Hello', { ...settings, doSample: true, logprobs: 5 });
+    const worked = mustHold(pipe.memory());
+    must(
+      worked.allocatedBytes === loaded.allocatedBytes,
+      `${worked.allocatedBytes - loaded.allocatedBytes} bytes were taken after loading`,
+    );
+    return { loaded, worked };
+  } finally {
+    await pipe.close();
+  }
+});
 
 await check('the same sampled tokens for the same seed, alone and in a batch', async () => {
   const pipe = await open(AWQ);

@@ -71,7 +71,7 @@ const PIPELINE: Samples<PipelineOptions> = {
   sessionLen: { value: 2000 },
   maxBatchSize: { value: 4 },
   maxPrefillTokenNum: { value: 100 },
-  cacheMaxEntryCount: { value: 0.5 },
+  cacheMaxEntryCount: { value: 0.4 },
   kvCacheBytes: { value: 2 ** 20 },
   memoryBudgetBytes: { value: 2 ** 28 },
   swapSpaceBytes: { value: 2 ** 26 },

@@ -46,6 +46,16 @@ describe('pipe.metrics()', () => {
     expect(histograms.queueSeconds).toMatchObject({ count: 3, sum: 0.003 });
     expect(histograms.completionTokens).toMatchObject({ count: 3, sum: 10 });
     expect(histograms.requestSeconds.count).toBe(3);
+    // The engine's own counts, summed up.
+    expect(histograms.stepSeconds).toEqual({
+      buckets: [
+        { le: 0.01, count: 2 },
+        { le: 0.1, count: 3 },
+        { le: Number.POSITIVE_INFINITY, count: 3 },
+      ],
+      sum: 0.06,
+      count: 3,
+    });
     await pipe.close();
   });
 
@@ -70,6 +80,9 @@ describe('registerMetrics', () => {
     expect(text).toContain('# TYPE turbomind_requests_finished_total counter');
     expect(text).toContain('turbomind_requests_finished_total{reason="stop",model="tiny"} 1');
     expect(text).toContain('turbomind_completion_tokens_total{model="tiny"} 4');
+    expect(text).toContain('turbomind_preemptions_total{by="recompute",model="tiny"} 0');
+    expect(text).toContain('turbomind_preemptions_total{by="swap",model="tiny"} 0');
+    expect(text).toContain('turbomind_step_seconds_bucket{le="0.1",model="tiny"} 3');
     expect(text).toContain('# TYPE turbomind_inter_token_seconds histogram');
     expect(text).toContain('turbomind_inter_token_seconds_bucket{le="+Inf",model="tiny"} 3');
     expect(text).toContain('turbomind_inter_token_seconds_count{model="tiny"} 3');

@@ -476,7 +476,7 @@ TEST("a second failing step in a row, or a lost device, ends the engine with ans
     Setup s(Stepping::manual, {.max_batch_size = 1});
     s.model->on_forward = [device] {
       if (device) throw Error(ErrorCode::device_error, "scripted loss");
-      throw std::bad_alloc();
+      throw std::runtime_error("scripted failure");
     };
     for (RequestId id = 1; id <= 4; ++id) s.engine->submit(text_request(id, 5, 3));
     s.run_all();
@@ -484,7 +484,7 @@ TEST("a second failing step in a row, or a lost device, ends the engine with ans
     EXPECT_EQ(s.events.num_ended(), size_t{4});
     const Event last = s.events.at(4).last;
     EXPECT(last.finish_reason == FinishReason::error);
-    EXPECT(last.error_code == (device ? ErrorCode::device_error : ErrorCode::out_of_memory));
+    EXPECT(last.error_code == (device ? ErrorCode::device_error : ErrorCode::internal));
     EXPECT(last.error_message.find("opened again") != std::string::npos);
     s.model->on_forward = nullptr;
     s.engine->submit(text_request(5, 5, 3));
@@ -493,6 +493,22 @@ TEST("a second failing step in a row, or a lost device, ends the engine with ans
     EXPECT_ERROR(s.engine->prompt_logits(text_request(6, 5, 3)), last.error_code);
     EXPECT_EQ(s.engine->stats().free_blocks, 64);
   }
+}
+
+TEST("a host without memory ends the requests of its steps, however many, and not the engine") {
+  Setup s(Stepping::manual, {.max_batch_size = 1});
+  s.model->on_forward = [] { throw std::bad_alloc(); };
+  for (RequestId id = 1; id <= 4; ++id) s.engine->submit(text_request(id, 5, 3));
+  s.run_all();
+  for (RequestId id = 1; id <= 4; ++id) {
+    EXPECT(s.events.at(id).last.error_code == ErrorCode::out_of_memory);
+    EXPECT(s.events.at(id).last.error_message.find("opened again") == std::string::npos);
+  }
+  s.model->on_forward = nullptr;
+  s.engine->submit(text_request(5, 5, 3));
+  s.run_all();
+  s.expect_same_as_alone(text_request(5, 5, 3));
+  EXPECT_EQ(s.engine->stats().free_blocks, 64);
 }
 
 TEST("a row that cannot be sampled ends with the reason, the rest of its batch goes on") {

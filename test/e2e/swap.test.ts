@@ -96,7 +96,11 @@ describe('the swap space in the plan', () => {
   });
 
   test.each([
-    [{ swapSpaceBytes: 1000 }, 'ERR_TM_INVALID_ARGUMENT', /swapSpaceBytes is 1000, less than one KV/],
+    [
+      { swapSpaceBytes: 1000 },
+      'ERR_TM_INVALID_ARGUMENT',
+      /swapSpaceBytes is 1000, less than one KV/,
+    ],
     [{ swapSpaceBytes: -1 }, 'ERR_TM_INVALID_OPTION', /swapSpaceBytes/],
     [
       { swapSpaceBytes: 2 ** 50, maxBatchSize: 4096, sessionLen: 2048 },

@@ -4,6 +4,7 @@
 //   node scripts/gpu/test-gpu.mjs [--out DIR] [--device cuda] [--bf16 FOLDER] [--only TEXT]
 // --only: the checks with TEXT in their name (under compute-sanitizer all of them take hours).
 import { execFileSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
@@ -59,6 +60,16 @@ function must(condition, message) {
 const open = (folder, options = {}) => pipeline(folder, { device: flags.device, ...options });
 
 const golden = JSON.parse(readFileSync(join(fixtures, 'golden.json'), 'utf8')).items;
+// Each golden file names its weights by their SHA-256: the embedded model's, or an older model's.
+function goldenOf(folder, variant) {
+  const weights = readFileSync(join(folder, 'model.safetensors'));
+  const digest = createHash('sha256').update(weights).digest('hex');
+  for (const name of ['golden.json', 'golden-first.json']) {
+    const file = JSON.parse(readFileSync(join(fixtures, name), 'utf8'));
+    if (file.weights[variant] === digest) return file.items;
+  }
+  throw new Error(`no golden file speaks of the ${variant} weights in ${folder}`);
+}
 function toMessages({ messages, images }) {
   const files = [...images];
   return messages.map(({ role, content }) => ({
@@ -84,6 +95,7 @@ async function divergence(exact, item, response, wantedIds) {
 }
 
 async function goldenParity(folder, variant, dtype) {
+  const golden = goldenOf(folder, variant);
   const pipe = await open(folder, { dtype });
   const allowed = ACCURACY[dtype];
   try {

@@ -215,9 +215,11 @@ describe('penalties and biases', () => {
 describe('choices and hooks', () => {
   test('n choices are n requests with the seeds one after the other', async () => {
     const options = { doSample: true, temperature: 1.5, maxNewTokens: 20 } as const;
-    const { choices } = await pipe(PROMPT, { ...options, n: 4, randomSeed: 100 });
+    // Nothing it was trained for: of what it knows, the model is too sure for two answers to differ.
+    const prompt = 'Sort these words: b, a';
+    const { choices } = await pipe(prompt, { ...options, n: 4, randomSeed: 100 });
     const single = await pipe(
-      Array.from({ length: 4 }, () => PROMPT),
+      Array.from({ length: 4 }, () => prompt),
       Array.from({ length: 4 }, (_, i) => ({ ...options, randomSeed: 100 + i })),
     );
     expect(choices?.map(({ tokenIds }) => tokenIds)).toEqual(

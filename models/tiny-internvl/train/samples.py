@@ -11,7 +11,7 @@ from textgen import NO_IMAGE, TextGen
 
 TILE_TOKENS = 64
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
-TOKENIZER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tokenizer.json")
+TOKENIZER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tokenizer.json")
 IMAGE = object()                      # marks an image inside the list of parts of a message
 TASKS = ["line", "lines", "multi", "receipt", "scene", "chart", "sum", "chat"]
 

@@ -16,8 +16,10 @@ for (const [name, step] of [
   }
 }
 
-const picture = join('examples', 'shapes.png');
-ask('What colour is the largest shape?', picture);
+const receipt = join('examples', 'receipt.png');
+ask('Read the receipt.', receipt);
+ask('What is the total?', receipt);
+ask('What colour is the largest shape?', join('examples', 'shapes.png'));
 ask('What is 27 + 45?');
 ask('Reverse the word cat.');
 

@@ -29,7 +29,8 @@ const PROMPTS = [
   { text: 'What is in the picture?', images: [fixture('10-shapes-224x224.png')] },
   'Reverse the word cat.',
 ];
-const LONG = { maxNewTokens: 70, ignoreEos: true };
+// The three texts alone pass the pool, so that blocks run out whenever the picture arrives.
+const LONG = { maxNewTokens: 150, ignoreEos: true };
 
 async function preempting(options: PipelineOptions) {
   const pipe = await open(options);

@@ -312,7 +312,10 @@ class Backend {
   // step meanwhile. `launch_sample` starts it and keeps nothing of `args`; it answers false, having
   // done nothing, where these rows cannot be drawn without the host: sample() can. Two may be
   // launched at once, and the second step may name rows of the first in `fed_from`.
-  virtual bool launch_sample(const SampleArgs& args) { return false; }
+  virtual bool launch_sample(const SampleArgs& args) {
+    (void)args;
+    return false;
+  }
   // Waits for the oldest launch and answers its [R] results; throws as sample() does.
   virtual void collect_sample(std::span<SampleResult> results) {
     TM_CHECK(false, "collect_sample of %zu rows without a launch", results.size());

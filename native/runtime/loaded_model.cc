@@ -1,6 +1,7 @@
 #include "runtime/loaded_model.h"
 
 #include <algorithm>
+#include <future>
 #include <numeric>
 #include <utility>
 
@@ -14,6 +15,8 @@
 namespace turbomind {
 namespace {
 
+using HostMemory = std::future<std::unique_ptr<Buffer>>;
+
 // The real model behind the runner's seam. Members die in reverse order: weights may view the
 // store's mapping, and everything lives on the backend.
 class LoadedModel final : public Model {
@@ -24,8 +27,11 @@ class LoadedModel final : public Model {
   void load(const ModelSpec& spec, const MemoryPlan& steps, const ProgressFn& progress,
             MemoryUse& use);
   void make_cache(const KvCacheSpec& spec) { cache_ = backend_->make_kv_cache(spec); }
-  // Host memory for `num_blocks` blocks; answers what copying a block takes, either way, in ms.
-  double make_swap_space(int num_blocks);
+  // Host memory for `num_blocks` blocks. A device's is taken on a thread of its own beside what loads
+  // meanwhile, since pinning a GiB costs about a third of a second; the CPU's when it is asked for.
+  HostMemory start_swap_space(const KvCacheSpec& spec, int num_blocks, bool device_is_host);
+  // Answers what copying a block takes, either way, in ms.
+  double make_swap_space(int num_blocks, HostMemory taken);
   Backend& backend() { return *backend_; }
   // Bytes on the device that `take` leaves taken.
   template <class Take>
@@ -135,13 +141,21 @@ void LoadedModel::for_each_run(std::span<const SwapMove> moves, Move&& move) {
   }
 }
 
-double LoadedModel::make_swap_space(int num_blocks) {
+HostMemory LoadedModel::start_swap_space(const KvCacheSpec& spec, int num_blocks,
+                                         bool device_is_host) {
+  if (num_blocks == 0) return {};
+  const size_t bytes = static_cast<size_t>(num_blocks) * backend_->kv_block_bytes(spec);
+  return std::async(device_is_host ? std::launch::deferred : std::launch::async,
+                    [backend = backend_.get(), bytes] { return backend->allocate_host(bytes); });
+}
+
+double LoadedModel::make_swap_space(int num_blocks, HostMemory taken) {
   if (num_blocks == 0) return 0;
   constexpr size_t kTimedBytes = size_t{32} << 20;
   const KvCacheSpec& spec = cache_->spec();
   block_bytes_ = backend_->kv_block_bytes(spec);
   try {
-    swap_ = backend_->allocate_host(static_cast<size_t>(num_blocks) * block_bytes_);
+    swap_ = taken.get();
   } catch (const Error& error) {
     throw Error(
         ErrorCode::out_of_memory,
@@ -252,13 +266,15 @@ EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> ba
   parts.memory = planned.memory;
   parts.session_len = session_len_of(options);
   MemoryUse use;
+  HostMemory swap = model->start_swap_space(planned.cache, parts.memory.num_swap_blocks,
+                                            parts.memory.parts.device_is_host);
   model->load(options.spec, parts.memory, progress, use);
   use.workspace = model->taken_by([&] {
     device.reserve_workspace(
         workspace_of(device, options.spec, parts.memory, planned.cache, parts.session_len));
   });
   use.kv_cache = model->taken_by([&] { model->make_cache(planned.cache); });
-  parts.swap_block_ms = model->make_swap_space(parts.memory.num_swap_blocks);
+  parts.swap_block_ms = model->make_swap_space(parts.memory.num_swap_blocks, std::move(swap));
   use.swap = parts.memory.parts.swap;
   use.allocated = model->allocated_bytes();
   use.device_free = model->device_free_bytes();

@@ -47,8 +47,8 @@ for test in cuda_pointwise_test cuda_sample_test cuda_upload_test cuda_gemm_test
 done
 if [ $sanitize -eq 1 ]; then
   for tool in memcheck racecheck; do
-    for test in cuda_pointwise_test cuda_gemm_test cuda_attention_test cuda_backend_test; do
-      few=; [ "$test" = cuda_gemm_test ] && few=quick
+    for test in cuda_pointwise_test cuda_gemm_test cuda_attention_test cuda_sample_test cuda_backend_test; do
+      few=; case $test in cuda_gemm_test|cuda_attention_test|cuda_sample_test) few=quick ;; esac
       run "$tool-$test" timeout "${TURBOMIND_SANITIZE_SECONDS:-240}" compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/test/kernels/$test" $few
     done
   done

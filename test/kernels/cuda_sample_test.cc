@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string_view>
 
 #include "gpu_test.h"
 
@@ -138,12 +139,17 @@ Case random_case(Random& random, int64_t vocab, int shape) {
   return c;
 }
 
+// For compute-sanitizer, which takes a hundredfold: one small and one large vocabulary, few rounds.
+bool quick = false;
+
 TEST("random rows: tokens and log-probabilities are the host's to the bit") {
-  for (const int64_t vocab : {int64_t{1}, int64_t{5}, int64_t{64}, int64_t{1000}, int64_t{4097}, int64_t{151674}, int64_t{152064}}) {
+  const std::vector<int64_t> all = {1, 5, 64, 1000, 4097, 151674, 152064};
+  const std::vector<int64_t> few = {64, 4097};
+  for (const int64_t vocab : quick ? few : all) {
     Bench bench(vocab);
     Random random(static_cast<uint32_t>(vocab));
     int wrong = 0;
-    for (int round = 0; round < (vocab > 100000 ? 12 : 40); ++round) {
+    for (int round = 0; round < (quick ? 3 : vocab > 100000 ? 12 : 40); ++round) {
       std::vector<Case> cases;
       for (int r = 0; r < kRows; ++r) cases.push_back(random_case(random, vocab, (round + r) % 8));
       wrong += compare(bench, cases, "random");
@@ -153,11 +159,12 @@ TEST("random rows: tokens and log-probabilities are the host's to the bit") {
 }
 
 TEST("many draws of one row are the host's, so the distribution is") {
-  Bench bench(151674);
+  const int64_t vocab = quick ? 4097 : 151674;
+  Bench bench(vocab);
   Random random(11);
-  const std::vector<float> logits = random.floats(151674, 2.5F);
+  const std::vector<float> logits = random.floats(static_cast<size_t>(vocab), 2.5F);
   int wrong = 0;
-  for (uint32_t index = 0; index < 24; ++index) {
+  for (uint32_t index = 0; index < (quick ? 2U : 24U); ++index) {
     std::vector<Case> cases(kRows);
     for (int r = 0; r < kRows; ++r) {
       cases[static_cast<size_t>(r)].logits = logits;
@@ -254,7 +261,9 @@ TEST("sampling again allocates nothing") {
 
 }  // namespace
 
-int main() {
+// `cuda_sample_test quick` for compute-sanitizer.
+int main(int argc, char** argv) {
+  quick = argc > 1 && std::string_view(argv[1]) == "quick";
   require_device();
   return turbomind::test::run_all();
 }

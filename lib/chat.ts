@@ -1,19 +1,12 @@
-// Messages to prompt ids: renders the chat template, encodes it, and grows each image placeholder
-// to its image tokens. Text of messages can never write special tokens. Runs on the JS thread.
+// Messages to prompt ids: has the chat format render them, encodes the text, and grows each image
+// placeholder to its image tokens. Text of messages can never write special tokens. How messages
+// become text is chat-template.ts's. Runs on the JS thread.
 
-import { Template } from '@huggingface/jinja';
-import { CHAT_FORMATS, type ChatFormat, findChatFormat } from './chat-formats.js';
+import { createFormat, type Format, invalidPrompt, type RenderOptions } from './chat-template.js';
 import type { Checkpoint, ImageSettings } from './checkpoint/checkpoint.js';
 import { TurbomindError } from './errors.js';
-import { type ChatMessage, type ChatRole, type ContentPart, imagesOf } from './messages.js';
-import { type Tokenizer, tokensPattern, tokenText } from './tokenizer.js';
-
-export interface RenderOptions {
-  /** End the prompt where the model's answer begins. Default true. */
-  readonly addGenerationPrompt?: boolean;
-  /** More variables for the template, such as `enable_thinking`. */
-  readonly variables?: Readonly<Record<string, unknown>>;
-}
+import { type ChatMessage, type ContentPart, imagesOf } from './messages.js';
+import { type Tokenizer, tokensPattern } from './tokenizer.js';
 
 export interface ImageSpan {
   /** First image token in `ids`. */
@@ -31,17 +24,6 @@ export interface BuiltPrompt {
 
 /** The placeholder of older `-hf` templates, which their processor expands. */
 const OLD_PLACEHOLDER = '<image>';
-
-/** What a message's content becomes for the template: its list of parts, or one string. */
-type ContentForm = 'parts' | 'string';
-
-/** Values the template gets; `content` is a string or a list of parts. */
-interface TemplateMessage {
-  readonly role: ChatRole;
-  readonly content: string | readonly TemplatePart[];
-}
-
-type TemplatePart = { readonly type: 'image' } | { readonly type: 'text'; readonly text: string };
 
 /** A rendered prompt; `mark` breaks the special tokens that message texts wrote. */
 interface Rendered {
@@ -241,168 +223,4 @@ function wrapPlaceholders(text: string, image: ImageSettings, numImages: number)
     );
   }
   return wrapped;
-}
-
-/** How messages become text. */
-interface Format {
-  /** Whether the tokenizer adds its BOS token; a template writes its own. */
-  readonly addSpecialTokens: boolean;
-  render(messages: readonly ChatMessage[], options: RenderOptions): string;
-}
-
-function createFormat(checkpoint: Checkpoint): Format {
-  const { chatTemplate, image } = checkpoint;
-  const placeholder = `${image?.contextToken ?? ''}\n`;
-  if (chatTemplate === undefined) return PLAIN_FORMAT;
-  if (chatTemplate.type === 'jinja') {
-    return new JinjaFormat(chatTemplate.template, templateTokens(checkpoint), placeholder);
-  }
-  const format = findChatFormat(chatTemplate.name);
-  if (format === undefined) {
-    const known = CHAT_FORMATS.map((candidate) => candidate.name).join(', ');
-    throw new TurbomindError(
-      'ERR_TM_INVALID_TEMPLATE',
-      `config.json: template is "${chatTemplate.name}"; supported without a Jinja template: ` +
-        `${known}; or add a chat_template.jinja to the folder`,
-    );
-  }
-  return namedFormat(format, placeholder);
-}
-
-/** A model without a chat format continues text. */
-const PLAIN_FORMAT: Format = {
-  addSpecialTokens: true,
-  render: (messages) => {
-    const [message, ...others] = messages;
-    const parts = message?.content ?? [];
-    if (
-      message?.role !== 'user' ||
-      others.length > 0 ||
-      parts.some(({ type }) => type !== 'text')
-    ) {
-      throw invalidPrompt(
-        'this model has no chat template, so it takes plain text only: pass a string, or add a ' +
-          'chat_template.jinja to the model folder',
-      );
-    }
-    return flatten(parts, '');
-  },
-};
-
-function namedFormat(format: ChatFormat, placeholder: string): Format {
-  return {
-    addSpecialTokens: true,
-    render: (messages, { addGenerationPrompt = true }) => {
-      const { systemText, separator } = format;
-      const turn = (role: ChatRole, text: string): string =>
-        `<|im_start|>${role}\n${text}${separator}`;
-      const system = messages[0]?.role === 'system' ? '' : turn('system', systemText);
-      const turns = messages.map(({ role, content }) => turn(role, flatten(content, placeholder)));
-      return `${system}${turns.join('')}${addGenerationPrompt ? '<|im_start|>assistant\n' : ''}`;
-    },
-  };
-}
-
-/** The special tokens that templates refer to by name. */
-function templateTokens(checkpoint: Checkpoint): Record<string, string> {
-  const names = ['bos_token', 'eos_token', 'pad_token', 'unk_token'];
-  return Object.fromEntries(
-    names.flatMap((name) => {
-      const text = tokenText(checkpoint.tokenizerConfig[name]);
-      return text === undefined ? [] : [[name, text]];
-    }),
-  );
-}
-
-const PROBE = 'turbomind probe';
-
-class JinjaFormat implements Format {
-  readonly addSpecialTokens = false;
-  readonly #template: Template;
-  readonly #tokens: Readonly<Record<string, string>>;
-  readonly #placeholder: string;
-  readonly #forms = new Map<ChatRole, ContentForm>();
-
-  constructor(template: string, tokens: Record<string, string>, placeholder: string) {
-    try {
-      this.#template = new Template(template);
-    } catch (cause) {
-      throw invalidTemplate('cannot be compiled', cause);
-    }
-    this.#tokens = tokens;
-    this.#placeholder = placeholder;
-  }
-
-  render(messages: readonly ChatMessage[], options: RenderOptions): string {
-    const shaped = messages.map(({ role, content }): TemplateMessage => {
-      return { role, content: this.#shape(role, content) };
-    });
-    try {
-      return this.#run(shaped, options);
-    } catch (cause) {
-      throw invalidTemplate('cannot render these messages', cause);
-    }
-  }
-
-  #run(messages: readonly TemplateMessage[], options: RenderOptions): string {
-    return this.#template.render({
-      ...this.#tokens,
-      ...options.variables,
-      messages,
-      add_generation_prompt: options.addGenerationPrompt ?? true,
-    });
-  }
-
-  #shape(role: ChatRole, content: readonly ContentPart[]): TemplateMessage['content'] {
-    if (this.#formOf(role) === 'string') return flatten(content, this.#placeholder);
-    return content.map((part) =>
-      part.type === 'text' ? { type: 'text', text: part.text } : { type: 'image' },
-    );
-  }
-
-  /** Templates read content as a string, as a list, or as either; trying is the only way to know. */
-  #formOf(role: ChatRole): ContentForm {
-    const known = this.#forms.get(role);
-    if (known !== undefined) return known;
-    const form = this.#takesParts(role) ? 'parts' : 'string';
-    this.#forms.set(role, form);
-    return form;
-  }
-
-  #takesParts(role: ChatRole): boolean {
-    const probe: TemplateMessage = { role, content: [{ type: 'text', text: PROBE }] };
-    const user: TemplateMessage = { role: 'user', content: this.#shapeProbe(role) };
-    const conversations: Record<ChatRole, TemplateMessage[]> = {
-      user: [probe],
-      system: [probe, user],
-      assistant: [user, probe],
-    };
-    try {
-      const text = this.#run(conversations[role], {});
-      // A list that was printed instead of read shows its keys.
-      return text.includes(PROBE) && !/["']type["']/.test(text);
-    } catch {
-      return false; // the template wants strings
-    }
-  }
-
-  /** Content of the user message beside a probed one, in the form that user messages take. */
-  #shapeProbe(role: ChatRole): TemplateMessage['content'] {
-    return role === 'user' ? '' : this.#shape('user', [{ type: 'text', text: 'x' }]);
-  }
-}
-
-function flatten(content: readonly ContentPart[], placeholder: string): string {
-  return content.map((part) => (part.type === 'text' ? part.text : placeholder)).join('');
-}
-
-function invalidPrompt(message: string): TurbomindError {
-  return new TurbomindError('ERR_TM_INVALID_PROMPT', `invalid prompt: ${message}`);
-}
-
-function invalidTemplate(problem: string, cause: unknown): TurbomindError {
-  const reason = cause instanceof Error ? cause.message : String(cause);
-  return new TurbomindError('ERR_TM_INVALID_TEMPLATE', `the chat template ${problem}: ${reason}`, {
-    cause,
-  });
 }

@@ -105,6 +105,9 @@ function show(value: unknown): string {
   return String(value);
 }
 
+/** The largest count that the addon's 32-bit integers hold. */
+export const MAX_INT32: number = 2 ** 31 - 1;
+
 /** An integer in [min, max]. */
 export function integer(min: number, max: number = Number.MAX_SAFE_INTEGER): Rule {
   const range = max === Number.MAX_SAFE_INTEGER ? `of at least ${min}` : `from ${min} to ${max}`;

@@ -1,6 +1,7 @@
 // Token ids to text, one by one: never half a character, and never text behind a stop string.
 // Runs on the JS thread; one object per request; work is linear in the text.
 
+import { TurbomindError } from './errors.js';
 import { StopMatcher } from './stop-matcher.js';
 import type { Tokenizer } from './tokenizer.js';
 
@@ -156,4 +157,33 @@ export class TextStream {
     if (piece.stop === undefined) return { text: piece.text };
     return { text: piece.text, match: { stop: piece.stop, tokenIndex: this.#numTokens - 1 } };
   }
+}
+
+/**
+ * Token ids to the whole text.
+ * @throws TurbomindError ERR_TM_INVALID_ARGUMENT for what is no token id.
+ */
+export function decodeIds(
+  tokenizer: Tokenizer,
+  ids: Iterable<number>,
+  options: { readonly skipSpecialTokens?: boolean },
+): string {
+  const stream = new TextStream(tokenizer, options);
+  let text = '';
+  for (const id of iterable(ids)) {
+    if (!Number.isInteger(id) || id < 0) throw notIds(id);
+    text += stream.push(id).text;
+  }
+  return text + stream.flush().text;
+}
+
+// Types may lie in plain JavaScript.
+function iterable(ids: Iterable<number>): Iterable<number> {
+  if (typeof ids === 'object' && ids !== null && Symbol.iterator in ids) return ids;
+  throw notIds(ids);
+}
+
+function notIds(given: unknown): TurbomindError {
+  const message = `decode: ${String(given)} is not a token id; expected a list of ids from 0 on`;
+  return new TurbomindError('ERR_TM_INVALID_ARGUMENT', message);
 }

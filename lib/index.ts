@@ -4,6 +4,8 @@ export type { CallOptions } from './call.js';
 export type { Device } from './device.js';
 export type { LoadAttempt, TurbomindErrorCode } from './errors.js';
 export { BackendNotFoundError, TurbomindError } from './errors.js';
+export type { EstimateOptions } from './estimate.js';
+export { estimate } from './estimate.js';
 export type { HistogramSnapshot } from './histogram.js';
 export type {
   ChatMessageInput,
@@ -19,6 +21,7 @@ export type {
 export type { PipelineMetrics } from './metrics.js';
 export type { MetricsRegistry, RegisterMetricsOptions } from './metrics-registry.js';
 export type { MemoryReport, NativeStats } from './native-types.js';
+export { pipeline } from './open-pipeline.js';
 export type {
   GenerationOptions,
   ImageFetchOptions,
@@ -29,8 +32,8 @@ export type {
   QuantPolicy,
   SpeculativeConfig,
 } from './options.js';
-export type { EstimateOptions, PipelineInfo } from './pipeline.js';
-export { estimate, Pipeline, pipeline } from './pipeline.js';
+export { Pipeline } from './pipeline.js';
+export type { PipelineInfo } from './pipeline-parts.js';
 export type { EmbedOptions, GetPplOptions, RawPrompt } from './prompt-job.js';
 export type {
   FinishReason,

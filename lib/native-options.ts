@@ -1,6 +1,7 @@
-// A pipeline's options → those of the addon, with what a device decides filled in. The one place that
-// lists them all. Pure functions.
+// A pipeline's options → those of the addon, with what a device decides filled in and what it cannot
+// honour refused. The one place that lists them all. Pure functions.
 import type { ResolvedDevice } from './device.js';
+import { TurbomindError } from './errors.js';
 import type { NativeOpenOptions } from './native-types.js';
 import type { ResolvedPipelineOptions } from './options.js';
 
@@ -51,4 +52,21 @@ export function nativeOptions(
     cpuIsa: options.cpuIsa,
     cudaLibrary,
   };
+}
+
+/**
+ * A wish that this device cannot honour is refused, never dropped.
+ * @throws TurbomindError ERR_TM_INVALID_OPTION
+ */
+export function checkDtype(
+  { dtype, device }: ResolvedPipelineOptions,
+  resolved: ResolvedDevice,
+): void {
+  if (dtype === 'auto' || resolved.device !== 'cpu') return;
+  const found = device === 'auto' ? " (device: 'auto' found no usable GPU)" : '';
+  throw new TurbomindError(
+    'ERR_TM_INVALID_OPTION',
+    `dtype: '${dtype}' needs a GPU, and this pipeline runs on the CPU${found}, which computes in ` +
+      "float32; use dtype: 'auto'",
+  );
 }

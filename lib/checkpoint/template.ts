@@ -1,4 +1,4 @@
-// Where a model folder keeps its chat template. lib/chat.ts compiles and renders it.
+// Where a model folder keeps its chat template. lib/chat-template.ts compiles and renders it.
 
 import { join } from 'node:path';
 import { TurbomindError } from '../errors.js';

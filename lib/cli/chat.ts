@@ -2,8 +2,9 @@
 // an answer; at the prompt, twice leaves. Runs on the main thread.
 import { createInterface, type Interface } from 'node:readline';
 import type { ChatMessageInput, ContentPartInput } from '../messages.js';
+import { pipeline } from '../open-pipeline.js';
 import type { GenerationOptions } from '../options.js';
-import { type Pipeline, pipeline } from '../pipeline.js';
+import type { Pipeline } from '../pipeline.js';
 import { describeError, EXIT, log, progressBar } from './output.js';
 import { type ModelFlags, toGenerationOptions, toPipelineOptions } from './settings.js';
 

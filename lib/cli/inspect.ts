@@ -1,7 +1,7 @@
 // `turbomind-node inspect`: what a model folder holds and what running it will take. Reads headers
 // only. Runs on the main thread.
 import { type Checkpoint, openCheckpoint } from '../checkpoint/checkpoint.js';
-import { embeddedModel } from '../pipeline.js';
+import { embeddedModel } from '../embedded-model.js';
 import { formatBytes, formatCount, printJson, printRows } from './output.js';
 
 export interface InspectFlags {

@@ -2,7 +2,8 @@
 // JSON object does. Runs on the main thread.
 import { text as readAll } from 'node:stream/consumers';
 import type { ChatMessageInput, ContentPartInput } from '../messages.js';
-import { type Pipeline, pipeline } from '../pipeline.js';
+import { pipeline } from '../open-pipeline.js';
+import type { Pipeline } from '../pipeline.js';
 import type { Response } from '../response.js';
 import { EXIT, log, printJson, progressBar, UsageError } from './output.js';
 import { type ModelFlags, toGenerationOptions, toPipelineOptions } from './settings.js';

@@ -2,7 +2,8 @@
 // by hand from the logits that outputLogits gives.
 import { readFileSync } from 'node:fs';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { type Pipeline, pipeline } from '../../lib/pipeline.js';
+import { pipeline } from '../../lib/open-pipeline.js';
+import type { Pipeline } from '../../lib/pipeline.js';
 import type { FloatRows } from '../../lib/response.js';
 import { embedded, fixture } from './support/paths.js';
 

@@ -6,7 +6,8 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import type { ChatMessageInput, ContentPartInput } from '../../lib/messages.js';
-import { type Pipeline, pipeline } from '../../lib/pipeline.js';
+import { pipeline } from '../../lib/open-pipeline.js';
+import type { Pipeline } from '../../lib/pipeline.js';
 import { embedded, findBf16, fixture } from './support/paths.js';
 
 // The reference adds in another order; its logits are stored with 5 decimals.

@@ -4,7 +4,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { TurbomindError } from '../../lib/errors.js';
-import { type Pipeline, pipeline } from '../../lib/pipeline.js';
+import { pipeline } from '../../lib/open-pipeline.js';
+import type { Pipeline } from '../../lib/pipeline.js';
 import { problemsOf } from '../../scripts/bench/json-schema-checker.mjs';
 import { embedded, runModule } from './support/paths.js';
 

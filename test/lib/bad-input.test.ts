@@ -2,8 +2,11 @@
 // that says what is expected, and nobody's callback ends the process. Options and prompts have tests
 // of their own.
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { embeddedModel } from '../../lib/embedded-model.js';
+import { estimate } from '../../lib/estimate.js';
+import { openPipeline } from '../../lib/open-pipeline.js';
 import { type PipelineOptions, resolvePipelineOptions } from '../../lib/options.js';
-import { embeddedModel, estimate, openPipeline, Pipeline } from '../../lib/pipeline.js';
+import { Pipeline } from '../../lib/pipeline.js';
 import { type FakeAddon, makeFakeAddon } from './support/fake-addon.js';
 
 /** A value that its type does not allow. */

@@ -4,9 +4,10 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { openCheckpoint } from '../../lib/checkpoint/checkpoint.js';
+import { embeddedModel } from '../../lib/embedded-model.js';
 import { packageRoot } from '../../lib/native.js';
+import { openPipeline } from '../../lib/open-pipeline.js';
 import { type GenerationOptions, OPTION_NAMES, type PipelineOptions } from '../../lib/options.js';
-import { embeddedModel, openPipeline } from '../../lib/pipeline.js';
 import { loadTokenizer, type Tokenizer } from '../../lib/tokenizer.js';
 import { makeFakeAddon } from './support/fake-addon.js';
 

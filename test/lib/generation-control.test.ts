@@ -3,8 +3,9 @@
 import { setImmediate as turn } from 'node:timers/promises';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { openCheckpoint } from '../../lib/checkpoint/checkpoint.js';
+import { embeddedModel } from '../../lib/embedded-model.js';
 import type { NativeRequest } from '../../lib/native-types.js';
-import { embeddedModel, openPipeline } from '../../lib/pipeline.js';
+import { openPipeline } from '../../lib/open-pipeline.js';
 import { loadTokenizer, type Tokenizer } from '../../lib/tokenizer.js';
 import { FAKE_HIDDEN, FAKE_VOCAB, type FakeSettings, makeFakeAddon } from './support/fake-addon.js';
 

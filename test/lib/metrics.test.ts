@@ -1,8 +1,10 @@
 import { Registry } from 'prom-client';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { openCheckpoint } from '../../lib/checkpoint/checkpoint.js';
+import { embeddedModel } from '../../lib/embedded-model.js';
 import { Histogram } from '../../lib/histogram.js';
-import { embeddedModel, openPipeline, type Pipeline } from '../../lib/pipeline.js';
+import { openPipeline } from '../../lib/open-pipeline.js';
+import type { Pipeline } from '../../lib/pipeline.js';
 import { loadTokenizer, type Tokenizer } from '../../lib/tokenizer.js';
 import { makeFakeAddon } from './support/fake-addon.js';
 

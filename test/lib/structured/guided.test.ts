@@ -1,8 +1,9 @@
 // Guided requests through the whole library: real grammars, a fake engine.
 import { beforeAll, describe, expect, test } from 'vitest';
 import { openCheckpoint } from '../../../lib/checkpoint/checkpoint.js';
+import { embeddedModel } from '../../../lib/embedded-model.js';
 import { resolvePipelineOptions } from '../../../lib/options.js';
-import { embeddedModel, Pipeline } from '../../../lib/pipeline.js';
+import { Pipeline } from '../../../lib/pipeline.js';
 import { EventRouter } from '../../../lib/router.js';
 import { GrammarHost } from '../../../lib/structured/grammar-host.js';
 import type { FromWorker } from '../../../lib/structured/protocol.js';

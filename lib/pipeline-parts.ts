@@ -1,0 +1,69 @@
+// What an open pipeline is made of, what it tells of that, and how the parts become the one that
+// prepares its requests. Opening and closing them is left to open-pipeline.ts and pipeline.ts.
+import { PromptBuilder } from './chat.js';
+import type { Checkpoint } from './checkpoint/checkpoint.js';
+import type { NativeAddon, NativeEngine } from './native-types.js';
+import type { ResolvedPipelineOptions } from './options.js';
+import { RequestPreparer } from './prepare.js';
+import type { EventRouter } from './router.js';
+import type { StartWorker } from './structured/worker-port.js';
+import type { Tokenizer } from './tokenizer.js';
+
+/** Facts about an open pipeline. */
+export interface PipelineInfo {
+  /** Absolute path of the model folder. */
+  readonly model: string;
+  readonly architecture: string;
+  readonly device: string;
+  /** Tokens of prompt and completion together. */
+  readonly sessionLen: number;
+  readonly parameters: number;
+  /** 'none' or 'awq'. */
+  readonly quantization: string;
+  readonly hasVision: boolean;
+}
+
+/** What an open pipeline is made of; tests hand in fakes. */
+export interface PipelineParts {
+  readonly addon: NativeAddon;
+  readonly engine: NativeEngine;
+  readonly router: EventRouter;
+  readonly checkpoint: Checkpoint;
+  readonly tokenizer: Tokenizer;
+  readonly options: ResolvedPipelineOptions;
+  /** Starts grammar workers; the package's own by default. */
+  readonly startWorker?: StartWorker;
+}
+
+/** Facts that do not change while the pipeline is open. */
+export function pipelineInfo({ checkpoint, engine }: PipelineParts): PipelineInfo {
+  const stats = engine.stats();
+  return {
+    model: checkpoint.folder,
+    architecture: checkpoint.architecture,
+    device: stats.deviceName,
+    sessionLen: stats.sessionLen,
+    parameters: checkpoint.totals.parameters,
+    quantization: checkpoint.spec.quant.method,
+    hasVision: checkpoint.image !== undefined,
+  };
+}
+
+/** @throws TurbomindError ERR_TM_INVALID_TEMPLATE when the chat template cannot be compiled. */
+export function createPreparer(parts: PipelineParts): RequestPreparer {
+  const { addon, engine, checkpoint, tokenizer, options } = parts;
+  return new RequestPreparer({
+    addon,
+    tokenizer,
+    promptBuilder: new PromptBuilder(checkpoint, tokenizer),
+    image: checkpoint.image,
+    tiling: options.tiling,
+    imageLimits: {
+      maxPixels: options.maxImagePixels,
+      maxBytes: options.maxImageBytes,
+      timeoutMs: options.fetchTimeoutMs,
+    },
+    sessionLen: engine.stats().sessionLen,
+    vocabSize: checkpoint.spec.decoder.vocabSize,
+  });
+}

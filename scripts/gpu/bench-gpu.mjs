@@ -123,6 +123,7 @@ const pipe = await pipeline(model, {
   maxBatchSize: Math.max(64, ...batches),
   dtype: flags.dtype,
   quantPolicy: Number(flags.quant),
+  speculativeConfig: { method: 'none' }, // a step is to mean a token
 });
 const openMs = performance.now() - openedAt;
 const stats = pipe.stats();

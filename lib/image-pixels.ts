@@ -1,5 +1,6 @@
-// Whole pictures' pixels, worked on in slices on the JS thread, so that token streams keep flowing
+// Whole pictures' bytes, worked on in slices on the JS thread, so that token streams keep flowing
 // beside a picture of a hundred megabytes. Where pixels come from and what is accepted: lib/image.ts.
+import { createHash } from 'node:crypto';
 import { TurbomindError } from './errors.js';
 import { Turns } from './turns.js';
 
@@ -23,13 +24,26 @@ export async function ownPixels(
     if (data.length !== length) {
       throw new TurbomindError(
         'ERR_TM_INVALID_IMAGE',
-        'raw image: its memory was transferred or resized while it was read; keep it until the ' +
+        'image: its memory was transferred or resized while it was read; keep it until the ' +
           'answer begins',
       );
     }
     copy.set(data.subarray(begin, Math.min(begin + PIECE_BYTES, length)), begin);
   }
   return copy;
+}
+
+/** SHA-256 as hex digits. */
+export async function sha256(
+  data: Uint8Array,
+  turns: Turns = new Turns(SLICE_MS),
+): Promise<string> {
+  const hash = createHash('sha256');
+  for (let begin = 0; begin < data.length; begin += PIECE_BYTES) {
+    await turns.giveWay();
+    hash.update(data.subarray(begin, begin + PIECE_BYTES));
+  }
+  return hash.digest('hex');
 }
 
 /**

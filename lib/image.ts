@@ -36,24 +36,40 @@ const FORMATS: ReadonlySet<string> = new Set([
   'avif',
 ]);
 
+/** A picture that has been read and not yet decoded. */
+export interface Picture {
+  /** What it is made of, as nobody else writes to it; undefined where only decoding tells. */
+  readonly bytes: Uint8Array | undefined;
+  /** How the bytes are to be read: the same bytes in another form are another picture. */
+  readonly form: string;
+  /** @throws TurbomindError ERR_TM_INVALID_IMAGE */
+  decode(): Promise<Image>;
+}
+
 /**
- * Decodes one picture.
+ * Reads one picture.
  * @throws TurbomindError ERR_TM_INVALID_IMAGE or ERR_TM_IMAGE_FETCH
  */
-export async function loadImage(
+export async function readPicture(
   source: ImageSource,
   limits: ImageLimits,
   signal?: AbortSignal,
-): Promise<Image> {
+): Promise<Picture> {
   if (isRaw(source)) {
-    const image = checkRaw(source, limits);
-    return { ...image, data: await ownPixels(image.data) };
+    const { width, height, channels, data } = checkRaw(source, limits);
+    const image = { width, height, channels, data: await ownPixels(data) };
+    const form = `${width} x ${height} x ${channels}`;
+    return { bytes: image.data, form, decode: () => Promise.resolve(image) };
   }
-  if (isSharp(source)) return await decodeInstance(source, limits);
+  if (isSharp(source)) {
+    const decode = () => decodeInstance(source, limits);
+    return { bytes: undefined, form: 'sharp', decode };
+  }
   const name = nameOf(source);
-  const bytes = await readSource(source, limits, signal);
-  if (bytes.length === 0) throw invalid(`${name} is empty`);
-  return await decodeBytes(bytes, name, limits);
+  const read = await readSource(source, limits, signal);
+  if (read.length === 0) throw invalid(`${name} is empty`);
+  const bytes = read === source ? await ownPixels(read) : read;
+  return { bytes, form: 'file', decode: () => decodeBytes(bytes, name, limits) };
 }
 
 function isRaw(source: ImageSource): source is RawImage {

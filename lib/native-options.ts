@@ -11,8 +11,7 @@ const CPU_PREFILL_TOKENS = 512;
 const GPU_PREFILL_TOKENS = 8192;
 
 // Most guesses of a sequence in a step, where the caller leaves it to us.
-const CPU_SPECULATIVE_TOKENS = 7;
-const GPU_SPECULATIVE_TOKENS = 0;
+const SPECULATIVE_TOKENS = 7;
 
 /** What native code is asked to open: a checkpoint, as `options` say, on a device that was found. */
 export function nativeOptions(
@@ -37,9 +36,7 @@ export function nativeOptions(
       options.maxPrefillTokenNum ??
       (device === 'cpu' ? CPU_PREFILL_TOKENS : Math.min(GPU_PREFILL_TOKENS, longest)),
     blockSize: options.blockSize,
-    numSpeculativeTokens:
-      options.numSpeculativeTokens ??
-      (device === 'cpu' ? CPU_SPECULATIVE_TOKENS : GPU_SPECULATIVE_TOKENS),
+    numSpeculativeTokens: options.numSpeculativeTokens ?? SPECULATIVE_TOKENS,
     cacheMaxEntryCount: options.cacheMaxEntryCount ?? (device === 'cpu' ? 0.5 : 0.8),
     kvCacheBytes: options.kvCacheBytes,
     memoryBudgetBytes: options.memoryBudgetBytes,

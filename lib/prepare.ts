@@ -6,7 +6,7 @@ import { BadWordSpeller } from './bad-words.js';
 import type { PromptBuilder } from './chat.js';
 import type { ImageSettings } from './checkpoint/checkpoint.js';
 import { TurbomindError } from './errors.js';
-import { type ImageLimits, loadImage } from './image.js';
+import { type ImageLimits, type Picture, readPicture } from './image.js';
 import { Limiter } from './limiter.js';
 import { type ChatMessage, type ImagePart, imagesOf } from './messages.js';
 import { fromNative } from './native.js';
@@ -18,6 +18,7 @@ import type {
   NativeTiles,
 } from './native-types.js';
 import type { ResolvedGenerationOptions, TilingOptions } from './options.js';
+import { TileCache } from './tile-cache.js';
 import type { Tokenizer } from './tokenizer.js';
 import { Turns } from './turns.js';
 
@@ -43,6 +44,7 @@ export class RequestPreparer {
   readonly #pictures = new Limiter(Math.max(2, availableParallelism()));
   // Prompts of a batch are encoded one behind the other, with pauses for events.
   readonly #encoding = new Limiter(1);
+  readonly #tiles = new TileCache();
   readonly #badWords: BadWordSpeller;
   readonly #turns = new Turns(MAX_BLOCKING_MS);
 
@@ -126,11 +128,20 @@ export class RequestPreparer {
     signal: AbortSignal | undefined,
   ): Promise<NativeTiles> {
     signal?.throwIfAborted();
-    const { addon, imageLimits } = this.#context;
-    const { data, width, height, channels } = await loadImage(picture.image, imageLimits, signal);
+    const read = await readPicture(picture.image, this.#context.imageLimits, signal);
+    signal?.throwIfAborted();
+    return await this.#tiles.get(read, tiling, () => this.#cutDecoded(read, tiling, signal));
+  }
+
+  async #cutDecoded(
+    picture: Picture,
+    tiling: NativeTileOptions,
+    signal: AbortSignal | undefined,
+  ): Promise<NativeTiles> {
+    const { data, width, height, channels } = await picture.decode();
     signal?.throwIfAborted();
     try {
-      return await addon.makeTiles(data, width, height, channels, tiling);
+      return await this.#context.addon.makeTiles(data, width, height, channels, tiling);
     } catch (error) {
       throw fromNative(error);
     }

@@ -81,7 +81,7 @@ export interface PipelineOptions {
    * smaller parts, at least 16 tokens a step. Defaults to none.
    */
   readonly maxInterTokenLatencyMs?: number | undefined;
-  /** Defaults to `{ method: 'ngram' }` on the CPU and `{ method: 'none' }` on a GPU. */
+  /** Defaults to `{ method: 'ngram' }`. */
   readonly speculativeConfig?: SpeculativeConfig | undefined;
   /** Devices a model is split over: 1 is the only number implemented. */
   readonly tp?: number | undefined;

@@ -6,7 +6,7 @@ import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import sharp from 'sharp';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { type ImageLimits, loadImage } from '../../lib/image.js';
+import { type ImageLimits, readPicture } from '../../lib/image.js';
 import { ownPixels } from '../../lib/image-pixels.js';
 import type { ImageSource } from '../../lib/messages.js';
 import { Turns } from '../../lib/turns.js';
@@ -57,7 +57,7 @@ function encode(data: Uint8Array, channels: 1 | 2 | 3 | 4) {
 }
 
 function load(source: ImageSource, limits: Partial<ImageLimits> = {}, signal?: AbortSignal) {
-  return loadImage(source, { ...LIMITS, ...limits }, signal);
+  return readPicture(source, { ...LIMITS, ...limits }, signal).then((picture) => picture.decode());
 }
 
 // Every picture as RGB, whatever number of channels it came with.

@@ -78,6 +78,10 @@ function tabulate() {
       const rows = Math.max(0, ...kind.map(rowsOf));
       const same = kind.filter((step) => rowsOf(step) === rows);
       if (rows === 0 || same.length === 0) continue;
+      if (decode && rows < batch) {
+        console.log(`batch ${batch}, context ${context}: no step had all requests; raise --new`);
+        continue;
+      }
       const tokens = decode ? context + Number(flags.new) / 2 : context;
       const table = tableOf(same, shape, { rows, context: tokens, batch }, peaks);
       const what = decode ? `decode, batch ${batch}, context ${context}` : `prefill, ${rows} rows`;
@@ -141,11 +145,37 @@ const report = {
 console.log(JSON.stringify(report));
 
 const newTokens = Number(flags.new);
+// While the last prompt is computed the first requests go on: their tokens are extra ones.
+const prefillSteps = (context, batch) => Math.ceil((batch * context) / Number(flags.session)) + 2;
+
+// One batch, every token timed: until the last request has its first token, and a step while all of
+// them decode together, which is the time a service of that many streams sees.
+async function timed(prompts, maxNewTokens) {
+  const begin = performance.now();
+  const arrivals = await Promise.all(
+    prompts.map(async (prompt) => {
+      const times = [];
+      for await (const { tokenIds } of pipe.stream(prompt, { maxNewTokens, ignoreEos: true })) {
+        const now = performance.now();
+        for (const _ of tokenIds) times.push(now);
+      }
+      return times;
+    }),
+  );
+  const allBegan = Math.max(...arrivals.map((times) => times[0]));
+  const oneEnded = Math.min(...arrivals.map((times) => times.at(-1)));
+  const within = arrivals[0].filter((at) => at >= allBegan && at <= oneEnded);
+  if (within.length < 3)
+    throw new Error(`${prompts.length} requests were never all at work; raise --new`);
+  return {
+    firstMs: allBegan - begin,
+    stepMs: (within.at(-1) - within[0]) / (within.length - 1),
+  };
+}
 const windows = [];
 if (!flags.trace) {
   for (const context of numbers(flags.context)) {
     for (const batch of batches) {
-      const settings = { maxNewTokens: newTokens, ignoreEos: true };
       const prompts = () => Array.from({ length: batch }, () => letters(context - 12));
       const first = [];
       const decode = [];
@@ -153,17 +183,13 @@ if (!flags.trace) {
       const from = realtime();
       for (let repeat = 0; repeat < Number(flags.repeats); repeat += 1) {
         const begin = performance.now();
-        const responses = await pipe(prompts(), settings);
-        walls.push(performance.now() - begin);
-        first.push(Math.max(...responses.map(({ timings }) => timings.firstTokenMs)));
-        // Once the last prompt is in, all requests decode together: the last one's own decode time.
-        decode.push(
-          Math.min(
-            ...responses.map(
-              ({ timings, generateTokenLen }) => timings.decodeMs / (generateTokenLen - 1),
-            ),
-          ),
+        const { firstMs, stepMs } = await timed(
+          prompts(),
+          newTokens + prefillSteps(context, batch),
         );
+        walls.push(performance.now() - begin);
+        first.push(firstMs);
+        decode.push(stepMs);
       }
       windows.push({ context, batch, from, to: realtime() });
       const run = {

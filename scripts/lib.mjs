@@ -73,12 +73,14 @@ export const prepare = {
     const installed = join(root, 'node_modules', '.package-lock.json');
     return isStale(installed, [lock]) ? run('npm', ['ci', '--no-audit', '--no-fund']) : 0;
   },
+  // Without `force` only the addon, and only where it is stale; else the native tests as well.
   native({ force = false } = {}) {
     const addon = join(root, 'build', 'Release', 'turbomind.node');
     if (!force && !isStale(addon, native())) return 0;
     // The CUDA backend takes minutes to compile: here only where a GPU can run it.
     const cuda = has('nvidia-smi', ['-L']) ? 'ON' : 'OFF';
     const args = ['run', '--silent', 'build:native', '--', `--CDTURBOMIND_CUDA=${cuda}`];
+    if (!force && cuda === 'OFF') args.push('--target', 'turbomind');
     return run('npm', args, { stdio: ['ignore', 2, 2] });
   },
   typescript() {

@@ -10,9 +10,6 @@ import type { ResolvedPipelineOptions } from './options.js';
 const CPU_PREFILL_TOKENS = 512;
 const GPU_PREFILL_TOKENS = 8192;
 
-// Most guesses of a sequence in a step, where the caller leaves it to us.
-const SPECULATIVE_TOKENS = 7;
-
 /** What native code is asked to open: a checkpoint, as `options` say, on a device that was found. */
 export function nativeOptions(
   checkpoint: Pick<NativeOpenOptions, 'spec' | 'files' | 'tensors'>,
@@ -36,7 +33,7 @@ export function nativeOptions(
       options.maxPrefillTokenNum ??
       (device === 'cpu' ? CPU_PREFILL_TOKENS : Math.min(GPU_PREFILL_TOKENS, longest)),
     blockSize: options.blockSize,
-    numSpeculativeTokens: options.numSpeculativeTokens ?? SPECULATIVE_TOKENS,
+    numSpeculativeTokens: options.numSpeculativeTokens,
     cacheMaxEntryCount: options.cacheMaxEntryCount ?? (device === 'cpu' ? 0.5 : 0.8),
     kvCacheBytes: options.kvCacheBytes,
     memoryBudgetBytes: options.memoryBudgetBytes,

@@ -132,7 +132,7 @@ export interface ResolvedPipelineOptions {
   readonly quantPolicy: QuantPolicy;
   readonly blockSize: number;
   /** 0: no speculation; undefined: what suits the device. */
-  readonly numSpeculativeTokens: number | undefined;
+  readonly numSpeculativeTokens: number;
   readonly tiling: TilingOptions;
   readonly maxImagePixels: number;
   readonly fetchTimeoutMs: number;

@@ -55,7 +55,6 @@ function checkMemory(options: PipelineOptions): void {
   );
 }
 
-function resolveSpeculation(config: SpeculativeConfig | undefined): number | undefined {
-  if (config === undefined) return undefined;
+function resolveSpeculation(config: SpeculativeConfig = { method: 'ngram' }): number {
   return config.method === 'none' ? 0 : (config.numSpeculativeTokens ?? MAX_SPECULATIVE_TOKENS);
 }

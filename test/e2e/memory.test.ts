@@ -1,24 +1,11 @@
 // The memory plan through the public API: estimated, loaded and used numbers agree; amounts are
 // honoured or refused with the numbers; quantised caches hold more, and answer the same alone and in a
 // batch. How near their answers are to unquantised ones: scripts/bench/kv-quality.mjs.
-import { afterAll, describe, expect, test } from 'vitest';
-import {
-  estimate,
-  type MemoryReport,
-  type Pipeline,
-  type PipelineOptions,
-  pipeline,
-} from '../../lib/index.js';
+import { describe, expect, test } from 'vitest';
+import { estimate, type MemoryReport, pipeline } from '../../lib/index.js';
+import { open } from './support/pipelines.js';
 
 const MIB = 2 ** 20;
-const opened: Pipeline[] = [];
-afterAll(() => Promise.all(opened.map((pipe) => pipe.close())));
-
-async function open(options: PipelineOptions): Promise<Pipeline> {
-  const pipe = await pipeline({ device: 'cpu', ...options });
-  opened.push(pipe);
-  return pipe;
-}
 
 // Free memory changes by itself; all else is the same before and after loading.
 function planned({

@@ -1,18 +1,11 @@
 // A pool too small for what runs: preempted requests go on from host memory, or are computed again, with
 // the tokens they get alone; limits on memory are refused with the numbers and never passed.
-import { afterAll, describe, expect, test } from 'vitest';
-import { estimate, type Pipeline, type PipelineOptions, pipeline } from '../../lib/index.js';
+import { describe, expect, test } from 'vitest';
+import { estimate, type PipelineOptions } from '../../lib/index.js';
 import { fixture } from './support/paths.js';
+import { open } from './support/pipelines.js';
 
 const MIB = 2 ** 20;
-const opened: Pipeline[] = [];
-afterAll(() => Promise.all(opened.map((pipe) => pipe.close())));
-
-async function open(options: PipelineOptions): Promise<Pipeline> {
-  const pipe = await pipeline({ device: 'cpu', ...options });
-  opened.push(pipe);
-  return pipe;
-}
 
 // Room for one session; sharing would hide what swapping does.
 const SMALL = {

@@ -30,6 +30,7 @@ const LABELS = {
   prefill_kernel: 'prefill attention',
   prefill_sm90_kernel: 'prefill attention',
 };
+const PREFILL_ATTENTION = /^prefill_(sm90_)?kernel$/;
 const GEMMS = ['qkv', 'o', 'gate-up', 'down'];
 
 /** [N, K] of each linear layer. */
@@ -99,9 +100,30 @@ export function splitSteps(kernels) {
   }));
 }
 
+// Bytes and operations of a kernel that is no GEMM, 0 where the trace does not tell. Prefill attention:
+// causal over whole prompts of `context` tokens, or over the first `rows` of one.
+function work(name, step, { shape, rows, context, batch }) {
+  const { hidden, heads, kvHeads, headDim, vocab } = shape;
+  const row = 2 * hidden; // bytes of a token's state
+  if (name === DECODE_ATTENTION && step.decode) {
+    return { bytes: 2 * shape.kvBytes * kvHeads * headDim * context * batch, flops: 0 };
+  }
+  if (PREFILL_ATTENTION.test(name) && !step.decode) {
+    return { bytes: 0, flops: 2 * heads * headDim * rows * Math.min(rows, context) };
+  }
+  if (name === 'rope_kv_kernel') {
+    const [q, kv] = [heads * headDim, 2 * kvHeads * headDim];
+    return { bytes: rows * (4 * q + (2 + shape.kvBytes) * kv), flops: 0 };
+  }
+  if (name === 'norm_kernel' || name === 'embed_kernel') return { bytes: 2 * rows * row, flops: 0 };
+  if (name === 'scan_kernel') return { bytes: 4 * Math.min(rows, batch) * vocab, flops: 0 };
+  return { bytes: 0, flops: 0 };
+}
+
 // What a kernel of the step is for, with its bytes and operations where the model tells. `us`: the part of
 // its time in which no kernel before it ran, so that all of them and the idle time sum to the step.
 function describe(step, shape, rows, context, batch) {
+  const sizes = { shape, rows, context, batch };
   const linears = linearShapes(shape);
   let gemm = 0;
   let reached = step.begin;
@@ -118,9 +140,7 @@ function describe(step, shape, rows, context, batch) {
       const bytes = (n * k * bits) / 8 + 2 * m * (k + n);
       return { label: `${label} (${kernel.name})`, us, bytes, flops: 2 * m * n * k };
     }
-    const kv = 2 * shape.kvBytes * shape.kvHeads * shape.headDim * context * batch;
-    const bytes = kernel.name === DECODE_ATTENTION && step.decode ? kv : 0;
-    return { label: LABELS[kernel.name] ?? kernel.name, us, bytes, flops: 0 };
+    return { label: LABELS[kernel.name] ?? kernel.name, us, ...work(kernel.name, step, sizes) };
   });
 }
 

@@ -3,11 +3,29 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, expect, test } from 'vitest';
-import { readTrace, shortName, splitSteps, tableOf } from '../../scripts/gpu/step-table.mjs';
+import {
+  type Kernel,
+  readTrace,
+  shortName,
+  splitSteps,
+  tableOf,
+} from '../../scripts/gpu/step-table.mjs';
 
 const mangled = (file: string, name: string) =>
   `_ZN9turbomind4cuda${file.length}${file}${name.length}${name}EPKtllPKiPtiPKtllPKiPti`;
 const POINTWISE = '_GLOBAL__N__d90a7184_12_pointwise_cu_2ec0c1c6';
+
+const shape = {
+  hidden: 128,
+  mlp: 256,
+  layers: 1,
+  heads: 2,
+  kvHeads: 2,
+  headDim: 64,
+  vocab: 100,
+  kvBytes: 2,
+  weightBits: 4.25,
+};
 
 let folder = '';
 beforeEach(() => {
@@ -41,17 +59,6 @@ test('kernels that overlap, their gaps and the step add up', () => {
     { us: 20, decode: true },
     { us: 20, decode: true },
   ]);
-  const shape = {
-    hidden: 128,
-    mlp: 256,
-    layers: 1,
-    heads: 2,
-    kvHeads: 2,
-    headDim: 64,
-    vocab: 100,
-    kvBytes: 2,
-    weightBits: 4.25,
-  };
   const sizes = { rows: 2, context: 1000, batch: 2 };
   const table = tableOf(steps, shape, sizes, { copyTBs: 3, bf16TFLOPs: 700 });
   expect(table.idleUs).toBe(3);
@@ -65,4 +72,24 @@ test('kernels that overlap, their gaps and the step add up', () => {
   expect(table.idleUs + table.rows.reduce((sum, { usTotal }) => sum + usTotal, 0)).toBe(20);
   const attention = table.rows.find(({ kernel }) => kernel === 'decode attention');
   expect(attention?.GBs).toBeCloseTo((2 * 2 * 2 * 64 * 1000 * 2) / 5000, 6);
+});
+
+test('prefill attention counts half a square of keys, pointwise kernels the rows they read and write', () => {
+  const kernels = ['norm_kernel', 'rope_kv_kernel', 'prefill_sm90_kernel', 'scan_kernel'].map(
+    (name, i): Kernel => ({
+      name,
+      begin: i * 1000,
+      end: i * 1000 + 1000,
+      grid: [1, 1, 1],
+      inGraph: false,
+    }),
+  );
+  const step = { kernels, begin: 0, decode: false, us: 4 };
+  const sizes = { rows: 50, context: 100, batch: 1 };
+  const { rows } = tableOf([step], shape, sizes, { copyTBs: 3, bf16TFLOPs: 700 });
+  const row = (name: string) => rows.find(({ kernel }) => kernel === name);
+  expect(row('prefill attention')?.TFLOPs).toBeCloseTo((4 * 2 * 64 * (50 * 50)) / 2 / 1e6, 9);
+  expect(row('norm_kernel')?.GBs).toBeCloseTo((50 * 128 * 2 * 2) / 1000, 9);
+  expect(row('rope_kv_kernel')?.GBs).toBeCloseTo((50 * (4 * 128 + 4 * 256)) / 1000, 9);
+  expect(row('scan_kernel')?.GBs).toBeCloseTo((100 * 4) / 1000, 9);
 });

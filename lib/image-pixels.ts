@@ -1,7 +1,7 @@
 // Whole pictures' bytes, worked on in slices on the JS thread, so that token streams keep flowing
 // beside a picture of a hundred megabytes. Where pixels come from and what is accepted: lib/image.ts.
-import { createHash } from 'node:crypto';
 import { TurbomindError } from './errors.js';
+import type { NativeAddon } from './native-types.js';
 import { Turns } from './turns.js';
 
 const SLICE_MS = 2;
@@ -17,8 +17,35 @@ export async function ownPixels(
   data: Uint8Array,
   turns: Turns = new Turns(SLICE_MS),
 ): Promise<Uint8Array> {
+  const copy = Buffer.allocUnsafeSlow(data.length);
+  await eachPiece(data, turns, (piece, begin) => copy.set(piece, begin));
+  return copy;
+}
+
+/**
+ * A name of these bytes: 32 hex digits, another one in every process (native/image/content_hash.h).
+ * The bytes are read where they are, each once; at memory's speed, so copying them to hash them on
+ * another thread would keep this one longer.
+ * @throws TurbomindError ERR_TM_INVALID_IMAGE when the memory is taken away while it is read.
+ */
+export async function hashOf(
+  addon: Pick<NativeAddon, 'hashBytes'>,
+  data: Uint8Array,
+  turns: Turns = new Turns(SLICE_MS),
+): Promise<string> {
+  let hash = '';
+  await eachPiece(data, turns, (piece) => {
+    hash = addon.hashBytes(piece, hash);
+  });
+  return hash;
+}
+
+async function eachPiece(
+  data: Uint8Array,
+  turns: Turns,
+  work: (piece: Uint8Array, begin: number) => void,
+): Promise<void> {
   const { length } = data;
-  const copy = Buffer.allocUnsafeSlow(length);
   for (let begin = 0; begin < length; begin += PIECE_BYTES) {
     await turns.giveWay();
     if (data.length !== length) {
@@ -28,22 +55,8 @@ export async function ownPixels(
           'answer begins',
       );
     }
-    copy.set(data.subarray(begin, Math.min(begin + PIECE_BYTES, length)), begin);
+    work(data.subarray(begin, Math.min(begin + PIECE_BYTES, length)), begin);
   }
-  return copy;
-}
-
-/** SHA-256 as hex digits. */
-export async function sha256(
-  data: Uint8Array,
-  turns: Turns = new Turns(SLICE_MS),
-): Promise<string> {
-  const hash = createHash('sha256');
-  for (let begin = 0; begin < data.length; begin += PIECE_BYTES) {
-    await turns.giveWay();
-    hash.update(data.subarray(begin, begin + PIECE_BYTES));
-  }
-  return hash.digest('hex');
 }
 
 /**

@@ -5,6 +5,7 @@
 import { readFile, stat } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
 import type { Metadata, Sharp, SharpOptions } from 'sharp';
+import { decodeDataUrl, parseDataUrl } from './data-url.js';
 import { TurbomindError } from './errors.js';
 import { fetchBytes } from './image-fetch.js';
 import { ownPixels, rgbOfCmyk } from './image-pixels.js';
@@ -36,12 +37,20 @@ const FORMATS: ReadonlySet<string> = new Set([
   'avif',
 ]);
 
+/** What a picture is made of: a file's bytes or raw pixels. */
+export interface PictureBytes {
+  /** Perhaps still the caller's memory. */
+  readonly bytes: Uint8Array;
+  /** How they are to be read: the same bytes in another form are another picture. */
+  readonly form: string;
+  /** The bytes that are decoded: nobody else writes to them or takes them away. Copied at most once. */
+  own(): Promise<Uint8Array>;
+}
+
 /** A picture that has been read and not yet decoded. */
 export interface Picture {
-  /** What it is made of, as nobody else writes to it; undefined where only decoding tells. */
-  readonly bytes: Uint8Array | undefined;
-  /** How the bytes are to be read: the same bytes in another form are another picture. */
-  readonly form: string;
+  /** Undefined where only decoding tells. */
+  readonly source: PictureBytes | undefined;
   /** @throws TurbomindError ERR_TM_INVALID_IMAGE */
   decode(): Promise<Image>;
 }
@@ -57,19 +66,27 @@ export async function readPicture(
 ): Promise<Picture> {
   if (isRaw(source)) {
     const { width, height, channels, data } = checkRaw(source, limits);
-    const image = { width, height, channels, data: await ownPixels(data) };
-    const form = `${width} x ${height} x ${channels}`;
-    return { bytes: image.data, form, decode: () => Promise.resolve(image) };
+    const own = once(() => ownPixels(data));
+    const decode = async () => ({ width, height, channels, data: await own() });
+    return { source: { bytes: data, form: `${width} x ${height} x ${channels}`, own }, decode };
   }
   if (isSharp(source)) {
-    const decode = () => decodeInstance(source, limits);
-    return { bytes: undefined, form: 'sharp', decode };
+    return { source: undefined, decode: () => decodeInstance(source, limits) };
   }
   const name = nameOf(source);
-  const read = await readSource(source, limits, signal);
-  if (read.length === 0) throw invalid(`${name} is empty`);
-  const bytes = read === source ? await ownPixels(read) : read;
-  return { bytes, form: 'file', decode: () => decodeBytes(bytes, name, limits) };
+  const bytes = await readSource(source, limits, signal);
+  if (bytes.length === 0) throw invalid(`${name} is empty`);
+  const own = once(async () => (bytes === source ? await ownPixels(bytes) : bytes));
+  const decode = async () => await decodeBytes(await own(), name, limits);
+  return { source: { bytes, form: 'file', own }, decode };
+}
+
+function once<T>(make: () => Promise<T>): () => Promise<T> {
+  let made: Promise<T> | undefined;
+  return () => {
+    made ??= make();
+    return made;
+  };
 }
 
 function isRaw(source: ImageSource): source is RawImage {
@@ -125,7 +142,11 @@ async function readSource(
   }
   const text = String(source);
   if (/^https?:/i.test(text)) return await fetchBytes(text, limits, signal);
-  if (/^data:/i.test(text)) return readDataUrl(text, limits);
+  if (/^data:/i.test(text)) {
+    const parts = parseDataUrl(text);
+    checkBytes('data URL image', parts.bytes, limits);
+    return await decodeDataUrl(parts);
+  }
   if (/^file:/i.test(text)) return await readPath(toPath(text), limits);
   if (source instanceof URL) {
     throw invalid(
@@ -153,27 +174,6 @@ async function readPath(path: string, limits: ImageLimits): Promise<Uint8Array> 
     const reason = error instanceof Error && 'code' in error ? String(error.code) : String(error);
     throw invalid(`image ${path}: cannot be read (${reason})`, error);
   }
-}
-
-function readDataUrl(url: string, limits: ImageLimits): Uint8Array {
-  const comma = url.indexOf(',');
-  if (comma < 0) throw invalid('data URL image: no comma ends its header');
-  const isBase64 = /;\s*base64\s*$/i.test(url.slice(0, comma));
-  // Base64 holds three bytes in four letters.
-  checkBytes('data URL image', (url.length - comma) * (isBase64 ? 0.75 : 1 / 3), limits);
-  const body = url.slice(comma + 1);
-  if (!isBase64) return decodePercent(body);
-  const plain = body.includes('%') ? decodePercent(body).toString('latin1') : body;
-  if (/[^A-Za-z0-9+/=_\s-]/.test(plain)) throw invalid('data URL image: its base64 is malformed');
-  return Buffer.from(plain, 'base64');
-}
-
-function decodePercent(body: string): Buffer {
-  if (/%(?![0-9a-f]{2})/i.test(body)) throw invalid('data URL image: a % lacks its two hex digits');
-  const latin = body.replace(/%([0-9a-f]{2})/gi, (_, hex: string) =>
-    String.fromCharCode(Number.parseInt(hex, 16)),
-  );
-  return Buffer.from(latin, 'latin1');
 }
 
 async function decodeBytes(bytes: Uint8Array, name: string, limits: ImageLimits): Promise<Image> {

@@ -189,6 +189,7 @@ const ADDON_FUNCTIONS = [
   'open',
   'estimate',
   'makeTiles',
+  'hashBytes',
   'chooseGrid',
   'resizeBicubic',
 ] as const satisfies readonly (keyof NativeAddon)[];

@@ -7,6 +7,7 @@ import type { PromptBuilder } from './chat.js';
 import type { ImageSettings } from './checkpoint/checkpoint.js';
 import { TurbomindError } from './errors.js';
 import { type ImageLimits, type Picture, readPicture } from './image.js';
+import { hashOf } from './image-pixels.js';
 import { Limiter } from './limiter.js';
 import { type ChatMessage, type ImagePart, imagesOf } from './messages.js';
 import { fromNative } from './native.js';
@@ -24,7 +25,7 @@ import { Turns } from './turns.js';
 
 /** What preparing needs of an open pipeline. */
 export interface PrepareContext {
-  readonly addon: Pick<NativeAddon, 'makeTiles'>;
+  readonly addon: Pick<NativeAddon, 'makeTiles' | 'hashBytes'>;
   readonly tokenizer: Tokenizer;
   readonly promptBuilder: PromptBuilder;
   readonly image: ImageSettings | undefined;
@@ -44,12 +45,13 @@ export class RequestPreparer {
   readonly #pictures = new Limiter(Math.max(2, availableParallelism()));
   // Prompts of a batch are encoded one behind the other, with pauses for events.
   readonly #encoding = new Limiter(1);
-  readonly #tiles = new TileCache();
+  readonly #tiles: TileCache;
   readonly #badWords: BadWordSpeller;
   readonly #turns = new Turns(MAX_BLOCKING_MS);
 
   constructor(context: PrepareContext) {
     this.#context = context;
+    this.#tiles = new TileCache((bytes) => hashOf(context.addon, bytes));
     this.#badWords = new BadWordSpeller(context.tokenizer, context.vocabSize);
   }
 

@@ -1,14 +1,17 @@
-// Tiles of the last pictures, found again by the SHA-256 of a picture's bytes and how it is cut: the
-// second question about a picture neither decodes nor cuts it. JS thread. What is computed from tiles is
-// shared natively (native/runtime/image_store.h).
-import type { Picture } from './image.js';
-import { sha256 } from './image-pixels.js';
+// Tiles of the last pictures, found again by the hash of a picture's bytes and how it is cut: the second
+// question about a picture neither copies, decodes nor cuts it. JS thread. What is computed from tiles
+// is shared natively (native/runtime/image_store.h).
+import type { Picture, PictureBytes } from './image.js';
 import type { NativeTileOptions, NativeTiles } from './native-types.js';
 
 /** Five pictures of 13 tiles of 448 pixels, dozens of the embedded model's. */
 const DEFAULT_BYTES = 64 * 2 ** 20;
 
+/** Names bytes; two that differ never share a name. */
+export type HashBytes = (bytes: Uint8Array) => Promise<string>;
+
 export class TileCache {
+  readonly #hash: HashBytes;
   readonly #maxBytes: number;
   /** Least recently used first. */
   readonly #tiles = new Map<string, NativeTiles>();
@@ -17,7 +20,8 @@ export class TileCache {
   #bytes = 0;
 
   /** `maxBytes`: of all tiles kept. */
-  constructor(maxBytes: number = DEFAULT_BYTES) {
+  constructor(hash: HashBytes, maxBytes: number = DEFAULT_BYTES) {
+    this.#hash = hash;
     this.#maxBytes = maxBytes;
   }
 
@@ -26,23 +30,26 @@ export class TileCache {
     return this.#bytes;
   }
 
-  /** The picture's tiles: those kept, or what `cut` answers. A picture without bytes is always cut. */
+  /** The picture's tiles: those kept, or what `cut` answers. A picture without a source is always cut. */
   async get(
     picture: Picture,
     options: NativeTileOptions,
     cut: () => Promise<NativeTiles>,
   ): Promise<NativeTiles> {
-    if (picture.bytes === undefined) return await cut();
-    const shape = shapeOf(picture, picture.bytes, options);
-    const hashing = sha256(picture.bytes);
-    if (!this.#shapes.has(shape)) {
-      const [tiles, hash] = await Promise.all([cut(), hashing]);
-      this.#keep(shape, hash, tiles);
-      return tiles;
+    const { source } = picture;
+    if (source === undefined) return await cut();
+    const shape = shapeOf(source, options);
+    if (this.#shapes.has(shape)) {
+      const hash = await this.#hash(source.bytes);
+      const tiles = this.#take(shape, hash);
+      if (tiles !== undefined) {
+        this.#keep(shape, hash, tiles);
+        return tiles;
+      }
     }
-    const hash = await hashing;
-    const known = this.#take(shape, hash);
-    const tiles = known ?? (await cut());
+    // Filed under what was cut: the caller may have written to its memory since.
+    const hashing = source.own().then((bytes) => this.#hash(bytes));
+    const [tiles, hash] = await Promise.all([cut(), hashing]);
     this.#keep(shape, hash, tiles);
     return tiles;
   }
@@ -79,7 +86,7 @@ function bytesOf({ numTiles, tileSize }: NativeTiles): number {
   return numTiles * tileSize * tileSize * 3;
 }
 
-function shapeOf(picture: Picture, bytes: Uint8Array, options: NativeTileOptions): string {
+function shapeOf({ bytes, form }: PictureBytes, options: NativeTileOptions): string {
   const { tileSize, minTiles, maxTiles, useThumbnail } = options;
-  return [picture.form, bytes.length, tileSize, minTiles, maxTiles, useThumbnail].join(' ');
+  return [form, bytes.length, tileSize, minTiles, maxTiles, useThumbnail].join(' ');
 }

@@ -81,6 +81,17 @@ Napi::Value make_tiles(const Napi::CallbackInfo& info) {
   });
 }
 
+// On the JS thread, so that nothing can take the memory away meanwhile.
+Napi::Value hash_bytes(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guard(env, [&]() -> Napi::Value {
+    const Napi::Uint8Array bytes = Field(info[0], "hashBytes: bytes").bytes();
+    const image::ContentHash previous = to_content_hash(Field(info[1], "hashBytes: previous"));
+    return Napi::String::New(
+        env, to_hex(image::content_hash(bytes.Data(), bytes.ByteLength(), previous)));
+  });
+}
+
 Napi::Value choose_grid(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return guard(env, [&]() -> Napi::Value {
@@ -119,6 +130,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("open", Napi::Function::New(env, open, "open"));
   exports.Set("estimate", Napi::Function::New(env, estimate, "estimate"));
   exports.Set("makeTiles", Napi::Function::New(env, make_tiles, "makeTiles"));
+  exports.Set("hashBytes", Napi::Function::New(env, hash_bytes, "hashBytes"));
   exports.Set("chooseGrid", Napi::Function::New(env, choose_grid, "chooseGrid"));
   exports.Set("resizeBicubic", Napi::Function::New(env, resize_bicubic, "resizeBicubic"));
   return exports;

@@ -446,6 +446,20 @@ image::TileOptions to_tile_options(const Field& f) {
   return options;
 }
 
+image::ContentHash to_content_hash(const Field& f) {
+  const std::string digits = f.string();
+  if (digits.empty()) return {};
+  const bool is_hex = digits.find_first_not_of("0123456789abcdef") == std::string::npos;
+  if (digits.size() != 32 || !is_hex) f.fail("'' or 32 hex digits");
+  return {{std::stoull(digits.substr(0, 16), nullptr, 16),
+           std::stoull(digits.substr(16), nullptr, 16)}};
+}
+
+std::string to_hex(const image::ContentHash& hash) {
+  return format("%016llx%016llx", static_cast<unsigned long long>(hash.words[0]),
+                static_cast<unsigned long long>(hash.words[1]));
+}
+
 Request to_request(const Field& f) {
   Request request;
   request.id = static_cast<RequestId>(f["id"].integer(0, kMaxSafeInteger));

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "addon/napi_support.h"
+#include "image/content_hash.h"
 #include "runtime/engine.h"
 
 namespace turbomind::addon {
@@ -44,6 +45,8 @@ class Field {
 
 EngineOptions to_engine_options(const Field& options);
 image::TileOptions to_tile_options(const Field& options);
+image::ContentHash to_content_hash(const Field& digits);  // what to_hex gave, or ''
+std::string to_hex(const image::ContentHash& hash);       // 32 digits
 Request to_request(const Field& request);
 
 Napi::Value to_js(Napi::Env env, const std::vector<Event>& events);

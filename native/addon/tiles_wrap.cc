@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "addon/convert.h"
 #include "addon/environment.h"
 
 namespace turbomind::addon {
@@ -69,10 +70,8 @@ Napi::Value TilesWrap::tile_size(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value TilesWrap::content_hash(const Napi::CallbackInfo& info) {
-  const uint64_t* words = tiles_->content_hash;
-  return Napi::String::New(info.Env(),
-                           format("%016llx%016llx", static_cast<unsigned long long>(words[0]),
-                                  static_cast<unsigned long long>(words[1])));
+  const uint64_t(&words)[2] = tiles_->content_hash;
+  return Napi::String::New(info.Env(), to_hex({{words[0], words[1]}}));
 }
 
 // A copy: external array buffers are refused by Electron's memory cage.

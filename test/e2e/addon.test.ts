@@ -218,6 +218,24 @@ describe('tiles', () => {
     expect((await run(grey, 16, 8)).contentHash).not.toBe(wide.contentHash);
   });
 
+  it('names of bytes are fixed by content, order and cut', async () => {
+    const bytes = gradient(100, 100, 3);
+    const name = addon.hashBytes(bytes, '');
+    expect(name).toMatch(/^[0-9a-f]{32}$/);
+    expect(addon.hashBytes(bytes.slice(), '')).toBe(name);
+    const rest = (cut: number) =>
+      addon.hashBytes(bytes.subarray(cut), addon.hashBytes(bytes.subarray(0, cut), ''));
+    expect(new Set([name, rest(0), rest(4096), rest(8192)]).size).toBe(4);
+    expect(rest(4096)).toBe(rest(4096));
+    for (const previous of ['12', 'x'.repeat(32), lie<string>(undefined)]) {
+      const failure = await failureOf(async () => addon.hashBytes(bytes, previous));
+      expect(failure.code).toBe('ERR_TM_INVALID_ARGUMENT');
+    }
+    expect((await failureOf(async () => addon.hashBytes(lie([1]), ''))).code).toBe(
+      'ERR_TM_INVALID_ARGUMENT',
+    );
+  });
+
   it('cannot be forged or constructed', async () => {
     const tiles = await addon.makeTiles(gradient(4, 4, 1), 4, 4, 1, tileOptions({ tileSize: 8 }));
     const TilesClass: new () => unknown = lie(tiles.constructor);

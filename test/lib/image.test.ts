@@ -4,10 +4,12 @@ import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
+import fc from 'fast-check';
 import sharp from 'sharp';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { decodeDataUrl, parseDataUrl } from '../../lib/data-url.js';
 import { type ImageLimits, readPicture } from '../../lib/image.js';
-import { ownPixels } from '../../lib/image-pixels.js';
+import { hashOf, ownPixels } from '../../lib/image-pixels.js';
 import type { ImageSource } from '../../lib/messages.js';
 import { Turns } from '../../lib/turns.js';
 
@@ -160,14 +162,86 @@ describe('raw pixels', () => {
     expect(turns).toBeGreaterThan(1);
   });
 
-  test('that are transferred while they are read end with an error', async () => {
+  test.each([
+    ['copied', (data: Uint8Array) => ownPixels(data, new Turns(0))],
+    ['hashed', (data: Uint8Array) => hashOf({ hashBytes: () => '' }, data, new Turns(0))],
+  ])('that are transferred while they are %s end with an error', async (_, read) => {
     const data = new Uint8Array(1 << 21);
-    const reading = ownPixels(data, new Turns(0));
+    const reading = read(data);
     structuredClone(data.buffer, { transfer: [data.buffer] });
     await expect(reading).rejects.toMatchObject({
       code: 'ERR_TM_INVALID_IMAGE',
       message: expect.stringContaining('transferred'),
     });
+  });
+
+  test('are hashed whole and in order', async () => {
+    const data = Uint8Array.from({ length: (1 << 20) + 5 }, (_, index) => index * 31);
+    const pieces: Uint8Array[] = [];
+    const hashBytes = (piece: Uint8Array, previous: string): string => {
+      expect(previous).toBe(pieces.length === 0 ? '' : String(pieces.length));
+      pieces.push(piece.slice());
+      return String(pieces.length);
+    };
+    expect(await hashOf({ hashBytes }, data)).toBe('3');
+    expect(Buffer.compare(Buffer.concat(pieces), data)).toBe(0);
+  });
+});
+
+describe('data URLs', () => {
+  const decoded = async (url: string, pieceChars?: number): Promise<string> => {
+    const bytes = await decodeDataUrl(parseDataUrl(url), new Turns(1), pieceChars);
+    return Buffer.from(bytes).toString('latin1');
+  };
+
+  test('base64 in pieces is what Buffer gives for the whole', async () => {
+    const letter = fc.constantFrom(...'AQbz09+/-_= \n\t');
+    const body = fc.oneof(
+      fc.base64String({ maxLength: 60 }),
+      fc.string({ unit: letter, maxLength: 40 }),
+    );
+    await fc.assert(
+      fc.asyncProperty(body, fc.integer({ min: 1, max: 17 }), async (text, pieceChars) => {
+        const wanted = Buffer.from(text, 'base64').toString('latin1');
+        expect(await decoded(`data:;base64,${text}`, pieceChars)).toBe(wanted);
+        const escaped = encodeURIComponent(text);
+        expect(await decoded(`data:;base64,${escaped}`, pieceChars)).toBe(wanted);
+      }),
+    );
+  });
+
+  test('escaped bytes in pieces are those of the whole', async () => {
+    const bytes = fc.uint8Array({ maxLength: 30 });
+    await fc.assert(
+      fc.asyncProperty(bytes, fc.integer({ min: 1, max: 7 }), async (data, pieceChars) => {
+        const latin = Buffer.from(data).toString('latin1');
+        const escaped = [...latin].map((each, i) =>
+          i % 3 === 0 && each !== '%' ? each : `%${Buffer.from(each, 'latin1').toString('hex')}`,
+        );
+        expect(await decoded(`data:,${escaped.join('')}`, pieceChars)).toBe(latin);
+      }),
+    );
+  });
+
+  test.each(['QUJ§', 'QQ==§', '§', 'QUJD\u0120', 'QUJDQUJ\u{1F600}'])(
+    '%s is refused in any pieces',
+    async (text) => {
+      for (const pieceChars of [1, 3, 4, 100]) {
+        await expect(decoded(`data:;base64,${text}`, pieceChars)).rejects.toThrow('malformed');
+      }
+    },
+  );
+
+  test('tens of megabytes leave the event loop turns', async () => {
+    let turns = 0;
+    const count = setInterval(() => {
+      turns += 1;
+    }, 0);
+    const text = Buffer.alloc(12e6, 'abc').toString('base64');
+    expect((await decoded(`data:;base64,${text}`)).length).toBe(12e6);
+    expect((await decoded(`data:;base64,${text.replace(/.{76}/g, '$&\n')}`)).length).toBe(12e6);
+    clearInterval(count);
+    expect(turns).toBeGreaterThan(1);
   });
 });
 

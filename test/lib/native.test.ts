@@ -57,6 +57,7 @@ const EXPORTS = [
   'open',
   'estimate',
   'makeTiles',
+  'hashBytes',
   'chooseGrid',
   'resizeBicubic',
 ];

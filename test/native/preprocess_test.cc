@@ -3,6 +3,7 @@
 #include "image/preprocess.h"
 
 #include <atomic>
+#include <bit>
 #include <cstring>
 #include <fstream>
 #include <random>
@@ -255,12 +256,98 @@ TEST("the content hash sees every byte, the length and the grid") {
   EXPECT(wide.content_hash[0] != tall.content_hash[0]);
 }
 
-TEST("the content hash is fixed for ever") {
-  const char* text = "turbomind";
-  const ContentHash hash = content_hash(text, std::strlen(text));
-  EXPECT_EQ(format("%016llx%016llx", static_cast<unsigned long long>(hash.words[0]),
-                   static_cast<unsigned long long>(hash.words[1])),
-            std::string("bd2f5ae8b30c07553137785a263172c7"));
+// The definition of the head of content_hash.h, word by word; multiplication is doubling and adding.
+ContentHash hash_by_definition(std::vector<uint8_t> bytes, const ContentHash& previous,
+                               const HashKey& key) {
+  __extension__ using Wide = unsigned __int128;
+  const Wide prime = (static_cast<Wide>(1) << 127) - 1;
+  const Wide point = static_cast<Wide>(key.point[1]) << 64 | key.point[0];
+  Wide value = static_cast<Wide>(previous.words[1]) << 64 | previous.words[0];
+  const auto append = [&](Wide coefficient) {
+    Wide product = 0;
+    for (int bit = 126; bit >= 0; --bit) {
+      product = product * 2 % prime;
+      if ((point >> bit & 1U) != 0) product = (product + value) % prime;
+    }
+    value = (product + coefficient) % prime;
+  };
+  const size_t length = bytes.size();
+  bytes.resize((length + kHashGroup - 1) / kHashGroup * kHashGroup);
+  for (size_t unit = 0; unit < bytes.size(); unit += kHashUnit) {
+    uint64_t words[kHashWords] = {};
+    const size_t end = std::min(bytes.size(), unit + kHashUnit);
+    for (size_t at = unit; at < end; at += 8) {
+      uint32_t x, y;
+      std::memcpy(&x, &bytes[at], 4);
+      std::memcpy(&y, &bytes[at + 4], 4);
+      for (size_t p = 0; p < kHashWords; ++p) {
+        const uint32_t* own = &key.sums[(at - unit) / 4 + p * kHashGroup / 4];
+        words[p] += static_cast<uint64_t>(x + own[0]) * static_cast<uint32_t>(y + own[1]);
+      }
+    }
+    append(static_cast<Wide>(words[3] & 0x1FFFFF) << 64 | words[0]);
+    append(static_cast<Wide>(words[3] >> 21 & 0x3FFFFF) << 64 | words[1]);
+    append(static_cast<Wide>(words[3] >> 43) << 64 | words[2]);
+  }
+  append(static_cast<Wide>(length) + 1);
+  return {{static_cast<uint64_t>(value), static_cast<uint64_t>(value >> 64)}};
+}
+
+TEST("every hash kernel gives what the definition gives, under any key") {
+  std::mt19937 rng(kSeed + 7);
+  for (const size_t length : {0, 1, 63, 64, 65, 4095, 4096, 4097, 8192, 10'000, 12'352}) {
+    for (const bool ones : {false, true}) {
+      HashKey key = random_hash_key();
+      std::vector<uint8_t> bytes = random_pixels(rng, length);
+      if (ones) {  // all sums and products at the top of their range
+        std::fill(bytes.begin(), bytes.end(), 0xFF);
+        std::memset(key.sums, 0, sizeof(key.sums));
+        key.point[0] = UINT64_MAX;
+        key.point[1] = UINT64_MAX >> 2;
+      }
+      const ContentHash previous = {{UINT64_MAX - length, UINT64_MAX >> 1}};
+      const ContentHash want = hash_by_definition(bytes, previous, key);
+      for (const HashKernel* kernel : hash_kernel_table()) {
+        if (!kernel->supported()) continue;
+        EXPECT(content_hash_with(*kernel, bytes.data(), length, previous, key) == want);
+      }
+      EXPECT(content_hash(bytes.data(), length, previous, key) == want);
+    }
+  }
+}
+
+TEST("a hash depends on the key, on what came before and on where it was cut") {
+  const std::vector<uint8_t> bytes(10'000, 5);
+  const ContentHash whole = content_hash(bytes.data(), bytes.size());
+  EXPECT(content_hash(bytes.data(), bytes.size()) == whole);
+  EXPECT(!(content_hash(bytes.data(), bytes.size(), {}, random_hash_key()) == whole));
+  const auto in_two = [&](size_t first) {
+    const ContentHash before = content_hash(bytes.data(), first);
+    return content_hash(bytes.data() + first, bytes.size() - first, before);
+  };
+  EXPECT(in_two(4096) == in_two(4096));
+  EXPECT(!(in_two(4096) == in_two(8192)));
+  EXPECT(!(in_two(4096) == whole));
+}
+
+// Two messages that a chain of products from known constants, the hash used before, mapped to the same
+// value: the first step's zero factor leaves the difference in one word, the second's adds it away.
+TEST("messages made to collide without the key do not") {
+  constexpr uint64_t lo = 0x243F6A8885A308D3ULL, hi = 0x13198A2E03707344ULL;
+  constexpr uint64_t mix = 0x9216D5D98979FB1BULL;
+  const auto message = [&](uint64_t a) {
+    std::vector<uint64_t> words(16);
+    words[0] = a;
+    words[1] = hi ^ mix;
+    const uint64_t lo_then = std::rotl(words[1], 29) + hi;
+    const uint64_t hi_then = std::rotl(a, 31) ^ lo;
+    words[8] = lo_then;
+    words[9] = std::rotr(lo - hi_then, 29);
+    return words;
+  };
+  const std::vector<uint64_t> one = message(1);
+  const std::vector<uint64_t> two = message(2);
+  EXPECT(!(content_hash(one.data(), 128) == content_hash(two.data(), 128)));
 }
 
 TEST("bad images and options are refused with a code") {

@@ -1,6 +1,7 @@
 // A NativeAddon without native code: requests are answered with scripted tokens, one a step, in
 // one batch of events for all that run, as the real engine does. Steps run by themselves between
 // turns of the event loop, or by hand.
+import { createHash } from 'node:crypto';
 import type {
   MemoryReport,
   NativeAddon,
@@ -269,6 +270,8 @@ export function makeFakeAddon(settings: FakeSettings): FakeAddon {
       tiled.push({ ...options, width, height });
       return makeFakeTiles(options.maxTiles, options.tileSize);
     },
+    hashBytes: (bytes, previous) =>
+      createHash('md5').update(previous).update('/').update(bytes).digest('hex'),
     chooseGrid: () => ({ columns: 1, rows: 1 }),
     resizeBicubic: (pixels) => pixels,
   };

@@ -184,6 +184,18 @@ void Decoder::run_layer(const Layer& layer, int layer_idx, int num_tokens, KvCac
   backend_.linear({.weight = layer.down.get(), .x = mlp, .y = x, .epilogue = Epilogue::residual});
 }
 
+void Decoder::warm_up(const StepBatch& batch, KvCache& cache, std::span<const SampleRow> rows,
+                      std::span<SampleResult> results) {
+  num_tokens_ = batch.num_tokens();
+  num_rows_ = static_cast<int>(batch.sample_rows.size());
+  backend_.begin_step(batch);
+  const TensorView x = this->rows(*hidden_, num_tokens_, spec_.hidden_size);
+  backend_.embed({.table = embedding_.get(), .x = x, .overrides = {}});
+  run_layer(layers_.front(), 0, num_tokens_, cache);
+  backend_.start_sample({.head = head_.get(), .norm = &final_norm_, .x = x});
+  sample(rows, results);
+}
+
 void Decoder::sample(std::span<const SampleRow> rows, std::span<SampleResult> results) {
   TM_CHECK(static_cast<int>(rows.size()) == num_rows_ && results.size() == rows.size(),
            "%zu sample rows and %zu results for a step that wants %d", rows.size(), results.size(),

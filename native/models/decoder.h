@@ -36,6 +36,10 @@ class Decoder {
   // `batch` must live until sample(), logits() or hidden_states() has returned.
   void forward(const StepBatch& batch, KvCache& cache,
                std::span<const EmbeddingOverride> overrides = {});
+  // The ops of a step once, with the first layer alone: what they cost on their first use at this size
+  // is paid. The results mean nothing.
+  void warm_up(const StepBatch& batch, KvCache& cache, std::span<const SampleRow> rows,
+               std::span<SampleResult> results);
   // Tokens of the last step's sample_rows, in order. Waits.
   void sample(std::span<const SampleRow> rows, std::span<SampleResult> results);
   // The same in two halves, see Backend::launch_sample.

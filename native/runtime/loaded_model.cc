@@ -11,6 +11,7 @@
 #include "models/vision_tower.h"
 #include "models/weight_loader.h"
 #include "runtime/measure.h"
+#include "runtime/warm_up.h"
 
 namespace turbomind {
 namespace {
@@ -30,6 +31,11 @@ class LoadedModel final : public Model {
   // Host memory for `num_blocks` blocks. A device's is taken on a thread of its own beside what loads
   // meanwhile, since pinning a GiB costs about a third of a second; the CPU's when it is asked for.
   HostMemory start_swap_space(const KvCacheSpec& spec, int num_blocks, bool device_is_host);
+  void warm_up(const MemoryPlan& plan) {
+    const bool sees = vision_ != nullptr;
+    const TensorView tile = sees ? images_.rows(0, vision_->tokens_per_tile()) : TensorView();
+    turbomind::warm_up(*backend_, *decoder_, *cache_, plan, vision_.get(), tile);
+  }
   // Answers what copying a block takes, either way, in ms.
   double make_swap_space(int num_blocks, HostMemory taken);
   Backend& backend() { return *backend_; }
@@ -276,6 +282,7 @@ EngineParts load_model(const EngineOptions& options, std::unique_ptr<Backend> ba
   use.kv_cache = model->taken_by([&] { model->make_cache(planned.cache); });
   parts.swap_block_ms = model->make_swap_space(parts.memory.num_swap_blocks, std::move(swap));
   use.swap = parts.memory.parts.swap;
+  if (!parts.memory.parts.device_is_host) model->warm_up(parts.memory);
   use.allocated = model->allocated_bytes();
   use.device_free = model->device_free_bytes();
 

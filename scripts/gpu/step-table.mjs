@@ -130,7 +130,7 @@ function describe(step, shape, rows, context, batch) {
   return step.kernels.map((kernel) => {
     const us = Math.max(0, kernel.end - Math.max(kernel.begin, reached)) / 1000;
     reached = Math.max(reached, kernel.end);
-    if (/gemm/.test(kernel.name)) {
+    if (/gemm|u4_stream/.test(kernel.name)) {
       const inLayers = gemm < 4 * shape.layers;
       const label = inLayers ? GEMMS[gemm % 4] : 'head';
       const [n, k] = inLayers ? linears[label] : [shape.vocab, shape.hidden];

@@ -17,9 +17,9 @@ using namespace turbomind::cuda::testing;
 constexpr int kRows = 8;
 
 struct Bench {
-  explicit Bench(int64_t vocab)
+  explicit Bench(int64_t vocab, int rows = kRows)
       : vocab(vocab), context(test_context()),
-        sizes(sampler_sizes({.max_rows = kRows, .vocab_size = vocab, .max_kv_len = 8192}, kRows)),
+        sizes(sampler_sizes({.max_rows = rows, .vocab_size = vocab, .max_kv_len = 8192}, rows)),
         sampler(sizes, context, pool) {}
   int64_t vocab;
   DevicePool pool;
@@ -233,18 +233,31 @@ TEST("rows beyond the GPU's limits go through the host's sampler in the same ste
 }
 
 TEST("greedy rows need the scan alone, and say what they cannot do") {
-  const int64_t vocab = 151674;
-  Bench bench(vocab);
-  Random random(2);
-  std::vector<Case> cases(5);
-  for (Case& c : cases) c.logits = random.floats(static_cast<size_t>(vocab));
-  cases[0].logits[3] = cases[0].logits[151673] = cases[0].logits[77777] = 9.0F;
-  cases[1].logits[151673] = 8.0F;
-  cases[2].logits[151673] = NAN;
-  std::fill(cases[3].logits.begin(), cases[3].logits.end(), -INFINITY);
-  EXPECT_EQ(compare(bench, cases, "greedy"), 0);
-  const std::vector<Case> fine = {cases[4], cases[0], cases[1]};
-  EXPECT_EQ(compare(bench, fine, "greedy, fewer rows"), 0);
+  for (const int64_t vocab : {int64_t{151674}, int64_t{151936}, int64_t{68}}) {  // read one by one, by four
+    Bench bench(vocab);
+    Random random(2);
+    std::vector<Case> cases(5);
+    for (Case& c : cases) c.logits = random.floats(static_cast<size_t>(vocab));
+    const auto last = static_cast<size_t>(vocab - 1);
+    cases[0].logits[3] = cases[0].logits[last] = cases[0].logits[last / 2] = 9.0F;
+    cases[1].logits[last] = 8.0F;
+    cases[2].logits[last] = NAN;
+    std::fill(cases[3].logits.begin(), cases[3].logits.end(), -INFINITY);
+    EXPECT_EQ(compare(bench, cases, "greedy"), 0);
+    const std::vector<Case> fine = {cases[4], cases[0], cases[1]};
+    EXPECT_EQ(compare(bench, fine, "greedy, fewer rows"), 0);
+  }
+}
+
+TEST("many rows are scanned in fewer pieces each, or in one") {
+  const int64_t vocab = 6400;  // 100 blocks
+  for (const int rows : {60, 300, 1100}) {
+    Bench bench(vocab, rows);
+    Random random(5);
+    std::vector<Case> cases(static_cast<size_t>(rows));
+    for (Case& c : cases) c.logits = random.floats(static_cast<size_t>(vocab));
+    EXPECT_EQ(compare(bench, cases, "many rows"), 0);
+  }
 }
 
 TEST("sampling again allocates nothing") {

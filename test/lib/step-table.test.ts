@@ -48,7 +48,7 @@ test('kernels that overlap, their gaps and the step add up', () => {
   const step = (t: number) => [
     at('unpack_step_kernel', t, t + 1000, 0),
     at('embed_kernel', t + 4000, t + 5000, 1), // 3 us idle before it
-    at('gemm_sm90_kernel', t + 4500, t + 15000, 2), // starts early: 10 us of its own
+    at('u4_stream_kernel', t + 4500, t + 15000, 2), // starts early: 10 us of its own
     at('decode_kernel', t + 15000, t + 20000, 3),
   ];
   const file = join(folder, 'trace');
@@ -64,7 +64,7 @@ test('kernels that overlap, their gaps and the step add up', () => {
   expect(table.idleUs).toBe(3);
   const us = Object.fromEntries(table.rows.map(({ kernel, usTotal }) => [kernel, usTotal]));
   expect(us).toEqual({
-    'qkv (gemm_sm90_kernel)': 10,
+    'qkv (u4_stream_kernel)': 10,
     'decode attention': 5,
     unpack_step_kernel: 1,
     embed_kernel: 1,

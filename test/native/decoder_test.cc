@@ -4,6 +4,7 @@
 
 #include "each_backend.h"
 #include "loaded_model.h"
+#include "runtime/warm_up.h"
 #include "test.h"
 
 using namespace turbomind;
@@ -76,6 +77,30 @@ TEST("logits and greedy ids of every fixture are those of the float64 network") 
   for_each_backend([](Backend& backend, const Tolerance& tolerance) {
     for (const std::string& name : all_fixtures()) {
       LoadedModel model(backend, name);
+      for (const Json& expected : model.fixture.expected["cases"].items()) {
+        check_case(model, expected, model.is_awq() ? tolerance.awq : tolerance.dense);
+      }
+    }
+  });
+}
+
+TEST("a model that was warmed up answers as one that was not") {
+  for_each_backend([](Backend& backend, const Tolerance& tolerance) {
+    for (const char* name : {"qwen2-awq-g32", "internvl-chat-rms"}) {
+      LoadedModel model(backend, name);
+      MemoryPlan plan;
+      plan.num_blocks = kNumBlocks;
+      plan.blocks_per_session = 3;  // 48 tokens, fewer than a step may have
+      plan.max_tokens = kMaxTokens;
+      plan.max_rows = kMaxSequences;
+      std::unique_ptr<Buffer> tile;
+      VisionTower* vision = nullptr;
+      if (model.vision) {
+        tile = model.encode_formula_tiles(1);
+        vision = &*model.vision;
+      }
+      warm_up(backend, model.decoder, *model.cache, plan, vision,
+              tile ? model.embeddings(1, tile.get()) : TensorView());
       for (const Json& expected : model.fixture.expected["cases"].items()) {
         check_case(model, expected, model.is_awq() ? tolerance.awq : tolerance.dense);
       }

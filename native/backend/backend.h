@@ -92,6 +92,10 @@ struct LinearArgs {
   TensorView y;                // [T, N], or [T, N / 2] for silu_mul
   Epilogue epilogue = Epilogue::none;
   ConstTensorView scale{};  // residual only (InternViT's layer scale)
+  // The norm through which the next linear ops read y, where the model knows it: a backend may do a part
+  // of it while it writes y, or ignore it, since those ops name their norm themselves. Whether it does
+  // must not depend on T. y is the same with it and without.
+  const Norm* next_norm = nullptr;
 };
 
 // Image rows of the step: rows [row, row + count) of x take embeddings[offset, offset + count).

@@ -13,7 +13,7 @@ class Backend;
 namespace turbomind::cuda {
 
 // Raise with every change of backend.h, weights.h, sampling.h, tensor_view.h or of this file.
-inline constexpr int kAbiVersion = 7;
+inline constexpr int kAbiVersion = 8;
 
 struct CreateOptions {
   int abi_version = kAbiVersion;

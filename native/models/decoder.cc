@@ -150,7 +150,7 @@ void Decoder::forward(const StepBatch& batch, KvCache& cache,
     const TensorView x = rows(*hidden_, num_tokens_, spec_.hidden_size);
     backend_.embed({.table = embedding_.get(), .x = x, .overrides = overrides});
     for (int i = 0; i < spec_.num_layers; ++i) {
-      run_layer(layers_[static_cast<size_t>(i)], i, num_tokens_, cache);
+      run_layer(i, num_tokens_, cache);
     }
     if (num_rows_ > 0) {
       backend_.start_sample({.head = head_.get(), .norm = &final_norm_, .x = x});
@@ -158,7 +158,10 @@ void Decoder::forward(const StepBatch& batch, KvCache& cache,
   });
 }
 
-void Decoder::run_layer(const Layer& layer, int layer_idx, int num_tokens, KvCache& cache) {
+void Decoder::run_layer(int layer_idx, int num_tokens, KvCache& cache) {
+  const auto idx = static_cast<size_t>(layer_idx);
+  const Layer& layer = layers_[idx];
+  const Norm* next_input_norm = idx + 1 < layers_.size() ? &layers_[idx + 1].input_norm : nullptr;
   const TensorView x = rows(*hidden_, num_tokens, spec_.hidden_size);
   const TensorView qkv = rows(*qkv_, num_tokens, qkv_features(spec_));
   const TensorView attended = rows(*attention_, num_tokens, attention_features(spec_));
@@ -175,13 +178,21 @@ void Decoder::run_layer(const Layer& layer, int layer_idx, int num_tokens, KvCac
                       .rope = rope_,
                       .q_norm = spec_.qk_norm ? &layer.q_norm : nullptr,
                       .k_norm = spec_.qk_norm ? &layer.k_norm : nullptr});
-  backend_.linear({.weight = layer.o.get(), .x = attended, .y = x, .epilogue = Epilogue::residual});
+  backend_.linear({.weight = layer.o.get(),
+                   .x = attended,
+                   .y = x,
+                   .epilogue = Epilogue::residual,
+                   .next_norm = &layer.post_attention_norm});
   backend_.linear({.weight = layer.gate_up.get(),
                    .norm = &layer.post_attention_norm,
                    .x = x,
                    .y = mlp,
                    .epilogue = Epilogue::silu_mul});
-  backend_.linear({.weight = layer.down.get(), .x = mlp, .y = x, .epilogue = Epilogue::residual});
+  backend_.linear({.weight = layer.down.get(),
+                   .x = mlp,
+                   .y = x,
+                   .epilogue = Epilogue::residual,
+                   .next_norm = next_input_norm});
 }
 
 void Decoder::warm_up(const StepBatch& batch, KvCache& cache, std::span<const SampleRow> rows,
@@ -191,7 +202,7 @@ void Decoder::warm_up(const StepBatch& batch, KvCache& cache, std::span<const Sa
   backend_.begin_step(batch);
   const TensorView x = this->rows(*hidden_, num_tokens_, spec_.hidden_size);
   backend_.embed({.table = embedding_.get(), .x = x, .overrides = {}});
-  run_layer(layers_.front(), 0, num_tokens_, cache);
+  run_layer(0, num_tokens_, cache);
   backend_.start_sample({.head = head_.get(), .norm = &final_norm_, .x = x});
   sample(rows, results);
 }

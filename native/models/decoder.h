@@ -51,7 +51,7 @@ class Decoder {
 
  private:
   struct Layer;
-  void run_layer(const Layer& layer, int layer_idx, int num_tokens, KvCache& cache);
+  void run_layer(int layer_idx, int num_tokens, KvCache& cache);
   void download_floats(ConstTensorView from, std::span<float> out);
   TensorView rows(Buffer& buffer, int64_t num_rows, int64_t columns) const;
 

@@ -88,6 +88,119 @@ TEST("logits of a step are finite and the same bits with graphs and without") {
   for (float value : first) EXPECT(std::isfinite(value));
 }
 
+TEST("norms split between products: the values of whole ones, the same bits in any chunk, batch and kernel") {
+  const std::vector<TokenId> prompt = prompt_of(150, 12);
+  // Logits of the prompt's last token and of three decode steps.
+  const auto logits_of = [&](CudaBackend& backend, bool split, const std::vector<int>& chunks, int others) {
+    SmallSpec spec;
+    spec.blocks = 64 * spec.max_kv_len / 64;  // nobody shares any
+    SmallDecoder decoder(backend, spec);
+    decoder.next_norms = split;
+    Sequence wanted = decoder.make_sequence(prompt);
+    std::vector<Sequence> rest;
+    for (int i = 0; i < others; ++i) rest.push_back(decoder.make_sequence(prompt_of(2, 300 + static_cast<uint32_t>(i))));
+    std::vector<float> all, part;
+    for (int chunk : chunks) decoder.step({&wanted}, {chunk}, &part);
+    all = part;
+    for (Sequence& other : rest) decoder.step({&other}, {2});
+    std::vector<Sequence*> members{&wanted};
+    for (Sequence& other : rest) members.push_back(&other);
+    for (int i = 0; i < 3; ++i) {
+      decoder.step(members, std::vector<int>(members.size(), 1), &part);
+      all.insert(all.end(), part.begin(), part.begin() + 1000);
+    }
+    return all;
+  };
+  const auto graphed = backend_with(1);
+  const auto eager = backend_with(0);
+  const std::vector<float> split = logits_of(*graphed, true, {150}, 0);
+  const std::vector<float> whole = logits_of(*graphed, false, {150}, 0);
+  EXPECT(split != whole);
+  // Of the first position: later ones may follow another token.
+  const double error = relative_error(split, std::vector<double>(whole.begin(), whole.begin() + 1000));
+  std::printf("    against whole norms: %.2e\n", error);
+  EXPECT(error < 0.03);
+  EXPECT(logits_of(*graphed, true, {64, 1, 85}, 3) == split);
+  EXPECT(logits_of(*graphed, true, {17, 33, 100}, 20) == split);
+  EXPECT(logits_of(*eager, true, {100, 50}, 63) == split);
+  for (const char* name : {"u4_sm80", "u4_sm90"}) {
+    eager->force_gemm(name);
+    EXPECT(logits_of(*eager, true, {150}, 40) == split);
+  }
+}
+
+// Two products of 16-bit weights with a norm between them, and what the second one gives.
+struct TwoProducts {
+  TwoProducts(CudaBackend& backend, int hidden, float norm_mean) : backend(backend), hidden(hidden) {
+    Random random(8);
+    first = dense(random, hidden, 64);
+    second = dense(random, 48, hidden);
+    const std::vector<float> values = random.floats(static_cast<size_t>(hidden), norm_mean / 3, norm_mean);
+    weight = backend.load_vector(ConstTensorView(values.data(), DType::f32, {hidden}));
+    norm.weight = ConstTensorView(weight->data(), DType::f32, {hidden});
+    input = upload(random.half(kRows * 64, DType::bf16), 64);
+    old = random.half(static_cast<size_t>(kRows * hidden), DType::bf16);
+    backend.reserve_workspace({.max_tokens = 16, .max_in_features = hidden, .max_out_features = hidden});
+  }
+  // next: whether the first product knows of the norm; overwrite: x changes between the two.
+  std::vector<uint16_t> run(bool next, bool overwrite) {
+    const auto x = upload(old, hidden);
+    const TensorView x_view(x->data(), DType::bf16, {kRows, hidden});
+    backend.linear({.weight = first.get(), .x = ConstTensorView(input->data(), DType::bf16, {kRows, 64}), .y = x_view,
+                    .epilogue = Epilogue::residual, .next_norm = next ? &norm : nullptr});
+    if (overwrite) backend.norm(norm, x_view, x_view);
+    const auto y = upload(std::vector<uint16_t>(kRows * 48, 0xffff), 48);
+    const TensorView y_view(y->data(), DType::bf16, {kRows, 48});
+    backend.linear({.weight = second.get(), .norm = &norm, .x = x_view, .y = y_view});
+    std::vector<uint16_t> out(kRows * 48);
+    backend.download(out.data(), y_view);
+    return out;
+  }
+
+ private:
+  static constexpr int kRows = 5;
+  std::unique_ptr<LinearWeight> dense(Random& random, int n, int k) {
+    const std::vector<uint16_t> bits = random.half(static_cast<size_t>(n) * k, DType::bf16, 0.1F);
+    LinearPart part;
+    part.out_features = n;
+    part.weight = ConstTensorView(bits.data(), DType::bf16, {n, k});
+    LinearSource source;
+    source.name = "dense";
+    source.in_features = k;
+    source.parts = {part};
+    auto loaded = backend.load_linear(source);
+    backend.synchronize();
+    return loaded;
+  }
+  std::unique_ptr<Buffer> upload(const std::vector<uint16_t>& bits, int64_t columns) {
+    auto buffer = backend.allocate(bits.size() * 2);
+    backend.upload(TensorView(buffer->data(), DType::bf16, {static_cast<int64_t>(bits.size()) / columns, columns}), bits.data());
+    return buffer;
+  }
+
+  CudaBackend& backend;
+  int hidden;
+  Norm norm;
+  std::unique_ptr<LinearWeight> first, second;
+  std::unique_ptr<Buffer> weight, input;
+  std::vector<uint16_t> old;
+};
+
+TEST("a norm that cannot be split runs whole, and half of one is not used for rows written since") {
+  const auto backend = backend_with(0);
+  TwoProducts odd(*backend, 96, 1.0F);  // no multiple of 64 columns
+  EXPECT(odd.run(true, false) == odd.run(false, false));
+  TwoProducts zero(*backend, 128, 0.0F);  // no peak
+  EXPECT(zero.run(true, false) == zero.run(false, false));
+  TwoProducts products(*backend, 128, 1.0F);
+  const std::vector<uint16_t> split = products.run(true, false);
+  const std::vector<uint16_t> whole = products.run(false, false);
+  const std::vector<float> reference = to_floats(whole, DType::bf16);
+  EXPECT(split != whole);
+  EXPECT(relative_error(to_floats(split, DType::bf16), std::vector<double>(reference.begin(), reference.end())) < 0.01);
+  EXPECT(products.run(true, true) == products.run(false, true));
+}
+
 TEST("a steady decode step allocates nothing and captures nothing new") {
   const auto backend = backend_with(1);
   SmallDecoder decoder(*backend, {});

@@ -349,6 +349,155 @@ TEST("epilogues: bias, gelu, residual with scale, silu_mul") {
   }
 }
 
+// What split_norm.cuh defines, on the host. x [m, columns] as floats of 16-bit values.
+struct HostSplitNorm {
+  std::vector<uint16_t> z;
+  std::vector<float> strips;
+  HostSplitNorm(const std::vector<float>& x, const std::vector<float>& weight, float inverse_peak, DType dtype)
+      : z(x.size()), strips(x.size() / kStripColumns) {
+    for (size_t i = 0; i < x.size(); ++i) z[i] = to_bits(x[i] * (weight[i % weight.size()] * inverse_peak), dtype);
+    for (size_t strip = 0; strip < strips.size(); ++strip) {
+      std::vector<float> tree(x.begin() + static_cast<int64_t>(strip * kStripColumns),
+                              x.begin() + static_cast<int64_t>((strip + 1) * kStripColumns));
+      for (float& value : tree) value *= value;
+      for (size_t count = kStripColumns; count > 1; count /= 2) {
+        for (size_t i = 0; i < count / 2; ++i) tree[i] = tree[2 * i] + tree[2 * i + 1];
+      }
+      strips[strip] = tree[0];
+    }
+  }
+};
+
+std::vector<float> norm_weights(Random& random, int columns) {
+  std::vector<float> weight = random.floats(static_cast<size_t>(columns), 0.4F, 1.0F);
+  weight[static_cast<size_t>(columns) / 3] = -7.5F;  // the peak is 8
+  return weight;
+}
+
+std::vector<int> split_tokens() {
+  if (quick) return {1, 9, 65};
+  return {1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 63, 64, 65, 127, 128, 130, 257, 300};
+}
+
+TEST("residual epilogues leave z and strip sums, the same bits from every kernel, and y as without") {
+  const LaunchContext context = test_context();
+  constexpr int kMost = 300;
+  int shapes_run = 0;
+  for (const Shape& shape : shapes()) {
+    if (shape.gate_up || shape.n % kSplitNormColumns != 0) continue;
+    ++shapes_run;
+    Case c = make_case(shape, 61);
+    c.matrix.bias = c.bias->get();
+    Random random(62);
+    const DeviceArray<uint16_t> x(random.half(static_cast<size_t>(kMost) * shape.k, shape.dtype, 0.5F));
+    const std::vector<uint16_t> old = random.half(static_cast<size_t>(kMost) * shape.n, shape.dtype, 2.0F);
+    const std::vector<float> weight = norm_weights(random, shape.n);
+    const DeviceArray<float> d_weight(weight);
+    const DeviceArray<float> scale(random.floats(static_cast<size_t>(shape.n), 0.5F));
+    DeviceArray<uint16_t> z(old.size());
+    DeviceArray<float> strips(old.size() / kStripColumns);
+    for (const std::string_view name : fitting_rows(gemm_args(c, x.get(), shape.k, 1, nullptr, false, Epilogue::residual), context)) {
+      for (int m : split_tokens()) {
+        std::vector<uint16_t> y[2];
+        z.poison();
+        strips.poison();
+        for (const bool split : {false, true}) {
+          const DeviceArray<uint16_t> device(old);
+          GemmArgs args = gemm_args(c, x.get(), shape.k, m, device.get(), false, Epilogue::residual);
+          args.scale = m % 2 == 0 ? scale.get() : nullptr;
+          if (split) args.next_norm = {.weight = d_weight.get(), .inverse_peak = 0.125F, .z = z.get(), .strips = strips.get()};
+          select_gemm(args, context, name).run(args, context);
+          y[split] = device.host();
+        }
+        const size_t cells = static_cast<size_t>(m) * shape.n;
+        std::vector<uint16_t> written(y[1].begin(), y[1].begin() + static_cast<int64_t>(cells));
+        const HostSplitNorm expected(to_floats(written, shape.dtype), weight, 0.125F, shape.dtype);
+        const std::vector<uint16_t> z_bits = z.host();
+        const std::vector<float> sums = strips.host();
+        const bool same = y[0] == y[1] && std::equal(expected.z.begin(), expected.z.end(), z_bits.begin()) &&
+                          std::equal(expected.strips.begin(), expected.strips.end(), sums.begin());
+        // Rows past m were left alone.
+        const bool inside = m == kMost || (z_bits[cells] == 0xffff && std::isnan(sums[cells / kStripColumns]));
+        turbomind::test::report(same && inside, "z and strips", __FILE__, __LINE__,
+                                format("%s kind %d N %d K %d M %d: y %d, inside %d", std::string(name).c_str(), static_cast<int>(shape.kind),
+                                       shape.n, shape.k, m, y[0] == y[1], inside));
+      }
+    }
+  }
+  EXPECT(shapes_run >= 1);
+}
+
+TEST("products of z are those of the norm, folded by each CTA or before, the same bits at every M") {
+  const LaunchContext context = test_context();
+  constexpr int kMost = 300;
+  constexpr float kEps = 1e-5F;
+  int shapes_run = 0;
+  for (const Shape& shape : shapes()) {
+    if (shape.k % kSplitNormColumns != 0) continue;
+    ++shapes_run;
+    Case c = make_case(shape, 71);
+    c.matrix.bias = c.bias->get();
+    Random random(72);
+    const std::vector<uint16_t> bits = random.half(static_cast<size_t>(kMost) * shape.k, shape.dtype, 3.0F);
+    const std::vector<float> x = to_floats(bits, shape.dtype);
+    const std::vector<float> weight = norm_weights(random, shape.k);
+    const HostSplitNorm split(x, weight, 0.125F, shape.dtype);
+    std::vector<float> normed(x.size());
+    for (int t = 0; t < kMost; ++t) {
+      double squares = 0;
+      for (int k = 0; k < shape.k; ++k) squares += std::pow(x[static_cast<size_t>(t) * shape.k + k], 2);
+      const double factor = 1.0 / std::sqrt(squares / shape.k + kEps);
+      for (int k = 0; k < shape.k; ++k) {
+        const size_t i = static_cast<size_t>(t) * shape.k + k;
+        normed[i] = static_cast<float>(x[i] * factor * weight[static_cast<size_t>(k)]);
+      }
+    }
+    const int checked = 70;
+    const std::vector<double> plain = product(c, normed, checked);
+    const Epilogue kind = shape.gate_up ? Epilogue::silu_mul : Epilogue::none;
+    const int out_n = shape.gate_up ? shape.n / 2 : shape.n;
+    std::vector<double> expected(static_cast<size_t>(checked) * out_n);
+    for (int t = 0; t < checked; ++t) {
+      for (int n = 0; n < out_n; ++n) {
+        const auto at = [&](int row) { return plain[static_cast<size_t>(t) * shape.n + row] + c.host_bias[row]; };
+        const double gate = at(packed_row(shape, 0, n));
+        expected[static_cast<size_t>(t) * out_n + n] = shape.gate_up ? gate / (1 + std::exp(-gate)) * at(packed_row(shape, 1, n)) : at(n);
+      }
+    }
+    const DeviceArray<uint16_t> z(split.z);
+    const DeviceArray<float> strips(split.strips);
+    DeviceArray<float> scales(kMost), y(static_cast<size_t>(kMost) * shape.n);
+    const InputNorm norm{.strips = strips.get(), .columns = shape.k, .inverse_columns = 1.0F / static_cast<float>(shape.k), .peak = 8.0F, .eps = kEps};
+    fold_strips(context, norm, scales.get(), kMost);
+    for (const std::string_view name : fitting_rows(gemm_args(c, z.get(), shape.k, 1, y.get(), true, kind), context)) {
+      const auto run = [&](int first, int m, bool folded) {
+        y.poison();
+        GemmArgs args = gemm_args(c, z.get() + static_cast<size_t>(first) * shape.k, shape.k, m, y.get(), true, kind);
+        args.input_norm = norm;
+        args.input_norm.strips += static_cast<size_t>(first) * (shape.k / kStripColumns);
+        if (folded) args.input_norm.scales = scales.get() + first;
+        select_gemm(args, context, name).run(args, context);
+        return y.host();
+      };
+      const std::vector<float> whole = run(0, kMost, true);
+      const double error = relative_error(whole, expected);
+      bool same = true;
+      for (int m : split_tokens()) {
+        for (const bool folded : {false, true}) {
+          const int first = kMost - m;
+          const std::vector<float> part = run(first, m, folded);
+          same = same && std::memcmp(part.data(), whole.data() + static_cast<size_t>(first) * out_n,
+                                     static_cast<size_t>(m) * out_n * sizeof(float)) == 0;
+        }
+      }
+      turbomind::test::report(same && error < tolerance_rounded(shape.dtype), "split norm", __FILE__, __LINE__,
+                              format("%s kind %d N %d K %d: same bits %d, error %g", std::string(name).c_str(), static_cast<int>(shape.kind),
+                                     shape.n, shape.k, same, error));
+    }
+  }
+  EXPECT(shapes_run >= 1);
+}
+
 TEST("K segments are a pure function of the shape") {
   EXPECT_EQ(choose_segments(WeightKind::awq, 7168, 5120), 4);
   EXPECT_EQ(choose_segments(WeightKind::awq, 5120, 5120), 4);

@@ -335,7 +335,7 @@ void bench_small(Report& report, const LaunchContext& context) {
 }
 
 // The kernels of a decode step's layers, each of eight layers with weights and cache of its own: all, the
-// matrix products alone, the others alone, and all with rope_kv as a kernel of its own.
+// matrix products alone, the others alone, and all with rope_kv or the norms as kernels of their own.
 void bench_layers(Report& report, const LaunchContext& context, Scratch& scratch, const char* label, int hidden, int q, int kv,
                   int mlp, int batch, int length, int bits = 16) {
   constexpr int kLayers = 8;
@@ -352,27 +352,39 @@ void bench_layers(Report& report, const LaunchContext& context, Scratch& scratch
   fill_random(x.get(), x.size() * 2, false);
   fill_random(qkv_out.get(), qkv_out.size() * 2, false);
   const NormArgs norm_args{.weight = weight.get(), .x = x.get(), .y = normed.get(), .ldx = hidden, .ldy = hidden, .rows = batch, .columns = hidden};
-  const auto gemm = [&](const Matrices& w, int i, const void* in, void* out, Epilogue epilogue) {
-    const GemmArgs args = gemm_args(w.copies[static_cast<size_t>(i) % kLayers], in, batch, out, epilogue, false, scratch);
+  const DeviceArray<float> strips(std::vector<float>(rows * hidden / kStripColumns, 16.0F)), scales(rows);
+  const NextNorm next{.weight = weight.get(), .z = normed.get(), .strips = strips.get()};
+  const InputNorm input{.strips = strips.get(), .columns = hidden, .inverse_columns = 1.0F / static_cast<float>(hidden), .eps = 1e-6F};
+  const auto gemm = [&](const Matrices& w, int i, const void* in, void* out, Epilogue epilogue, bool split) {
+    GemmArgs args = gemm_args(w.copies[static_cast<size_t>(i) % kLayers], in, batch, out, epilogue, false, scratch);
+    if (split && epilogue == Epilogue::residual) {
+      args.next_norm = next;
+    } else if (split) {
+      args.input_norm = input;
+      if (batch > kFoldTokens) fold_strips(context, input, scales.get(), batch);
+      if (batch > kFoldTokens) args.input_norm.scales = scales.get();
+    }
     select_gemm(args, context).run(args, context);
   };
-  const auto layer = [&](bool gemms, bool others, bool fused) {
+  const auto layer = [&](bool gemms, bool others, bool fused, bool split = false) {
+    const bool norms = others && !split;
     return time_us(kLaunches, [&](int i) {
-      if (others) norm(context, DType::bf16, norm_args);
-      if (gemms) gemm(qkv, i, normed.get(), qkv_out.get(), Epilogue::none);
+      if (norms) norm(context, DType::bf16, norm_args);
+      if (gemms) gemm(qkv, i, normed.get(), qkv_out.get(), Epilogue::none, split);
       if (others && !fused) paged.rope(context, i, qkv_out.get());
       if (others) paged.attend(context, i, qkv_out.get(), attended.get(), false, fused);
-      if (gemms) gemm(o, i, attended.get(), x.get(), Epilogue::residual);
-      if (others) norm(context, DType::bf16, norm_args);
-      if (gemms) gemm(gate_up, i, normed.get(), middle.get(), Epilogue::silu_mul);
-      if (gemms) gemm(down, i, middle.get(), x.get(), Epilogue::residual);
+      if (gemms) gemm(o, i, attended.get(), x.get(), Epilogue::residual, split);
+      if (norms) norm(context, DType::bf16, norm_args);
+      if (gemms) gemm(gate_up, i, normed.get(), middle.get(), Epilogue::silu_mul, split);
+      if (gemms) gemm(down, i, middle.get(), x.get(), Epilogue::residual, split);
     });
   };
   const double weights = qkv.bytes + o.bytes + gate_up.bytes + down.bytes;
   const auto keys = static_cast<double>(paged.cache_bytes);
   const double flops = 2.0 * batch * (static_cast<double>(qkv_n) * hidden + static_cast<double>(hidden) * q * 128 + 3.0 * hidden * mlp);
   const std::string shape = format("%s, batch %d, %d keys, %d bits", label, batch, length, bits);
-  report.add("decode_layer", shape, layer(true, true, true), weights + keys, flops);
+  report.add("decode_layer", shape, layer(true, true, true, true), weights + keys, flops);
+  report.add("  norms apart", shape, layer(true, true, true), weights + keys, flops);
   report.add("  rope_kv apart", shape, layer(true, true, false), weights + keys, flops);
   report.add("  GEMMs alone", shape, layer(true, false, true), weights, flops);
   report.add("  without GEMMs", shape, layer(false, true, true), keys, 0);
@@ -413,7 +425,7 @@ int main(int argc, char** argv) {
   }
   const std::string part = quick ? argv[2] : "";
   const auto layers = [&] {
-    for (const int batch : {1, 16, 64}) {
+    for (const int batch : {1, 8, 16, 32, 64, 128}) {
       bench_layers(report, context, scratch, "32B", 5120, 40, 8, 27648, batch, 1024);
       bench_layers(report, context, scratch, "4B", 2048, 16, 2, 11008, batch, 1024);
     }

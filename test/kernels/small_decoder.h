@@ -36,9 +36,9 @@ class SmallDecoder {
     head.in_features = spec.hidden;
     head.parts = {part};
     head_ = backend.load_head(head);
-    const std::vector<float> ones(static_cast<size_t>(spec.hidden), 1.0F);
-    ones_ = backend.load_vector(ConstTensorView(ones.data(), DType::f32, {spec.hidden}));
-    norm_.weight = ConstTensorView(ones_->data(), DType::f32, {spec.hidden});
+    const std::vector<float> weight = random_.floats(static_cast<size_t>(spec.hidden), 0.5F, 1.5F);
+    norm_weight_ = backend.load_vector(ConstTensorView(weight.data(), DType::f32, {spec.hidden}));
+    norm_.weight = ConstTensorView(norm_weight_->data(), DType::f32, {spec.hidden});
     std::vector<float> freq(static_cast<size_t>(spec.dim) / 2);
     for (size_t i = 0; i < freq.size(); ++i) freq[i] = std::pow(10000.0F, -2.0F * static_cast<float>(i) / static_cast<float>(spec.dim));
     freq_ = backend.load_vector(ConstTensorView(freq.data(), DType::f32, {spec.dim / 2}));
@@ -147,6 +147,7 @@ class SmallDecoder {
 
   SamplingParams params;
   bool start_sample = true;  // head inside the captured step
+  bool next_norms = true;    // whether o and down are told of the norm that follows
 
  private:
   struct Step {
@@ -218,9 +219,11 @@ class SmallDecoder {
                               .num_kv_heads = spec_.kv_heads, .head_dim = spec_.dim};
       attention.rope.inv_freq = ConstTensorView(freq_->data(), DType::f32, {spec_.dim / 2});
       backend_.attention(attention);
-      backend_.linear({.weight = o_[i].get(), .x = attended, .y = x, .epilogue = Epilogue::residual});
+      const Norm* post_attention = next_norms ? &norm_ : nullptr;
+      const Norm* next_input = i + 1 < spec_.layers ? post_attention : nullptr;
+      backend_.linear({.weight = o_[i].get(), .x = attended, .y = x, .epilogue = Epilogue::residual, .next_norm = post_attention});
       backend_.linear({.weight = gate_up_[i].get(), .norm = &norm_, .x = x, .y = mlp, .epilogue = Epilogue::silu_mul});
-      backend_.linear({.weight = down_[i].get(), .x = mlp, .y = x, .epilogue = Epilogue::residual});
+      backend_.linear({.weight = down_[i].get(), .x = mlp, .y = x, .epilogue = Epilogue::residual, .next_norm = next_input});
     }
   }
   std::unique_ptr<LinearWeight> awq(int n, int k, PartOrder order) {
@@ -261,7 +264,7 @@ class SmallDecoder {
   std::vector<uint16_t> table_bits_;
   std::unique_ptr<LinearWeight> table_, head_;
   std::vector<std::unique_ptr<LinearWeight>> qkv_, o_, gate_up_, down_;
-  std::unique_ptr<Buffer> ones_, freq_, x_, qkv_out_, attended_, mlp_;
+  std::unique_ptr<Buffer> norm_weight_, freq_, x_, qkv_out_, attended_, mlp_;
   std::unique_ptr<KvCache> cache_;
   int next_block_ = 0;
 };

@@ -277,6 +277,7 @@ void CpuBackend::linear(const LinearArgs& args) {
            static_cast<long long>(rows), static_cast<long long>(args.x.elements()),
            static_cast<long long>(linear->in_features()), static_cast<long long>(args.y.elements()),
            static_cast<long long>(columns));
+  // next_norm stays unused: here a norm is a pass over rows that are in the cache, and costs no launch.
   linear_scratch_.reserve(linear->packed()->scratch_bytes(rows), "linear layer scratch");
   linear->packed()->run({.x = args.x.as<float>(),
                          .y = args.y.as<float>(),

@@ -288,6 +288,7 @@ void CudaBackend::embed(const EmbedArgs& args) {
     capturable_ = capturable_ && args.overrides.empty();
     return;
   }
+  split_norms_.forget(args.x.data);
   cuda::embed(context_, table.matrix.weights, table.matrix.k_padded, table.matrix.n,
               workspace_.step.token_ids, args.x.data, launch_rows(args.x.dim(0)),
               static_cast<int>(args.x.dim(1)));
@@ -306,6 +307,7 @@ void CudaBackend::norm(const Norm& norm, ConstTensorView x, TensorView y) {
     sign_view(y.data, row_bytes(y));
     return;
   }
+  split_norms_.forget(y.data);
   const int64_t columns = x.row_elements();
   cuda::norm(context_, dtype_,
              {.kind = norm.kind,
@@ -325,6 +327,7 @@ const void* CudaBackend::padded_input(const CudaLinear& weight, const void* x, i
   *ldx = weight.matrix.k;
   if (weight.matrix.k % 8 == 0) return x;
   // Rows that 16-byte copies cannot reach (a patch of 3 * 14 * 14 values): copied to aligned ones.
+  split_norms_.forget();
   *ldx = weight.matrix.k_padded;
   TM_CHECK(static_cast<size_t>(rows) * static_cast<size_t>(*ldx) * 2 <= workspace_.scratch->bytes(),
            "%d rows of %lld exceed the workspace", rows, static_cast<long long>(*ldx));
@@ -333,22 +336,13 @@ const void* CudaBackend::padded_input(const CudaLinear& weight, const void* x, i
   return workspace_.scratch->data();
 }
 
-void CudaBackend::run_gemm(const CudaLinear& weight, const void* x, int64_t ldx, int rows, void* y,
-                           int64_t ldy, bool y_is_f32, Epilogue epilogue, const float* scale) {
-  if (rows == 0) return;
-  const GemmArgs args{.w = &weight.matrix,
-                      .x = x,
-                      .ldx = ldx,
-                      .m = rows,
-                      .y = y,
-                      .ldy = ldy,
-                      .y_is_f32 = y_is_f32,
-                      .epilogue = epilogue,
-                      .scale = scale,
-                      .partials = static_cast<float*>(workspace_.gemm_partials->data()),
-                      .partial_floats = workspace_.gemm_partials->bytes() / sizeof(float),
-                      .tickets = static_cast<uint32_t*>(workspace_.gemm_tickets->data()),
-                      .num_tickets = workspace_.gemm_tickets->bytes() / sizeof(uint32_t)};
+void CudaBackend::run_gemm(const CudaLinear& weight, GemmArgs args) {
+  if (args.m == 0) return;
+  args.w = &weight.matrix;
+  args.partials = static_cast<float*>(workspace_.gemm_partials->data());
+  args.partial_floats = workspace_.gemm_partials->bytes() / sizeof(float);
+  args.tickets = static_cast<uint32_t*>(workspace_.gemm_tickets->data());
+  args.num_tickets = workspace_.gemm_tickets->bytes() / sizeof(uint32_t);
   const bool forced =
       std::any_of(gemm_table().begin(), gemm_table().end(), [&](const GemmKernel& row) {
         return row.name == forced_gemm_ && context_.sm >= row.min_sm && context_.sm <= row.max_sm &&
@@ -361,7 +355,8 @@ void CudaBackend::linear(const LinearArgs& args) {
   const CudaLinear& weight = as_cuda(args.weight);
   if (mode_ == Mode::sign) {
     sign({3, address(args.weight), args.norm != nullptr ? address(args.norm->weight.data) : 0,
-          static_cast<uint64_t>(args.epilogue), address(args.scale.data)});
+          static_cast<uint64_t>(args.epilogue), address(args.scale.data),
+          args.next_norm != nullptr ? address(args.next_norm->weight.data) : 0});
     sign_view(args.x.data, row_bytes(args.x));
     sign_view(args.y.data, row_bytes(args.y));
     return;
@@ -378,8 +373,14 @@ void CudaBackend::linear(const LinearArgs& args) {
            static_cast<long long>(weight.matrix.n), static_cast<long long>(k));
   const int rows = launch_rows(args.x.dim(0));
   const void* x = args.x.data;
+  void* scratch = workspace_.scratch->data();
   int64_t ldx = k;
-  if (args.norm != nullptr) {
+  InputNorm input_norm;
+  if (args.norm != nullptr && split_norms_.has(x, args.x.dim(0), *args.norm)) {
+    input_norm = split_norms_.input(context_, k, rows);
+    x = scratch;
+  } else if (args.norm != nullptr) {
+    split_norms_.forget();
     const int64_t padded = round_up<int64_t>(k, 8);
     TM_CHECK(k % 8 == 0 && static_cast<size_t>(rows) * static_cast<size_t>(padded) * 2 <=
                                workspace_.scratch->bytes(),
@@ -390,17 +391,37 @@ void CudaBackend::linear(const LinearArgs& args) {
                 .bias = floats(args.norm->bias),
                 .eps = args.norm->eps,
                 .x = x,
-                .y = workspace_.scratch->data(),
+                .y = scratch,
                 .ldx = k,
                 .ldy = k,
                 .rows = rows,
                 .columns = static_cast<int>(k)});
-    x = workspace_.scratch->data();
+    x = scratch;
   } else {
     x = padded_input(weight, x, rows, &ldx);
   }
-  run_gemm(weight, x, ldx, rows, args.y.data, args.y.row_elements(), false, args.epilogue,
-           floats(args.scale));
+  // z goes to scratch, unless this product reads from there.
+  NextNorm next_norm;
+  if (args.next_norm != nullptr && args.epilogue == Epilogue::residual && x != scratch) {
+    const int64_t columns = weight.matrix.n;
+    next_norm = split_norms_.next(*args.next_norm, columns, scratch);
+    TM_CHECK(next_norm.weight == nullptr ||
+                 static_cast<size_t>(rows * columns) * 2 <= workspace_.scratch->bytes(),
+             "a norm over %lld columns and %d rows", static_cast<long long>(columns), rows);
+  }
+  run_gemm(weight, {.x = x,
+                    .ldx = ldx,
+                    .m = rows,
+                    .y = args.y.data,
+                    .ldy = args.y.row_elements(),
+                    .epilogue = args.epilogue,
+                    .scale = floats(args.scale),
+                    .input_norm = input_norm,
+                    .next_norm = next_norm});
+  split_norms_.forget(args.y.data);
+  if (next_norm.weight != nullptr) {
+    split_norms_.left(args.y.data, args.y.dim(0), *args.next_norm, next_norm);
+  }
 }
 
 void CudaBackend::attention(const AttentionArgs& args) {
@@ -484,6 +505,7 @@ void CudaBackend::compute_logits(const LogitsArgs& args, const int32_t* gather, 
   const int64_t hidden = args.x.row_elements();
   TM_CHECK(hidden == head.matrix.k && hidden % 8 == 0, "a head over %lld columns of %lld",
            static_cast<long long>(head.matrix.k), static_cast<long long>(hidden));
+  split_norms_.forget();
   void* x = w.scratch->data();
   if (args.norm != nullptr) {
     cuda::norm(context_, dtype_,
@@ -501,8 +523,12 @@ void CudaBackend::compute_logits(const LogitsArgs& args, const int32_t* gather, 
   } else {
     copy_rows(context_, args.x.data, hidden, gather, x, hidden, rows, static_cast<int>(hidden));
   }
-  run_gemm(head, x, hidden, rows, w.sampler->logits(), head.matrix.n, true, Epilogue::none,
-           nullptr);
+  run_gemm(head, {.x = x,
+                  .ldx = hidden,
+                  .m = rows,
+                  .y = w.sampler->logits(),
+                  .ldy = head.matrix.n,
+                  .y_is_f32 = true});
 }
 
 void CudaBackend::launch_head(const SampleArgs& args, int rows) {

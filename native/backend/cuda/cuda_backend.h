@@ -14,6 +14,7 @@
 #include "backend/cuda/cuda_upload.h"
 #include "backend/cuda/gemm/gemm_table.h"
 #include "backend/cuda/kernels/kernels.h"
+#include "backend/cuda/split_norms.h"
 #include "backend/cuda_api.h"
 
 namespace turbomind::cuda {
@@ -177,8 +178,8 @@ class CudaBackend final : public Backend {
   void sign_view(const void* data, int64_t row_bytes);
   static uint64_t address(const void* pointer) { return reinterpret_cast<uint64_t>(pointer); }
 
-  void run_gemm(const CudaLinear& weight, const void* x, int64_t ldx, int rows, void* y,
-                int64_t ldy, bool y_is_f32, Epilogue epilogue, const float* scale);
+  // `args`: all but the matrix and the workspace.
+  void run_gemm(const CudaLinear& weight, GemmArgs args);
   const void* padded_input(const CudaLinear& weight, const void* x, int rows, int64_t* ldx);
   // Rows of x that `gather` lists (device memory; null: the first `rows`) to the sampler's logits.
   void compute_logits(const LogitsArgs& args, const int32_t* gather, int rows);
@@ -200,6 +201,7 @@ class CudaBackend final : public Backend {
   std::unique_ptr<WeightUpload> weight_upload_;  // while weights are loaded
   std::unordered_map<const void*, std::weak_ptr<Buffer>> dense_by_source_;
   Workspace workspace_;
+  SplitNorms split_norms_;  // z lies in the workspace's scratch
   Step step_;
   GraphCache graphs_;
   std::unique_ptr<Buffer> tiles_;  // u8 pixels of a vision batch

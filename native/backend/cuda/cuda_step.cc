@@ -110,6 +110,8 @@ struct CudaBackend::WorkspaceSizes {
   size_t step_bytes = 0;                       // of all of them
   size_t scratch_row_elements = 0;
   size_t scratch = 0;
+  int tokens = 0;
+  int64_t norm_columns = 0;  // of rows whose norm may be split
   size_t attention_out = 0;
   size_t attention_max_sum = 0;
   size_t attention_tickets = 0;
@@ -119,7 +121,7 @@ struct CudaBackend::WorkspaceSizes {
 };
 
 CudaBackend::WorkspaceSizes::WorkspaceSizes(const WorkspaceSpec& spec) {
-  const int tokens = std::max(spec.max_tokens, kMaxGraphRows);
+  tokens = std::max(spec.max_tokens, kMaxGraphRows);
   const int sequences = std::max(spec.max_sequences, 1);
   const auto heads = static_cast<size_t>(std::max(spec.max_heads, 1));
   const auto dim = static_cast<size_t>(std::max(spec.max_head_dim, 1));
@@ -146,6 +148,8 @@ CudaBackend::WorkspaceSizes::WorkspaceSizes(const WorkspaceSpec& spec) {
   scratch_row_elements = static_cast<size_t>(
       round_up<int64_t>(std::max<int64_t>(spec.max_in_features, 1), kChunkColumns));
   scratch = static_cast<size_t>(tokens) * scratch_row_elements * 2;
+  norm_columns =
+      std::max<int64_t>(spec.hidden_size > 0 ? spec.hidden_size : spec.max_in_features, 1);
   const auto items = static_cast<size_t>(max_items);
   attention_out = items * 2 * heads * dim * sizeof(float);
   attention_max_sum = items * 2 * heads * sizeof(float2);
@@ -159,8 +163,10 @@ WorkspaceBytes CudaBackend::workspace_bytes(const WorkspaceSpec& spec) const {
   const WorkspaceSizes sizes(spec);
   WorkspaceBytes bytes;
   for (size_t part : {sizes.step_bytes, sizes.step_bytes, sizes.scratch,
-                      kGemmPartialFloats * sizeof(float), kGemmTickets * sizeof(uint32_t),
-                      sizes.attention_out, sizes.attention_max_sum, sizes.attention_tickets}) {
+                      SplitNorms::strip_bytes(sizes.tokens, sizes.norm_columns),
+                      SplitNorms::scale_bytes(sizes.tokens), kGemmPartialFloats * sizeof(float),
+                      kGemmTickets * sizeof(uint32_t), sizes.attention_out, sizes.attention_max_sum,
+                      sizes.attention_tickets}) {
     bytes.scratch += buffer_bytes(part);
   }
   if (spec.vision_pixel_bytes > 0) bytes.scratch += buffer_bytes(spec.vision_pixel_bytes);
@@ -178,6 +184,7 @@ WorkspaceBytes CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
   finish_loading();
   graphs_.clear();
   workspace_ = Workspace{};
+  split_norms_.release();
   Workspace& w = workspace_;
   const WorkspaceSizes sizes(spec);
   w.spec = spec;
@@ -209,6 +216,7 @@ WorkspaceBytes CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
 
   w.scratch_row_elements = sizes.scratch_row_elements;
   w.scratch = pool_.allocate(sizes.scratch);
+  split_norms_.reserve(pool_, sizes.tokens, sizes.norm_columns);
   w.gemm_partials = pool_.allocate(kGemmPartialFloats * sizeof(float));
   w.gemm_tickets = zeroed(kGemmTickets * sizeof(uint32_t));
   w.attention_out = pool_.allocate(sizes.attention_out);
@@ -238,6 +246,7 @@ void CudaBackend::begin_step(const StepBatch& batch) {
            "%d, %d, %d, %d",
            tokens, sequences, batch.sample_rows.size(), batch.max_blocks, w.spec.max_tokens,
            w.spec.max_sequences, w.spec.max_rows, w.max_blocks);
+  split_norms_.forget();
   step_ = Step{};
   step_.tokens = tokens;
   step_.sequences = sequences;

@@ -73,17 +73,6 @@ bool has_bias(const LinearSource& source) {
 
 size_t staged_bytes(ConstTensorView view) { return round_up<size_t>(view.bytes(), 256); }
 
-// A buffer that a conversion under way keeps alive beside its owner.
-class SharedBuffer final : public Buffer {
- public:
-  explicit SharedBuffer(std::shared_ptr<Buffer> buffer) : buffer_(std::move(buffer)) {}
-  void* data() override { return buffer_->data(); }
-  size_t bytes() const override { return buffer_->bytes(); }
-
- private:
-  std::shared_ptr<Buffer> buffer_;
-};
-
 RowMap row_map(const LinearSource& source, size_t part) {
   if (source.order != PartOrder::gate_up) return RowMap::plain;
   return part == 0 ? RowMap::gate : RowMap::up;
@@ -141,6 +130,7 @@ void CudaBackend::finish_loading() {
   weight_upload_->finish();
   weight_upload_.reset();
   pool_.trim();
+  split_norms_.read_peaks(context_.stream);
 }
 
 void CudaBackend::load_bias(const LinearSource& source, CudaLinear& linear) {
@@ -299,7 +289,7 @@ std::unique_ptr<Buffer> CudaBackend::load_vector(ConstTensorView source) {
                                                    to_string(source.dtype).data()));
   }
   const int64_t count = source.elements();
-  const std::shared_ptr<Buffer> buffer = pool_.allocate(static_cast<size_t>(count) * sizeof(float));
+  std::shared_ptr<Buffer> buffer = pool_.allocate(static_cast<size_t>(count) * sizeof(float));
   WeightUpload& upload = weight_upload();
   upload.begin(staged_bytes(source));
   const void* staged = upload.add(source);
@@ -307,8 +297,9 @@ std::unique_ptr<Buffer> CudaBackend::load_vector(ConstTensorView source) {
     convert_vector(context, staged, dtype, static_cast<float*>(buffer->data()), count,
                    RowMap::plain, 0);
   });
+  std::unique_ptr<Buffer> vector = split_norms_.track(std::move(buffer), count);
   if (is_ready()) finish_loading();
-  return std::make_unique<SharedBuffer>(buffer);
+  return vector;
 }
 
 }  // namespace turbomind::cuda

@@ -1,9 +1,11 @@
 // The end of every GEMM kernel: an f32 tile in shared memory, segments added in order, then bias,
-// activation, residual and one rounding on the way to y. Device only.
+// activation, residual and one rounding on the way to y; factors and by-products of a norm beside it
+// (split_norm.cuh). Device only.
 #pragma once
 
 #include "backend/cuda/device/convert.cuh"
 #include "backend/cuda/gemm/gemm_table.h"
+#include "backend/cuda/gemm/split_norm.cuh"
 
 namespace turbomind::cuda {
 
@@ -16,6 +18,8 @@ struct EpilogueParams {
   int n = 0;  // rows of W
   Epilogue kind = Epilogue::none;
   bool y_is_f32 = false;
+  InputNorm input_norm;
+  NextNorm next_norm;
 };
 
 // Where the segments of one output tile meet when several CTAs share them.
@@ -33,7 +37,9 @@ inline EpilogueParams epilogue_params(const GemmArgs& args) {
           .m = args.m,
           .n = static_cast<int>(args.w->n),
           .kind = args.epilogue,
-          .y_is_f32 = args.y_is_f32};
+          .y_is_f32 = args.y_is_f32,
+          .input_norm = args.input_norm,
+          .next_norm = args.next_norm};
 }
 
 // Whether segments go to CTAs of their own. One CTA in turn takes the time of all its columns; shared,
@@ -90,10 +96,13 @@ __device__ __forceinline__ void add_residual8(const float* scale, const T* y, fl
   for (int i = 0; i < 8; ++i) v[i] = fmaf(v[i], scales[i], old[i]);
 }
 
-// Eight neighbouring outputs of token t, from row n of W. `other` holds the up outputs of silu_mul.
+// Eight neighbouring outputs of token t, from row n of W. `other` holds the up outputs of silu_mul; both
+// are sums, to be multiplied by the token's factor.
 template <class T>
 __device__ __forceinline__ void finish8(const EpilogueParams& p, int t, int n, float (&v)[8],
-                                        float (&other)[8]) {
+                                        float (&other)[8], float factor) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] *= factor;
   if (p.bias != nullptr) {
     float bias[8];
     load8(p.bias + n, bias);
@@ -101,6 +110,8 @@ __device__ __forceinline__ void finish8(const EpilogueParams& p, int t, int n, f
     for (int i = 0; i < 8; ++i) v[i] += bias[i];
   }
   if (p.kind == Epilogue::silu_mul) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) other[i] *= factor;
     if (p.bias != nullptr) {
       float bias[8];
       load8(p.bias + n + 8, bias);
@@ -129,6 +140,7 @@ __device__ __forceinline__ void finish8(const EpilogueParams& p, int t, int n, f
         v[i] = fmaf(v[i], p.scale != nullptr ? p.scale[n + i] : 1.0F, to_float(y[i]));
       }
     }
+    if (p.next_norm.weight != nullptr) store_next8<T>(p.next_norm, p.n, t, n, v);
   }
   store8<T>(p, offset, v, count);
 }
@@ -139,6 +151,7 @@ struct OutputTerms {
   float up_bias = 0.0F;
   float scale = 1.0F;
   float old = 0.0F;
+  float next_weight = 0.0F;
 };
 template <class T>
 __device__ __forceinline__ OutputTerms load_terms(const EpilogueParams& p, int t, int n) {
@@ -150,6 +163,7 @@ __device__ __forceinline__ OutputTerms load_terms(const EpilogueParams& p, int t
   if (p.kind == Epilogue::residual) {
     if (p.scale != nullptr) terms.scale = p.scale[n];
     terms.old = to_float(static_cast<const T*>(p.y)[t * p.ldy + n]);
+    if (p.next_norm.weight != nullptr) terms.next_weight = p.next_norm.weight[n];
   }
   return terms;
 }
@@ -164,12 +178,16 @@ __device__ __forceinline__ float finish_value(const EpilogueParams& p, const Out
   return p.kind == Epilogue::residual ? fmaf(v, terms.scale, terms.old) : v;
 }
 template <class T>
-__device__ __forceinline__ void store_output(const EpilogueParams& p, int t, int n, float v) {
+__device__ __forceinline__ void store_output(const EpilogueParams& p, const OutputTerms& terms,
+                                             int t, int n, float v) {
   const int column = p.kind == Epilogue::silu_mul ? n / 16 * 8 + n % 8 : n;
   if (p.y_is_f32) {
     static_cast<float*>(p.y)[t * p.ldy + column] = v;
   } else {
     static_cast<T*>(p.y)[t * p.ldy + column] = from_float<T>(v);
+  }
+  if (p.next_norm.weight != nullptr) {
+    store_next<T>(p.next_norm, p.n, t, n, v, terms.next_weight);
   }
 }
 
@@ -177,10 +195,11 @@ template <int kTileN>
 inline constexpr int kTileStride = kTileN + 4;  // floats; keeps fragment stores free of conflicts
 
 // Finishes a tile of kTileN rows of W x `tokens` tokens, whose parts `first`, `first + step`, … are this
-// thread's. read(t, n): four neighbouring f32 of token t0 + t, from row n0 + n.
+// thread's. scales: of the tile's tokens. read(t, n): four neighbouring f32 of token t0 + t, from row
+// n0 + n.
 template <class T, int kTileN, class Read>
 __device__ __forceinline__ void store_rows(const EpilogueParams& p, int t0, int tokens, int n0,
-                                           int first, int step, Read&& read) {
+                                           const float* scales, int first, int step, Read&& read) {
   const bool gated = p.kind == Epilogue::silu_mul;
   const int pieces = gated ? kTileN / 16 : kTileN / 8;
   const int end = min(tokens, p.m - t0) * pieces;
@@ -196,7 +215,7 @@ __device__ __forceinline__ void store_rows(const EpilogueParams& p, int t0, int 
       *reinterpret_cast<float4*>(other) = read(t, local + 8);
       *reinterpret_cast<float4*>(other + 4) = read(t, local + 12);
     }
-    finish8<T>(p, t0 + t, n0 + local, v, other);
+    finish8<T>(p, t0 + t, n0 + local, v, other, scales[t]);
   }
 }
 

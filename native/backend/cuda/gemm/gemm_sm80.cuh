@@ -228,6 +228,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params p) {
   extern __shared__ __align__(128) char shared[];
   __shared__ bool last;
+  __shared__ float scales[C::kTileT];
   grid_dependency_launch();
   const int lane = threadIdx.x % 32;
   const int warp_n = threadIdx.x / 32 % C::kWarpsN;
@@ -248,11 +249,15 @@ __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params
   for (int i = 0; i < C::kStages - 1 && begin + i < end; ++i) {
     load_weights<C>(p, ring + i * C::kStageBytes, n0, begin + i);
   }
+  prefetch_next_norm(p.epilogue.next_norm, p.epilogue.n, n0, C::kTileN, threadIdx.x);
   grid_dependency_wait();
   for (int i = 0; i < C::kStages - 1; ++i) {
     if (begin + i < end) load_x<C>(p, ring + i * C::kStageBytes, t0, begin + i);
     cp_async_commit();
   }
+
+  const float scale = begin_scales(p.epilogue.input_norm, t0, min(C::kTileT, p.epilogue.m - t0),
+                                   threadIdx.x, C::kThreads, scales);
 
   // compute
   float acc[C::kMT][C::kNT][4] = {};
@@ -288,6 +293,7 @@ __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params
   cp_async_wait<0>();
   __syncthreads();
   if (!in_turn) flush<C>(acc, tile, false, warp_n, warp_t, lane);
+  put_scale(p.epilogue.input_norm, scale, C::kTileT, threadIdx.x, scales);
   __syncthreads();
   if (p.split.split) {
     const int64_t output_tile = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
@@ -298,7 +304,7 @@ __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params
     }
   }
   store_rows<typename C::T, C::kTileN>(
-      p.epilogue, t0, C::kTileT, n0, threadIdx.x, C::kThreads, [&](int t, int n) {
+      p.epilogue, t0, C::kTileT, n0, scales, threadIdx.x, C::kThreads, [&](int t, int n) {
         return *reinterpret_cast<const float4*>(tile + t * kTileStride<C::kTileN> + n);
       });
 }

@@ -164,10 +164,10 @@ __device__ __forceinline__ void add_to(float4& sum, const float4& part) {
 // Tokens [first, first + tokens) of the tile, whose segments lie in `slots` slots, added in order.
 template <class C>
 __device__ __forceinline__ void store_slots(const Sm90Params& p, const float* tile, int slots,
-                                            int t0, int tokens, int n0) {
+                                            const float* scales, int t0, int tokens, int n0) {
   consumers_sync<C>();
   store_rows<typename C::T, C::kTileN>(
-      p.epilogue, t0, tokens, n0, threadIdx.x, C::kConsumers, [&](int t, int n) {
+      p.epilogue, t0, tokens, n0, scales, threadIdx.x, C::kConsumers, [&](int t, int n) {
         const float* cell = tile + t * C::kStride + n;
         float4 sum = *reinterpret_cast<const float4*>(cell);
 #pragma unroll 1
@@ -181,14 +181,14 @@ __device__ __forceinline__ void store_slots(const Sm90Params& p, const float* ti
 
 // The same with the slots of all CTAs of a cluster, each of which stores a part of the tile.
 template <class C>
-__device__ __forceinline__ void store_cluster(const Sm90Params& p, const float* tile, int t0,
-                                              int n0) {
+__device__ __forceinline__ void store_cluster(const Sm90Params& p, const float* tile,
+                                              const float* scales, int t0, int n0) {
   cluster_sync();
   const uint32_t base = smem_address(tile);
   const int ctas = gridDim.z;
   store_rows<typename C::T, C::kTileN>(
-      p.epilogue, t0, C::kTileT, n0, blockIdx.z * C::kConsumers + threadIdx.x, ctas * C::kConsumers,
-      [&](int t, int n) {
+      p.epilogue, t0, C::kTileT, n0, scales, blockIdx.z * C::kConsumers + threadIdx.x,
+      ctas * C::kConsumers, [&](int t, int n) {
         const uint32_t cell = base + (t * C::kStride + n) * 4;
         float4 sum = cluster_load_float4(cluster_address(cell, 0));
 #pragma unroll 2
@@ -205,15 +205,15 @@ __device__ __forceinline__ void store_cluster(const Sm90Params& p, const float* 
 // No meeting: through shared memory in slices of tokens.
 template <class C>
 __device__ __forceinline__ void store_slices(const Sm90Params& p, const float (&acc)[C::kAcc],
-                                             float* tile, int row_group, int thread, int t0,
-                                             int n0) {
+                                             float* tile, const float* scales, int row_group,
+                                             int thread, int t0, int n0) {
 #pragma unroll 1
   for (int first = 0; first < C::kTileT; first += C::kSlice) {
 #pragma unroll
     for (int slice = 0; slice < C::kTileT; slice += C::kSlice) {
       if (slice == first) put_acc<C>(acc, tile, row_group, thread, slice, C::kSlice);
     }
-    store_slots<C>(p, tile, 1, t0 + first, C::kSlice, n0);
+    store_slots<C>(p, tile, 1, scales + first, t0 + first, C::kSlice, n0);
   }
 }
 
@@ -232,35 +232,46 @@ __device__ __forceinline__ void consume_in_turn(const Sm90Params& p, Ring<C>& ri
 
 template <class C>
 __device__ __forceinline__ void consume_tiles(const Sm90Params& p, Ring<C>& ring, float* tile,
-                                              const int* bounds) {
+                                              float* scales, const int* bounds) {
   const int thread = threadIdx.x % 128;
   const int group = threadIdx.x / 128;
   const int row_group = group % C::kRowGroups;
   const int split_group = group / C::kRowGroups;
+  const InputNorm& norm = p.epilogue.input_norm;
+  // Big tiles have the register, and no time to wait for factors that were folded before.
+  constexpr bool kLate = C::kTileT >= 128;
+  float scale = 1.0F;
   for (int i = blockIdx.x; i < p.row_tiles * p.token_tiles; i += gridDim.x) {
     const int2 at = tile_of(i, p.row_tiles, p.token_tiles);
     const int t0 = at.y * C::kTileT;
     const int n0 = at.x * C::kTileN;
+    if (i == static_cast<int>(blockIdx.x) || p.token_tiles > 1) {  // otherwise it is there
+      scale = begin_scales(norm, t0, min(C::kTileT, p.epilogue.m - t0), threadIdx.x, C::kConsumers,
+                           scales);
+      if (!kLate) put_scale(norm, scale, C::kTileT, threadIdx.x, scales);
+    }
     float acc[C::kAcc] = {};
     if constexpr (C::kInTurn) {
       if (p.in_turn) {
         consume_in_turn<C>(p, ring, acc, row_group, thread);
-        store_slices<C>(p, acc, tile, row_group, thread, t0, n0);
+        put_scale(norm, scale, C::kTileT, threadIdx.x, scales);
+        store_slices<C>(p, acc, tile, scales, row_group, thread, t0, n0);
         continue;
       }
     }
     consume<C>(ring, acc, bounds[split_group + 1] - bounds[split_group], iterations<C>(bounds),
                row_group, split_group, thread);
+    if (kLate) put_scale(norm, scale, C::kTileT, threadIdx.x, scales);
     if (p.segments > 1) {
       put_acc<C>(acc, tile + split_group * C::kSlotFloats, row_group, thread);
       if (gridDim.z > 1) {
-        store_cluster<C>(p, tile, t0, n0);
+        store_cluster<C>(p, tile, scales, t0, n0);
       } else {
-        store_slots<C>(p, tile, C::kSplitGroups, t0, C::kTileT, n0);
+        store_slots<C>(p, tile, C::kSplitGroups, scales, t0, C::kTileT, n0);
       }
       continue;
     }
-    store_slices<C>(p, acc, tile, row_group, thread, t0, n0);
+    store_slices<C>(p, acc, tile, scales, row_group, thread, t0, n0);
   }
 }
 
@@ -273,6 +284,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   extern __shared__ __align__(1024) char shared[];
   __shared__ uint64_t barriers[2 * kMaxStages];
   __shared__ int bounds[C::kSplitGroups + 1];  // chunks of the split groups' segments
+  __shared__ float scales[C::kTileT];
   grid_dependency_launch();
   const uint32_t full = smem_address(barriers);
   const uint32_t empty = full + kMaxStages * 8;
@@ -300,6 +312,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     }
   } else {
     if constexpr (C::kMoveRegisters) take_registers<C::kConsumerRegisters>();
+    prefetch_next_norm(p.epilogue.next_norm, p.epilogue.n,
+                       tile_of(blockIdx.x, p.row_tiles, p.token_tiles).x * C::kTileN, C::kTileN,
+                       threadIdx.x);
     grid_dependency_wait();
     Ring<C> ring{.stages = shared,
                  .base = smem_address(shared),
@@ -308,7 +323,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
                  .count = p.stages,
                  .all_lanes = p.all_lanes};
     float* tile = reinterpret_cast<float*>(shared + p.stages * C::kStageBytes);
-    consume_tiles<C>(p, ring, tile, bounds);
+    consume_tiles<C>(p, ring, tile, scales, bounds);
   }
 }
 
@@ -335,9 +350,10 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, Segments where
            "%d segments of K with %d warpgroups each", w.segments, C::kSplitGroups);
   const int tile_bytes = w.segments == 1 || in_turn ? C::kSlice * C::kStride * 4
                                                     : C::kSplitGroups * C::kSlotFloats * 4;
-  // Of each CTA's share the driver takes 1 KiB, and the barriers some more.
+  // Of each CTA's share the driver takes 1 KiB, barriers and tokens' factors some more.
+  constexpr int kReserved = std::max(2048, 1024 + 512 + C::kTileT * 4);
   const int ctas_of_sm = wanted.stages > 0 ? 1 : C::kCtas;
-  const int available = (context.max_shared_bytes + 1024) / ctas_of_sm - 2048 - tile_bytes;
+  const int available = (context.max_shared_bytes + 1024) / ctas_of_sm - kReserved - tile_bytes;
   const int most = std::min(kMaxStages, available / C::kStageBytes);
   const int stages = wanted.stages > 0 ? std::min(wanted.stages, most) : most;
   TM_CHECK(stages >= 2, "%d bytes of shared memory are too few for the GEMM",

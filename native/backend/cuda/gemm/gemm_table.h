@@ -40,6 +40,32 @@ struct PackedMatrix {
   const float* bias = nullptr;  // [n_padded] or null
 };
 
+// An RMSNorm between two products without a kernel of its own. The product that writes x (residual) also
+// writes z = x * weight / peak, rounded to T, and for each token and strip of 16 columns the sum of x
+// squared. The product that reads the norm takes z as its x and multiplies its f32 sums by
+// peak * rsqrt(mean of squares + eps), folded out of the token's strips. `peak`: a power of two, no less
+// than any |weight|, so dividing by it is exact and |z| <= |x|: in f16 z does not overflow; below 6e-5 it
+// loses bits, as x itself does. Sums are trees of fixed shape (split_norm.cuh): every kernel gives the
+// same bits.
+inline constexpr int kStripColumns = 16;
+inline constexpr int kSplitNormColumns = 64;  // the width of x is a multiple of it
+inline constexpr int kFoldTokens = 64;        // up to so many, CTAs fold the strips that they need
+
+struct NextNorm {                 // written beside y
+  const float* weight = nullptr;  // [n]; null: nothing is written
+  float inverse_peak = 1.0F;
+  void* z = nullptr;        // T [m, n]
+  float* strips = nullptr;  // [m, n / 16]
+};
+struct InputNorm {                // of z
+  const float* strips = nullptr;  // [m, columns / 16]; null: x is x
+  const float* scales = nullptr;  // [m], what fold_strips has made of them; null: CTAs fold
+  int columns = 0;
+  float inverse_columns = 0.0F;
+  float peak = 1.0F;
+  float eps = 0.0F;
+};
+
 struct GemmArgs {
   const PackedMatrix* w = nullptr;
   const void* x = nullptr;  // T [m, k], row stride ldx (elements, a multiple of 8)
@@ -50,7 +76,9 @@ struct GemmArgs {
   bool y_is_f32 = false;
   Epilogue epilogue = Epilogue::none;
   const float* scale = nullptr;  // residual only: [n] or null
-  float* partials = nullptr;     // workspace for segments that several CTAs share
+  InputNorm input_norm{};
+  NextNorm next_norm{};       // residual only
+  float* partials = nullptr;  // workspace for segments that several CTAs share
   size_t partial_floats = 0;
   uint32_t* tickets = nullptr;  // zero between launches
   size_t num_tickets = 0;
@@ -68,6 +96,9 @@ struct GemmKernel {
   bool (*supports)(const GemmArgs&, const LaunchContext&);
   void (*run)(const GemmArgs&, const LaunchContext&);
 };
+
+// scales[t] = the factor of each of `tokens` tokens of norm.strips, as CTAs would fold it (kernels/norm.cu).
+void fold_strips(const LaunchContext& context, const InputNorm& norm, float* scales, int tokens);
 
 std::span<const GemmKernel> gemm_table();
 // The first row that fits; `name`, when not empty, asks for that row (tests, benchmarks).

@@ -55,6 +55,9 @@ __global__ void naive_kernel(const PackedMatrix w, const T* x, int64_t ldx, Epil
   const bool gated = p.kind == Epilogue::silu_mul;
   const int n = (blockIdx.x * kThreads + threadIdx.x) * (gated ? 16 : 8);
   const int t = blockIdx.y;
+  float factor = 1.0F;
+  if (p.input_norm.scales != nullptr) factor = __ldcg(p.input_norm.scales + t);
+  if (folds_strips(p.input_norm)) factor = fold_strips_of(p.input_norm, t, true);
   if (n >= p.n) return;
   float v[8];
   float other[8] = {};
@@ -62,7 +65,7 @@ __global__ void naive_kernel(const PackedMatrix w, const T* x, int64_t ldx, Epil
     v[i] = n + i < p.n ? dot_row<T>(w, x + t * ldx, n + i) : 0.0F;
     if (gated) other[i] = dot_row<T>(w, x + t * ldx, n + 8 + i);
   }
-  finish8<T>(p, t, n, v, other);
+  finish8<T>(p, t, n, v, other, factor);
 }
 
 struct PackedRow {

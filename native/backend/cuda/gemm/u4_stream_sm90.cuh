@@ -224,7 +224,8 @@ __device__ __forceinline__ void stream_segment(const StreamParams& p, WeightStre
 
 template <class C>
 __device__ __forceinline__ void store_tile(const StreamParams& p, const float* slots,
-                                           int first_output, OutputTerms terms) {
+                                           const float* scales, int first_output,
+                                           OutputTerms terms) {
   using T = typename C::T;
   const EpilogueParams& e = p.epilogue;
   const bool gated = e.kind == Epilogue::silu_mul;
@@ -236,15 +237,17 @@ __device__ __forceinline__ void store_tile(const StreamParams& p, const float* s
     if (row >= e.n) continue;
     if (index != first_output) terms = load_terms<T>(e, o.token, row);
     const int cell = o.token * C::kStride + o.row;
-    const float sum = sum_segments<C>(slots, slot_floats, cell, p.segments);
-    const float up = gated ? sum_segments<C>(slots, slot_floats, cell + 8, p.segments) : 0.0F;
-    store_output<T>(e, o.token, row, finish_value(e, terms, sum, up));
+    const float scale = scales[o.token];
+    const float sum = sum_segments<C>(slots, slot_floats, cell, p.segments) * scale;
+    const float up =
+        gated ? sum_segments<C>(slots, slot_floats, cell + 8, p.segments) * scale : 0.0F;
+    store_output<T>(e, terms, o.token, row, finish_value(e, terms, sum, up));
   }
 }
 
 template <class C>
 __device__ __forceinline__ void consume_stream(const StreamParams& p, char* shared, int slab_total,
-                                               uint32_t full, uint32_t empty) {
+                                               uint32_t full, uint32_t empty, float* scales) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int split = warp / C::kRowGroups;
@@ -260,6 +263,8 @@ __device__ __forceinline__ void consume_stream(const StreamParams& p, char* shar
                          .lane = lane};
 #pragma unroll 1
   for (int i = 0; i < C::kStages - 1; ++i) stream.issue();
+  prefetch_next_norm(p.epilogue.next_norm, p.epilogue.n, blockIdx.x * C::kTileN, C::kTileN,
+                     threadIdx.x);
   __syncthreads();
   grid_dependency_wait();
 
@@ -272,6 +277,8 @@ __device__ __forceinline__ void consume_stream(const StreamParams& p, char* shar
   const int row = blockIdx.x * C::kTileN + out.row;
   OutputTerms terms;
   if (out.token < m && row < e.n) terms = load_terms<typename C::T>(e, out.token, row);
+  put_scale(e.input_norm, begin_scales(e.input_norm, 0, m, threadIdx.x, C::kConsumers, scales),
+            8 * C::kTokenTiles, threadIdx.x, scales);
 
   // Tokens that do not exist are read as the last one; their sums are never stored.
   const int token = min(C::kTokenTiles == 1 ? lane & 7 : (lane >> 4) * 8 + (lane & 7), m - 1);
@@ -284,10 +291,10 @@ __device__ __forceinline__ void consume_stream(const StreamParams& p, char* shar
   put_sums<C>(acc, slots + split * m * C::kStride, row_group, m, lane);
   if (gridDim.z == 1) {
     stream_sync<C>();
-    store_tile<C>(p, slots, first_output, terms);
+    store_tile<C>(p, slots, scales, first_output, terms);
   } else {
     cluster_sync();
-    store_tile<C>(p, slots, first_output, terms);
+    store_tile<C>(p, slots, scales, first_output, terms);
     __syncwarp();
     cluster_sync();  // nobody leaves while its slots are read
   }
@@ -298,12 +305,13 @@ __global__ void __launch_bounds__(C::kThreads, 512 / C::kConsumers)
     u4_stream_kernel(const StreamParams p) {
   extern __shared__ __align__(1024) char shared[];  // slabs of x | rings | slots
   __shared__ uint64_t barriers[4];
+  __shared__ float scales[8 * C::kTokenTiles];
   grid_dependency_launch();
   const int slab_total = p.slabs * C::kSplit * p.epilogue.m * p.x_row_bytes;
   const uint32_t full = smem_address(barriers);
   const uint32_t empty = full + 16;
   if (threadIdx.x < C::kConsumers) {
-    consume_stream<C>(p, shared, slab_total, full, empty);
+    consume_stream<C>(p, shared, slab_total, full, empty, scales);
     return;
   }
   const bool elected = elect_one();

@@ -7,6 +7,7 @@
 #include "backend/cuda/device/convert.cuh"
 #include "backend/cuda/device/memory.cuh"
 #include "backend/cuda/device/warp.cuh"
+#include "backend/cuda/gemm/split_norm.cuh"
 #include "backend/cuda/kernels/kernels.h"
 
 namespace turbomind::cuda {
@@ -123,6 +124,16 @@ __global__ void __launch_bounds__(kPlainThreads) plain_norm_kernel(const NormArg
   }
 }
 
+// The factors of tokens whose norm is split between two products. Eight lanes have one.
+__global__ void __launch_bounds__(kPlainThreads)
+    fold_strips_kernel(const InputNorm norm, float* scales, int tokens) {
+  grid_dependency_launch();
+  grid_dependency_wait();
+  const int t = (blockIdx.x * kPlainThreads + threadIdx.x) / 8;
+  const float scale = fold_strips_of(norm, t, t < tokens);
+  if (t < tokens && threadIdx.x % 8 == 0) scales[t] = scale;
+}
+
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <class T, NormKind kKind>
@@ -146,6 +157,12 @@ void run(const LaunchContext& context, const NormArgs& args) {
 }
 
 }  // namespace
+
+void fold_strips(const LaunchContext& context, const InputNorm& norm, float* scales, int tokens) {
+  const auto ctas = static_cast<unsigned>(ceil_div(tokens * 8, kPlainThreads));
+  launch(fold_strips_kernel, {.grid = dim3(ctas), .threads = kPlainThreads}, context.stream,
+         context.programmatic, norm, scales, tokens);
+}
 
 void norm(const LaunchContext& context, DType dtype, const NormArgs& args) {
   if (args.rows == 0) return;

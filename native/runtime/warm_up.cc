@@ -8,6 +8,9 @@
 namespace turbomind {
 namespace {
 
+// Decode steps are captured for lengths up to this, and for each doubling of it.
+constexpr int kFirstSplit = 256;
+
 // One sequence of `tokens` tokens whose last `rows` are sampled.
 void run_step(Decoder& decoder, KvCache& cache, int tokens, int rows) {
   const int block_size = cache.spec().block_size;
@@ -40,6 +43,31 @@ void run_step(Decoder& decoder, KvCache& cache, int tokens, int rows) {
   decoder.warm_up(batch, cache, wanted, results);
 }
 
+// A step of one sequence that adds its token number `length`.
+void run_decode_step(Decoder& decoder, KvCache& cache, int length) {
+  const int block_size = cache.spec().block_size;
+  std::vector<int32_t> blocks(static_cast<size_t>((length + block_size - 1) / block_size));
+  std::iota(blocks.begin(), blocks.end(), 0);
+  const std::array<TokenId, 1> ids{0};
+  const std::array<int32_t, 1> last{length - 1};
+  const std::array<int32_t, 2> query_start{0, 1};
+  const std::array<int32_t, 1> kv_len{length};
+  const std::array<int32_t, 1> sampled{0};
+  decoder.forward({.token_ids = ids,
+                   .positions = last,
+                   .slots = last,
+                   .query_start = query_start,
+                   .kv_len = kv_len,
+                   .block_table = blocks,
+                   .max_blocks = static_cast<int>(blocks.size()),
+                   .sample_rows = sampled},
+                  cache);
+  const SamplingParams greedy;
+  const SampleRow row{.params = &greedy, .tokens = ids};
+  SampleResult result;
+  decoder.sample({&row, 1}, {&result, 1});
+}
+
 }  // namespace
 
 void warm_up(Backend& backend, Decoder& decoder, KvCache& cache, const MemoryPlan& plan,
@@ -49,6 +77,9 @@ void warm_up(Backend& backend, Decoder& decoder, KvCache& cache, const MemoryPla
   for (int tokens = 1; tokens <= most;
        tokens = tokens == most ? most + 1 : std::min(2 * tokens, most)) {
     run_step(decoder, cache, tokens, std::min(tokens, plan.max_rows));
+  }
+  for (int length = 1; length <= room; length = length == 1 ? kFirstSplit + 1 : 2 * length - 1) {
+    run_decode_step(decoder, cache, length);
   }
   if (vision != nullptr) {
     const int64_t side = vision->spec().image_size;

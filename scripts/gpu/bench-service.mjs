@@ -203,11 +203,25 @@ async function secondQuestion() {
 async function firstAgainstTenth() {
   return await withPipeline({}, async (pipe) => {
     const times = [];
+    const parts = [];
     for (let i = 0; i < 10; i += 1) {
       const { timings } = await pipe(letters(1000), { maxNewTokens: 16, ignoreEos: true });
       times.push(round(timings.firstTokenMs));
+      parts.push({
+        preprocessMs: round(timings.preprocessMs),
+        prefillMs: round(timings.prefillMs),
+        decodeMs: round(timings.decodeMs),
+      });
     }
-    return { firstTokenMs: times, ratio: round(times[0] / times[9]) };
+    const { loadMs } = pipe.stats();
+    return {
+      loadMs: round(loadMs),
+      firstTokenMs: times,
+      ratio: round(times[0] / times[9]),
+      first: parts[0],
+      second: parts[1],
+      tenth: parts[9],
+    };
   });
 }
 

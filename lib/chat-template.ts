@@ -6,7 +6,7 @@ import { CHAT_FORMATS, type ChatFormat, findChatFormat } from './chat-formats.js
 import type { Checkpoint } from './checkpoint/checkpoint.js';
 import { TurbomindError } from './errors.js';
 import type { ChatMessage, ChatRole, ContentPart } from './messages.js';
-import { tokenText } from './tokenizer.js';
+import { tokenText } from './tokenizer-file.js';
 
 export interface RenderOptions {
   /** End the prompt where the model's answer begins. Default true. */

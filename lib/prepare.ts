@@ -181,23 +181,25 @@ export class RequestPreparer {
     options: ResolvedGenerationOptions,
     badWords: readonly (readonly number[])[],
   ): NativeSampling {
-    const { doSample, temperature, topK, topP, minP, repetitionPenalty, seed } = options;
+    const { doSample, temperature, topK, topP, minP, seed, logitBias } = options;
+    const { repetitionPenalty, frequencyPenalty, presencePenalty } = options;
+    const { vocabSize } = this.#context;
     this.#checkIds(
       'logitBias',
-      options.logitBias.map(([id]) => id),
+      logitBias.map(([id]) => id),
     );
     return {
       doSample,
       temperature,
-      topK: topK >= this.#context.vocabSize ? 0 : topK,
+      topK: topK >= vocabSize ? 0 : topK,
       topP,
       minP,
       repetitionPenalty,
-      frequencyPenalty: options.frequencyPenalty,
-      presencePenalty: options.presencePenalty,
-      logitBias: options.logitBias,
+      frequencyPenalty,
+      presencePenalty,
+      logitBias,
       seed,
-      numLogprobs: Math.min(options.numLogprobs, this.#context.vocabSize),
+      numLogprobs: Math.min(options.numLogprobs, vocabSize),
       badWords,
     };
   }

@@ -9,6 +9,13 @@ import type { Checkpoint } from './checkpoint/checkpoint.js';
 import { isJsonObject, type JsonObject, jsonGet, readJsonFile } from './checkpoint/json.js';
 import { TurbomindError } from './errors.js';
 import { type ByteSpelling, bytesOfText, bytesOfToken, textOfBytes } from './token-bytes.js';
+import {
+  type AddedToken,
+  invalidTokenizer,
+  readAddedTokens,
+  readDecoder,
+  tokenText,
+} from './tokenizer-file.js';
 
 export interface EncodeOptions {
   /** Add what the tokenizer's post-processor adds (a BOS token, mostly). Default false. */
@@ -97,11 +104,11 @@ export async function loadTokenizer(
   });
   for (const token of image ? [image.startToken, image.endToken, image.contextToken] : []) {
     if (tokenizer.idOf(token) === undefined) {
-      throw invalid(`has no image token ${token}, which this vision-language model needs`);
+      throw invalidTokenizer(`has no image token ${token}, which this vision-language model needs`);
     }
   }
   if (image !== undefined && tokenizer.idOf(image.contextToken) !== spec.imageTokenId) {
-    throw invalid(
+    throw invalidTokenizer(
       `maps ${image.contextToken} to ${tokenizer.idOf(image.contextToken)}, the other config ` +
         `files to ${spec.imageTokenId}`,
     );
@@ -116,15 +123,6 @@ export async function loadTokenizer(
  */
 export function createTokenizer(source: TokenizerSource): Tokenizer {
   return new LibraryTokenizer(source);
-}
-
-/** An entry of `added_tokens`. */
-interface AddedToken {
-  readonly id: number;
-  readonly content: string;
-  readonly isSpecial: boolean;
-  readonly stripsLeft: boolean;
-  readonly stripsRight: boolean;
 }
 
 class LibraryTokenizer implements Tokenizer {
@@ -226,7 +224,7 @@ class LibraryTokenizer implements Tokenizer {
     const beyond = ids.find((id) => !(id < modelVocabSize));
     if (beyond === undefined) return ids;
     const token = JSON.stringify(this.#built().id_to_token(beyond) ?? null);
-    throw invalid(
+    throw invalidTokenizer(
       `gives the token ${token} the id ${beyond}, but the model's vocabulary ends at ` +
         `${modelVocabSize}; leave it out of the prompt`,
     );
@@ -261,55 +259,8 @@ function buildLibrary({ json, config }: TokenizerSource): HfTokenizer {
     return new HfTokenizer(json, { ...config, clean_up_tokenization_spaces: false });
   } catch (cause) {
     const reason = cause instanceof Error ? cause.message : String(cause);
-    throw invalid(`cannot be used: ${reason}`, cause);
+    throw invalidTokenizer(`cannot be used: ${reason}`, cause);
   }
-}
-
-function readAddedTokens(json: JsonObject): AddedToken[] {
-  if (!isJsonObject(jsonGet(json, 'model'))) throw invalid('has no "model" object');
-  const list = jsonGet(json, 'added_tokens') ?? [];
-  if (!Array.isArray(list)) throw invalid('has added_tokens that are not a list');
-  return list.map((entry: unknown) => {
-    const { id, content } = isJsonObject(entry) ? entry : {};
-    const isToken = typeof content === 'string' && content !== '';
-    if (!isToken || typeof id !== 'number' || !Number.isInteger(id) || id < 0) {
-      throw invalid(`has a malformed added token ${JSON.stringify(entry)}`);
-    }
-    const flags = isJsonObject(entry) ? entry : {};
-    return {
-      id,
-      content,
-      isSpecial: flags.special === true,
-      stripsLeft: flags.lstrip === true,
-      stripsRight: flags.rstrip === true,
-    };
-  });
-}
-
-function readDecoder(json: JsonObject): { kind: ByteSpelling; stripsLeadingSpace: boolean } {
-  const decoder = jsonGet(json, 'decoder');
-  const steps = flattenDecoder(decoder);
-  const types = steps.map((step) => step.type);
-  if (types.length === 1 && types[0] === 'ByteLevel') {
-    return { kind: 'byte-level', stripsLeadingSpace: false };
-  }
-  const sentencepiece = ['Replace', 'ByteFallback', 'Fuse', 'Strip', 'Metaspace'];
-  if (types.length > 0 && types.every((type) => sentencepiece.includes(String(type)))) {
-    const strips = steps.some((step) => {
-      return step.type === 'Metaspace' || (step.type === 'Strip' && Number(step.start) > 0);
-    });
-    return { kind: 'sentencepiece', stripsLeadingSpace: strips };
-  }
-  throw invalid(
-    `has the decoder ${JSON.stringify(types)}; supported are ByteLevel, and the sentencepiece ` +
-      'steps Replace, ByteFallback, Fuse, Strip and Metaspace',
-  );
-}
-
-function flattenDecoder(decoder: unknown): JsonObject[] {
-  if (!isJsonObject(decoder)) return [];
-  if (decoder.type !== 'Sequence') return [decoder];
-  return Array.isArray(decoder.decoders) ? decoder.decoders.flatMap(flattenDecoder) : [];
 }
 
 /** Cuts a text at every occurrence of a token, longest first, tokens kept. */
@@ -337,18 +288,4 @@ function stripAround(
     const right = added.get(sections[index + 1] ?? '')?.stripsLeft ? section.trimEnd() : section;
     return added.get(sections[index - 1] ?? '')?.stripsRight ? right.trimStart() : right;
   });
-}
-
-/** A token in tokenizer_config.json is a string or { content }. */
-export function tokenText(value: unknown): string | undefined {
-  const text = isJsonObject(value) ? value.content : value;
-  return typeof text === 'string' ? text : undefined;
-}
-
-function invalid(problem: string, cause?: unknown): TurbomindError {
-  return new TurbomindError(
-    'ERR_TM_INVALID_TOKENIZER',
-    `tokenizer.json ${problem}`,
-    cause === undefined ? undefined : { cause },
-  );
 }

@@ -1,6 +1,5 @@
-// generation_config.json: what the model's authors recommend. lib/options.ts merges it with what
-// the caller asks for.
-
+// generation_config.json: what the model's authors recommend. Only its end-of-sequence ids are used in
+// answers (lib/options.ts says why); the rest is read and checked, for whoever wants to look it up.
 import { ConfigReader, LIMITS } from './config.js';
 import type { JsonObject } from './json.js';
 

@@ -1,6 +1,7 @@
 // What users can set of an answer, with meanings and defaults, and the same with defaults filled in.
 // Types only; what values are allowed is generation-rules.ts's, the defaults are put in by
 // resolve-generation.ts.
+import type { NativeSampling } from '../native-types.js';
 import type { GrammarSource, ResponseFormat } from '../structured/response-format.js';
 import type { TilingOptions } from './tiling.js';
 
@@ -116,23 +117,13 @@ export type PromptOptions = Pick<
   'minDynamicPatch' | 'maxDynamicPatch' | 'useThumbnail' | 'maxTiles' | 'signal'
 >;
 
-/** GenerationOptions with defaults filled in. */
-export interface ResolvedGenerationOptions {
+/** GenerationOptions with defaults filled in; how tokens are drawn as the engine is told, in text not ids. */
+export interface ResolvedGenerationOptions extends Omit<NativeSampling, 'badWords'> {
   readonly maxNewTokens: number | null;
   readonly minNewTokens: number;
   readonly priority: number;
   /** 0: none. */
   readonly queueTimeoutMs: number;
-  readonly doSample: boolean;
-  readonly temperature: number;
-  readonly topK: number;
-  readonly topP: number;
-  readonly minP: number;
-  readonly repetitionPenalty: number;
-  readonly frequencyPenalty: number;
-  readonly presencePenalty: number;
-  readonly logitBias: readonly (readonly [token: number, bias: number])[];
-  readonly seed: bigint;
   readonly stopWords: readonly string[];
   readonly stopTokenIds: readonly number[];
   readonly badWords: readonly string[];
@@ -140,9 +131,7 @@ export interface ResolvedGenerationOptions {
   readonly grammar: GrammarSource | undefined;
   readonly ignoreEos: boolean;
   readonly skipSpecialTokens: boolean;
-  /** Asked of the engine; 0: none. */
-  readonly numLogprobs: number;
-  /** Of these, how many are listed. */
+  /** Of `numLogprobs`, how many are listed. */
   readonly numTopLogprobs: number;
   readonly n: number;
   readonly outputLogits: OutputRange;

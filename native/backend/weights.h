@@ -48,4 +48,16 @@ struct LinearSource {
   }
 };
 
+// A table [V, H] as a matrix of V outputs.
+inline LinearSource embedding_source(ConstTensorView table) {
+  LinearPart part;
+  part.out_features = table.dim(0);
+  part.weight = table;
+  LinearSource source;
+  source.name = "the embedding table";
+  source.in_features = table.dim(1);
+  source.parts = {part};
+  return source;
+}
+
 }  // namespace turbomind

@@ -61,14 +61,7 @@ class MeasuringBackend final : public Backend {
   }
   std::unique_ptr<LinearWeight> load_embedding(ConstTensorView table) override {
     embedding_ = table.data;
-    LinearPart part;
-    part.out_features = table.dim(0);
-    part.weight = table;
-    LinearSource source;
-    source.name = "the embedding table";
-    source.in_features = table.dim(1);
-    source.parts = {part};
-    return weight(source, WeightUse::embedding);
+    return weight(embedding_source(table), WeightUse::embedding);
   }
   std::unique_ptr<LinearWeight> load_head(const LinearSource& source) override {
     const bool tied = source.parts.at(0).weight.data == embedding_;

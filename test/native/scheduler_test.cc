@@ -63,6 +63,16 @@ SchedulerLimits with_swap(SchedulerLimits limits, int num_blocks, double block_m
   return limits;
 }
 
+// Two requests whose prompts of 13 tokens differ in the last one.
+std::pair<Request, Request> sharing_pair() {
+  Request first = text_request(1, 13, 12);
+  Request second = first;
+  second.id = 2;
+  second.prompt_tokens.back() = 1;
+  second.max_new_tokens = 10;
+  return {first, second};
+}
+
 constexpr SchedulerLimits kLimits{
     .session_len = 32, .max_batch_size = 4, .max_prefill_token_num = 8, .max_tiles = 2};
 
@@ -214,11 +224,7 @@ TEST("what cannot be swapped or is cheaper to compute is computed again") {
 TEST("blocks that others hold are neither saved nor loaded") {
   SchedulerLimits limits = with_swap(kLimits, 8);
   Harness h({.num_blocks = 7, .num_swap_blocks = 8}, limits);
-  Request first = text_request(1, 13, 12);
-  Request second = first;
-  second.id = 2;
-  second.prompt_tokens.back() = 1;
-  second.max_new_tokens = 10;
+  const auto [first, second] = sharing_pair();
   h.add(first);
   h.add(second);
   h.run_all();
@@ -230,11 +236,7 @@ TEST("blocks that others hold are neither saved nor loaded") {
 
 TEST("a shared prefix that is gone when its sequence comes back is computed again") {
   Harness h({.num_blocks = 7, .num_swap_blocks = 8}, with_swap(kLimits, 8));
-  Request first = text_request(1, 13, 12);
-  Request second = first;
-  second.id = 2;
-  second.prompt_tokens.back() = 1;
-  second.max_new_tokens = 10;
+  const auto [first, second] = sharing_pair();
   h.add(first);
   h.add(second);
   while (h.scheduler.counters().swaps_out == 0) EXPECT(h.step());

@@ -179,6 +179,12 @@ class Renderer:
         page.image = im
         return page
 
+    def open_page(self, w, h):
+        """An empty page with what is drawn on it: (page, draw, font path, colour of the text)."""
+        bg, fg = self.palette()
+        page = Page(self.canvas(w, h, bg))
+        return page, ImageDraw.Draw(page.image), self.r.choice(self.fonts), fg
+
     # ---- text pages ------------------------------------------------------
     def fit_line(self, path, size, max_w, words):
         for _ in range(4):
@@ -196,10 +202,7 @@ class Renderer:
     def text_page(self, w, h, lines, size, words=None, strength=1.0):
         """A page with up to `lines` lines of font size `size`; returns (page, list of lines)."""
         r = self.r
-        bg, fg = self.palette()
-        page = Page(self.canvas(w, h, bg))
-        draw = ImageDraw.Draw(page.image)
-        path = r.choice(self.fonts)
+        page, draw, path, fg = self.open_page(w, h)
         size = near_size(size)
         lead = r.uniform(1.15, 1.9)
         mx = max(3, int(w * r.uniform(0.02, 0.08)))
@@ -227,10 +230,7 @@ class Renderer:
     def sign_page(self, w, h, strength=1.0):
         """One to three short lines as large as they fit, or somewhat smaller."""
         r = self.r
-        bg, fg = self.palette()
-        page = Page(self.canvas(w, h, bg))
-        draw = ImageDraw.Draw(page.image)
-        path = r.choice(self.fonts)
+        page, draw, path, fg = self.open_page(w, h)
         out = [self.tg.line(r.choice((1, 1, 2, 2, 3)))[:22].strip() or "a" for _ in range(r.choice((1, 1, 1, 2, 2, 3)))]
         widest = max(text_width(path, 48, t) for t in out)
         fit = min(48 * 0.92 * w / widest, h / (len(out) * 1.4))
@@ -246,10 +246,7 @@ class Renderer:
         """Rows 'item price', often with a total; returns (page, lines, items); items = [(name, price, index of the price)],
         the total last under the name None (price None where there is none)."""
         r = self.r
-        bg, fg = self.palette()
-        page = Page(self.canvas(w, h, bg))
-        draw = ImageDraw.Draw(page.image)
-        path = r.choice(self.fonts)
+        page, draw, path, fg = self.open_page(w, h)
         size = near_size(size)
         lead = r.uniform(1.2, 1.7)
         rows = max(2, min(rows, int((h - size) / (size * lead)) - 2))

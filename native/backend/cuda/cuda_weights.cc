@@ -268,14 +268,7 @@ std::unique_ptr<LinearWeight> CudaBackend::load_linear(const LinearSource& sourc
 }
 
 std::unique_ptr<LinearWeight> CudaBackend::load_embedding(ConstTensorView table) {
-  LinearPart part;
-  part.out_features = table.dim(0);
-  part.weight = table;
-  LinearSource source;
-  source.name = "the embedding table";
-  source.in_features = table.dim(1);
-  source.parts = {part};
-  return load_linear(source);
+  return load_linear(embedding_source(table));
 }
 
 std::unique_ptr<LinearWeight> CudaBackend::load_head(const LinearSource& source) {

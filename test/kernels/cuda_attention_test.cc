@@ -93,6 +93,7 @@ class Attention {
     const DeviceArray<float2> partial_sum(items.size() * most * 2 * heads_.q);
     DeviceArray<uint32_t> tickets(queries.size() * most * heads_.q);
     tickets.zero();
+    const DeviceArray<uint32_t> records(decode_record_bytes(context_) / sizeof(uint32_t));  // poison: all bits set
     StepArrays arrays{.positions = d_positions.get(), .slots = d_slots.get(), .query_start = d_start.get(),
                       .kv_len = d_len.get(), .split_start = d_split.get(), .decode_items = d_items.get(),
                       .query_tiles = d_tiles.get(), .block_stride = d_stride.get(), .block_table = d_table.get()};
@@ -115,19 +116,24 @@ class Attention {
                                         .kv_bits = bits_, .rope = fused ? rope : RopeArgs{}, .step = arrays,
                                         .num_items = num_items > 0 ? num_items + 2 : 0, .max_rows = static_cast<int>(most),
                                         .partial_out = partial_out.get(), .partial_max_sum = partial_sum.get(),
-                                        .tickets = tickets.get(), .num_heads = heads_.q, .num_kv_heads = heads_.kv,
+                                        .tickets = tickets.get(), .records = with_records_ ? records.get() : nullptr,
+                                        .num_heads = heads_.q, .num_kv_heads = heads_.kv,
                                         .head_dim = heads_.dim, .softmax_scale = scale});
     prefill_attention(context_, dtype_, {.qkv = device_qkv.get(), .y = y.get(), .cache = cache_->get(),
                                          .kv_bits = bits_, .step = arrays,
                                          .tokens = static_cast<int>(rows), .num_tiles = static_cast<int>(tiles.size()), .num_heads = heads_.q,
                                          .num_kv_heads = heads_.kv, .head_dim = heads_.dim, .softmax_scale = scale, .portable = portable_});
     for (uint32_t ticket : tickets.host()) EXPECT_EQ(ticket, 0U);
+    const std::vector<uint32_t> left = records.host();
+    EXPECT(std::all_of(left.begin(), left.end(), [](uint32_t word) { return word == ~0U; }));
     std::vector<uint16_t> out = y.host();
     out.resize(rows * static_cast<size_t>(heads_.q) * heads_.dim);
     return out;
   }
   // Whether decode steps rotate and write K and V in the decode kernel.
   void set_fused(bool fused) { fused_ = fused; }
+  // Whether parts may meet in records; else by tickets.
+  void set_records(bool with_records) { with_records_ = with_records; }
   // Norms of q and k heads, and a scaling of the rotation.
   void set_norms() {
     normed_ = true;
@@ -218,6 +224,7 @@ class Attention {
   int bits_;
   bool portable_ = false;
   bool fused_ = false;
+  bool with_records_ = true;
   bool normed_ = false;
   float scaling_ = 1.0F;
   std::vector<int> lengths_;
@@ -411,6 +418,45 @@ TEST("a sequence's attention is the same bits alone, in a mixed batch and in eve
       EXPECT(in_batch({{1, 32, 33}, wanted, {3, 299, 300}}, 1, 1) == alone);
       EXPECT(in_batch({{2, 124, 129}, wanted, {1, 30, 33}}, 5, kMaxDecodeRows) == alone);
     }
+  }
+}
+
+// 288 units of decode attention: more than a GPU has places for CTAs, so that a CTA folds runs of parts, some of
+// which begin or end within a sequence. Alone, a sequence has 96, which meet as records or by tickets.
+TEST("parts come together in the same bits within a CTA, by tickets and as records") {
+  const Heads heads{16, 8, 128};
+  const std::vector<int> lengths = {3000, 2819, 3072};
+  for (const int bits : {16, 8, 4}) {
+    Attention attention(heads, DType::bf16, lengths, 8, bits);
+    for (int s = 0; s < 3; ++s) attention.fill(s, lengths[s] - 5);
+    for (const int rows : {1, 5}) {
+      std::vector<Attention::Query> all;
+      std::vector<uint16_t> wanted;
+      attention.set_records(true);
+      for (int s = 0; s < 3; ++s) {
+        all.push_back({s, lengths[s] - 5, lengths[s] - 5 + rows});
+        const std::vector<uint16_t> alone = attention.step({all.back()}, rows);
+        wanted.insert(wanted.end(), alone.begin(), alone.end());
+      }
+      const auto columns = static_cast<size_t>(heads.q) * heads.dim;
+      for (const bool fused : {false, true}) {
+        attention.set_fused(fused);
+        attention.set_records(true);
+        expect_equal(attention.step(all, rows), wanted, DType::bf16, columns, "in runs");
+        attention.set_records(false);
+        expect_equal(attention.step(all, rows), wanted, DType::bf16, columns, "in runs, without records");
+        std::vector<uint16_t> by_tickets;
+        for (const Attention::Query& query : all) {
+          const std::vector<uint16_t> alone = attention.step({query}, rows);
+          by_tickets.insert(by_tickets.end(), alone.begin(), alone.end());
+        }
+        expect_equal(by_tickets, wanted, DType::bf16, columns, "by tickets");
+      }
+      attention.set_fused(false);
+    }
+    attention.set_records(true);
+    const Attention::Query whole{1, 2814, 2815};  // a row of prefill's
+    expect_equal(attention.step({whole}, 1), attention.step({whole}, 0), DType::bf16, static_cast<size_t>(heads.q) * heads.dim, "prefill kernel");
   }
 }
 

@@ -475,6 +475,7 @@ void CudaBackend::attention(const AttentionArgs& args) {
                     .partial_out = static_cast<float*>(w.attention_out->data()),
                     .partial_max_sum = static_cast<float2*>(w.attention_max_sum->data()),
                     .tickets = static_cast<uint32_t*>(w.attention_tickets->data()),
+                    .records = static_cast<uint32_t*>(w.attention_records->data()),
                     .num_heads = args.num_heads,
                     .num_kv_heads = args.num_kv_heads,
                     .head_dim = args.head_dim,

@@ -136,6 +136,7 @@ class CudaBackend final : public Backend {
     std::unique_ptr<Buffer> attention_out;
     std::unique_ptr<Buffer> attention_max_sum;
     std::unique_ptr<Buffer> attention_tickets;
+    std::unique_ptr<Buffer> attention_records;
     std::unique_ptr<CudaSampler> sampler;  // null without a vocabulary
     std::vector<int32_t> fed_rows;         // see SampledStep
     StepArrays step;

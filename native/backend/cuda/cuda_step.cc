@@ -170,6 +170,7 @@ WorkspaceBytes CudaBackend::workspace_bytes(const WorkspaceSpec& spec) const {
     bytes.scratch += buffer_bytes(part);
   }
   if (spec.vision_pixel_bytes > 0) bytes.scratch += buffer_bytes(spec.vision_pixel_bytes);
+  bytes.scratch += buffer_bytes(decode_record_bytes(context_));
   bytes.staging = 2 * sizes.step_bytes;
   if (sizes.sampler.rows > 0) {
     bytes.staging += sampler_host_bytes(sizes.sampler);
@@ -222,6 +223,10 @@ WorkspaceBytes CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
   w.attention_out = pool_.allocate(sizes.attention_out);
   w.attention_max_sum = pool_.allocate(sizes.attention_max_sum);
   w.attention_tickets = zeroed(sizes.attention_tickets);
+  w.attention_records = pool_.allocate(decode_record_bytes(context_));
+  cuda_check(cudaMemsetAsync(w.attention_records->data(), 0xff, w.attention_records->bytes(),
+                             context_.stream),
+             "marking the records of decode attention as absent");
   if (sizes.sampler.rows > 0) {
     w.sampler = std::make_unique<CudaSampler>(sizes.sampler, context_, pool_);
     w.fed_rows.reserve(static_cast<size_t>(sizes.sampler.tasks));

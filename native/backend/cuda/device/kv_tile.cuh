@@ -93,13 +93,13 @@ __device__ __forceinline__ uint32_t bytes_to_pair(uint32_t word, int half) {
     return subtract_pair<T>(__byte_perm(word, 0x64646464U, half == 0 ? 0x4140 : 0x4342),
                             0x64806480U);  // 1024 + 128
   } else {
-    // 2^23 + q is exact in f32, and 8 bits fit bf16: its bits are the upper half of the float.
-    constexpr float kMagic = 8388608.0F + kCentre<8>;
-    const float low = __fsub_rn(
-        __uint_as_float(__byte_perm(word, 0x4b000000U, half == 0 ? 0x7440 : 0x7442)), kMagic);
-    const float high = __fsub_rn(
-        __uint_as_float(__byte_perm(word, 0x4b000000U, half == 0 ? 0x7441 : 0x7443)), kMagic);
-    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+    // 7 bits of q fit below the exponent of 128. The eighth says whether 128 or 256 is too much.
+    const uint32_t bits = __byte_perm(word, 0x43434343U, half == 0 ? 0x4140 : 0x4342);
+    uint32_t excess;  // (bits & exponents) ^ 128's last; written in C it becomes two instructions
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;"
+        : "=r"(excess)
+        : "r"(bits), "n"(0xff80ff80), "r"(0x00800080U));
+    return subtract_pair<T>(bits & 0xff7fff7fU, excess);
   }
 }
 
@@ -127,34 +127,46 @@ struct KeyFragments {
                        kBits == 16 ? 8 : kBits > ::kGroup;
   static constexpr int kSteps = kDim / 16;
 
-  // kGroup steps from step `first` of the 16 keys from `key0`.
-  static __device__ __forceinline__ void load(uint32_t (&a)[kGroup][4], uint32_t tile, int key0,
-                                              int first, int lane) {
+  // What a lane reads for kGroup steps of 16 keys: the fragment itself, or its packed values by rows g
+  // and g + 8.
+  struct Words {
+    uint32_t row[2][4];
+  };
+  static __device__ __forceinline__ void load_words(Words& words, uint32_t tile, int key0,
+                                                    int first, int lane) {
     if constexpr (kBits == 16) {
-      ldmatrix_x4(a[0],
+      ldmatrix_x4(words.row[0],
                   tile + HalfTile<kDim>::offset(key0 + (lane & 15), first * 16 + (lane >> 4) * 8));
     } else {
       using Tile = PackedTile<kDim, kBits>;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int key = key0 + lane / 4 + 8 * r;
-        const uint32_t at =
-            tile + ((first / kGroup * kBlockTokens + key) * 4 + lane % 4) * Tile::kLaneBytes;
-        uint32_t words[4];
-        load_shared<Tile::kLaneBytes>(words, at);
+        load_shared<Tile::kLaneBytes>(
+            words.row[r],
+            tile + ((first / kGroup * kBlockTokens + key) * 4 + lane % 4) * Tile::kLaneBytes);
+      }
+    }
+  }
+  // The fragment of step `e` of a group.
+  static __device__ __forceinline__ void unpack(uint32_t (&a)[4], const Words& words, int e) {
+    if constexpr (kBits == 16) {
 #pragma unroll
-        for (int e = 0; e < kGroup; ++e) {
-          if constexpr (kBits == 8) {
-            a[e][r] = bytes_to_pair<T>(words[e], 0);
-            a[e][r + 2] = bytes_to_pair<T>(words[e], 1);
-          } else if constexpr (kGroup == 1) {
-            const uint32_t spread = words[0] | (words[0] << 8);
-            a[e][r] = nibbles_to_pair<T>(spread, 0);
-            a[e][r + 2] = nibbles_to_pair<T>(spread, 1);
-          } else {
-            a[e][r] = nibbles_to_pair<T>(words[e / 2], e % 2 * 2);
-            a[e][r + 2] = nibbles_to_pair<T>(words[e / 2], e % 2 * 2 + 1);
-          }
+      for (int i = 0; i < 4; ++i) a[i] = words.row[0][i];
+    } else {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t(&row)[4] = words.row[r];
+        if constexpr (kBits == 8) {
+          a[r] = bytes_to_pair<T>(row[e], 0);
+          a[r + 2] = bytes_to_pair<T>(row[e], 1);
+        } else if constexpr (kGroup == 1) {
+          const uint32_t spread = row[0] | (row[0] << 8);
+          a[r] = nibbles_to_pair<T>(spread, 0);
+          a[r + 2] = nibbles_to_pair<T>(spread, 1);
+        } else {
+          a[r] = nibbles_to_pair<T>(row[e / 2], e % 2 * 2);
+          a[r + 2] = nibbles_to_pair<T>(row[e / 2], e % 2 * 2 + 1);
         }
       }
     }
@@ -164,37 +176,41 @@ struct KeyFragments {
 // Reads the V tile as A fragments of 16 dims x 16 tokens: registers (dim g, tokens 2c), (g + 8, 2c),
 // (g, 2c + 8), (g + 8, 2c + 8). All four k16 steps of the tile for the dims from 16 m.
 template <class T, int kDim, int kBits>
-__device__ __forceinline__ void load_values(uint32_t (&a)[4][4], uint32_t tile, int m, int lane) {
-  if constexpr (kBits == 16) {
+struct ValueFragments {
+  // What a lane reads: the fragments themselves, or their packed values.
+  struct Words {
+    uint32_t word[kBits / 4][4];
+  };
+  static __device__ __forceinline__ void load_words(Words& words, uint32_t tile, int m, int lane) {
+    if constexpr (kBits == 16) {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      ldmatrix_x4_trans(a[step],
-                        tile + HalfTile<kDim>::offset(step * 16 + (lane >> 4) * 8 + (lane & 7),
-                                                      m * 16 + ((lane >> 3) & 1) * 8));
-    }
-  } else if constexpr (kBits == 8) {
+      for (int step = 0; step < 4; ++step) {
+        ldmatrix_x4_trans(words.word[step],
+                          tile + HalfTile<kDim>::offset(step * 16 + (lane >> 4) * 8 + (lane & 7),
+                                                        m * 16 + ((lane >> 3) & 1) * 8));
+      }
+    } else {
+      constexpr int kRow = PackedTile<kDim, kBits>::kDataBytes / (kDim / 16);
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      uint32_t words[4];
-      load_shared<16>(words, tile + m * 1024 + pair * 512 + lane * 16);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          a[pair * 2 + e][i] = bytes_to_pair<T>(words[e * 2 + i % 2], i / 2);
-        }
+      for (int i = 0; i < kBits / 4; ++i) {
+        load_shared<16>(words.word[i], tile + m * kRow + i * 512 + lane * 16);
       }
     }
-  } else {
-    uint32_t words[4];
-    load_shared<16>(words, tile + m * 512 + lane * 16);
+  }
+  // The fragment of step `step`.
+  static __device__ __forceinline__ void unpack(uint32_t (&a)[4], const Words& words, int step) {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[step][i] = nibbles_to_pair<T>(words[step], i);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kBits == 16) {
+        a[i] = words.word[step][i];
+      } else if constexpr (kBits == 8) {
+        a[i] = bytes_to_pair<T>(words.word[step / 2][step % 2 * 2 + i % 2], i / 2);
+      } else {
+        a[i] = nibbles_to_pair<T>(words.word[0][step], i);
+      }
     }
   }
-}
+};
 
 // Scale of a token of a packed tile, and the value of the centre level.
 template <int kBits>
@@ -212,15 +228,17 @@ __device__ __forceinline__ void unpack_keys(uint32_t half_tile, uint32_t packed,
   for (int key0 = warp * 16; key0 < kBlockTokens; key0 += warps * 16) {
 #pragma unroll
     for (int s = 0; s < kDim / 16; s += Fragments::kGroup) {
-      uint32_t a[Fragments::kGroup][4];
-      Fragments::load(a, packed, key0, s, lane);
+      typename Fragments::Words words;
+      Fragments::load_words(words, packed, key0, s, lane);
 #pragma unroll
       for (int e = 0; e < Fragments::kGroup; ++e) {
+        uint32_t a[4];
+        Fragments::unpack(a, words, e);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int key = key0 + lane / 4 + i % 2 * 8;
           const int dim = (s + e) * 16 + i / 2 * 8 + lane % 4 * 2;
-          store_shared(half_tile + HalfTile<kDim>::offset(key, dim), a[e][i]);
+          store_shared(half_tile + HalfTile<kDim>::offset(key, dim), a[i]);
         }
       }
     }
@@ -230,15 +248,17 @@ template <class T, int kDim, int kBits>
 __device__ __forceinline__ void unpack_values(uint32_t half_tile, uint32_t packed, int warp,
                                               int warps, int lane) {
   for (int m = warp; m < kDim / 16; m += warps) {
-    uint32_t a[4][4];
-    load_values<T, kDim, kBits>(a, packed, m, lane);
+    typename ValueFragments<T, kDim, kBits>::Words words;
+    ValueFragments<T, kDim, kBits>::load_words(words, packed, m, lane);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
+      uint32_t a[4];
+      ValueFragments<T, kDim, kBits>::unpack(a, words, step);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = step * 16 + i / 2 * 8 + lane / 4;
         const int dim = m * 16 + i % 2 * 8 + lane % 4 * 2;
-        store_shared(half_tile + HalfTile<kDim>::offset(token, dim), transpose_8x8(a[step][i]));
+        store_shared(half_tile + HalfTile<kDim>::offset(token, dim), transpose_8x8(a[i]));
       }
     }
   }

@@ -112,11 +112,14 @@ struct DecodeAttentionArgs {
   float* partial_out = nullptr;       // [items * max_rows, 2 Hq, D]
   float2* partial_max_sum = nullptr;  // [items * max_rows, 2 Hq]
   uint32_t* tickets = nullptr;        // [S * max_rows, Hq], zero between launches
+  // decode_record_bytes() bytes, all bits set between launches; null: small steps use tickets too.
+  uint32_t* records = nullptr;
   int num_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
   float softmax_scale = 0.0F;
 };
+size_t decode_record_bytes(const LaunchContext& context);
 void decode_attention(const LaunchContext& context, DType dtype, const DecodeAttentionArgs& args);
 
 struct PrefillAttentionArgs {

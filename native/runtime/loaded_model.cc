@@ -29,7 +29,7 @@ class LoadedModel final : public Model {
             MemoryUse& use);
   void make_cache(const KvCacheSpec& spec) { cache_ = backend_->make_kv_cache(spec); }
   // Host memory for `num_blocks` blocks. A device's is taken on a thread of its own beside what loads
-  // meanwhile, since pinning a GiB costs about a third of a second; the CPU's when it is asked for.
+  // meanwhile, since touching and pinning a GiB takes long; the CPU's when it is asked for.
   HostMemory start_swap_space(const KvCacheSpec& spec, int num_blocks, bool device_is_host);
   void warm_up(const MemoryPlan& plan) {
     const bool sees = vision_ != nullptr;

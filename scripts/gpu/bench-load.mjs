@@ -1,12 +1,15 @@
 // How fast a checkpoint is loaded, against the disk and the bus, as JSON: from the page cache, and cold,
 // with the files' pages dropped before. Without a usable GPU it prints SKIP and exits 0.
-//   node scripts/gpu/bench-load.mjs MODEL [--peaks PEAKS.json] [--repeats 3] [--cold 2] [--out FILE]
+//   node scripts/gpu/bench-load.mjs MODEL [--peaks PEAKS.json] [--repeats 3] [--cold 2]
+//     [--swap BYTES] [--cached] [--out FILE]
 // --peaks is what device_peaks.py wrote on this machine: its pinned upload is the bus. The disk is what 16
 // plain reads of 4 MiB at a time get from the same files, measured between the cold loads. A virtual
-// disk may keep a cache of its own: compare cold loads with the reads beside them only.
+// disk may keep a cache of its own: compare cold loads with the reads beside them only. --cached: the files
+// have just been written or read, so they are not read once more before the first load. weightsMs is
+// the time at which the last weight was reported, of openMs.
 import { execFileSync, spawnSync } from 'node:child_process';
 import { readFileSync, writeFileSync } from 'node:fs';
-import { open, readdir } from 'node:fs/promises';
+import { open, readdir, stat } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { parseArgs } from 'node:util';
@@ -23,6 +26,8 @@ const { values: flags, positionals } = parseArgs({
     cold: { type: 'string', default: '2' },
     device: { type: 'string', default: 'cuda' },
     session: { type: 'string', default: '2048' },
+    swap: { type: 'string' },
+    cached: { type: 'boolean', default: false },
     out: { type: 'string' },
   },
 });
@@ -83,18 +88,26 @@ async function plainRead() {
 
 async function load() {
   const begin = performance.now();
+  let weightsMs = 0;
   const pipe = await pipeline(model, {
+    onProgress: () => {
+      weightsMs = performance.now() - begin;
+    },
     device: flags.device,
     sessionLen: Number(flags.session),
     maxBatchSize: 8,
+    ...(flags.swap === undefined ? {} : { swapSpaceBytes: Number(flags.swap) }),
   });
   const openMs = performance.now() - begin;
   const { loadMs, deviceName } = pipe.stats();
   await pipe.close();
-  return { openMs: round(openMs), loadMs: round(loadMs), deviceName };
+  return { openMs: round(openMs), weightsMs: round(weightsMs), loadMs: round(loadMs), deviceName };
 }
 
-const { bytes } = await plainRead(); // into the page cache
+const sizeOf = async (file) => (await stat(file)).size;
+const bytes = flags.cached
+  ? (await Promise.all(files.map(sizeOf))).reduce((sum, size) => sum + size, 0)
+  : (await plainRead()).bytes; // into the page cache
 const gbPerSecond = ({ loadMs }) => round(bytes / 1e6 / loadMs);
 const warm = [];
 for (let i = 0; i < Number(flags.repeats); i += 1) {

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "gpu_test.h"
@@ -147,6 +148,25 @@ TEST("a file cut while it is read is an error, not a fault; what was queued is g
     unfinished.add(bytes_view(file.data(), size_t{1} << 20));
     unfinished.end([] { TM_CHECK(false, "a conversion nobody waited for"); });
   }
+}
+
+TEST("much host memory is pinned, and copies reach all of it") {
+  for (const size_t bytes : {size_t{1}, size_t{5} << 20, (size_t{70} << 20) + 3}) {
+    HostBuffer memory(bytes);
+    auto* data = static_cast<uint8_t*>(memory.data());
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(data) % (size_t{2} << 20), 0U);
+    for (size_t i = 0; i < bytes; i += 4099) data[i] = static_cast<uint8_t>(i);
+    cudaPointerAttributes attributes{};
+    cuda_check(cudaPointerGetAttributes(&attributes, data + bytes - 1));
+    EXPECT(attributes.type == cudaMemoryTypeHost);
+    DeviceArray<uint8_t> there(bytes);
+    const CudaStreamOwner stream;
+    cuda_check(cudaMemcpyAsync(there.get(), data, bytes, cudaMemcpyHostToDevice, stream.get()));
+    cuda_check(cudaStreamSynchronize(stream.get()));
+    const std::vector<uint8_t> back = there.host();
+    EXPECT(std::memcmp(back.data(), data, bytes) == 0);
+  }
+  EXPECT_ERROR(HostBuffer(size_t{1} << 60), ErrorCode::out_of_memory);
 }
 
 }  // namespace

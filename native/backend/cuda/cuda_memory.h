@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -17,6 +18,18 @@
 #include "backend/cuda/cuda_check.h"
 
 namespace turbomind::cuda {
+
+// Starts up to `count` threads, which run what body(0), body(1) and so on answer; fewer where the system
+// gives no more.
+template <class Body>
+void start_threads(std::vector<std::thread>& threads, size_t count, Body&& body) {
+  threads.reserve(count);
+  try {
+    for (size_t i = 0; i < count; ++i) threads.emplace_back(body(i));
+  } catch (const std::system_error&) {
+    return;  // those that run are joined by whoever owns them
+  }
+}
 
 class DevicePool {
  public:
@@ -67,14 +80,27 @@ class PinnedBuffer {
   size_t bytes_ = 0;
 };
 
+// Much host memory at once, pinned. Several threads touch its pages, huge ones where the system has them,
+// before the driver pins them: while it takes fresh small pages one by one, a quarter of a second for a
+// GiB, it serves nobody else, and loading beside it waits.
 class HostBuffer final : public Buffer {
  public:
-  explicit HostBuffer(size_t bytes) : memory_(bytes) {}
-  void* data() override { return memory_.data(); }
-  size_t bytes() const override { return memory_.bytes(); }
+  // The device must be current. Where pinning is refused for another reason than memory the pages stay as
+  // they are: copies are right, but slower, and wait. Throws Error{out_of_memory}.
+  explicit HostBuffer(size_t bytes);
+  ~HostBuffer() override;
+  void* data() override { return data_; }
+  size_t bytes() const override { return bytes_; }
 
  private:
-  PinnedBuffer memory_;
+  void touch() const;
+  void pin();
+
+  char* mapping_ = nullptr;
+  size_t mapped_bytes_ = 0;
+  char* data_ = nullptr;
+  size_t bytes_ = 0;
+  bool pinned_ = false;
 };
 
 class CudaStreamOwner {

@@ -19,7 +19,10 @@ constexpr size_t kSmallBytes = size_t{2} << 20;  // no part of the pool's slabs:
 
 ReadQueue::ReadQueue(int device) : device_(device) {
   const unsigned threads = std::clamp(std::thread::hardware_concurrency(), 2U, kMaxThreads);
-  for (unsigned i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
+  start_threads(threads_, threads, [this](size_t) { return [this] { work(); }; });
+  if (threads_.empty()) {
+    throw Error(ErrorCode::out_of_memory, "loading: the system gives no thread to read with");
+  }
 }
 
 ReadQueue::~ReadQueue() {

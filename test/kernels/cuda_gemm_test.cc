@@ -186,6 +186,9 @@ const Shape kAllShapes[] = {
     {WeightKind::awq, DType::bf16, 320, 4224, 128, false},  // four segments of 8 and 9 chunks
     {WeightKind::awq, DType::bf16, 192, 16512, 128, false},  // a long K
     {WeightKind::awq, DType::f16, 20608, 256, 128, true},    // one segment, more tiles than SMs
+    {WeightKind::awq, DType::bf16, 48128, 128, 128, true},   // one round of 448 rows, the last not whole
+    {WeightKind::awq, DType::bf16, 7168, 1152, 128, false},  // four segments in one round of 256 rows
+    {WeightKind::awq, DType::f16, 2304, 640, 128, false},    // two segments, more rows than SMs
     {WeightKind::dense, DType::bf16, 192, 64, 0, false},
     {WeightKind::dense, DType::bf16, 330, 1096, 0, false},  // N and K off every tile
     {WeightKind::dense, DType::f16, 256, 2048, 0, false},
@@ -258,7 +261,7 @@ TEST("a row of a GEMM is the same bits at every M, at every place and in every r
       const std::vector<float> whole = run(0, kMaxTokens);
       const size_t row_bytes = static_cast<size_t>(shape.n) * sizeof(float);
       bool same = std::memcmp(run(0, kMaxTokens).data(), whole.data(), whole.size() * sizeof(float)) == 0;
-      for (const auto& [first, m] : {std::pair{0, 1}, {5, 1}, {200, 8}, {100, 16}, {31, 32}, {64, 64}, {99, 65}, {256, 1}, {300, 200}}) {
+      for (const auto& [first, m] : {std::pair{0, 1}, {5, 1}, {7, 2}, {200, 8}, {100, 16}, {31, 32}, {64, 64}, {99, 65}, {256, 1}, {300, 200}}) {
         const std::vector<float> part = run(first, m);
         for (int t = 0; t < m; ++t) {
           same = same && std::memcmp(part.data() + static_cast<size_t>(t) * shape.n,
@@ -304,46 +307,47 @@ TEST("epilogues: bias, gelu, residual with scale, silu_mul") {
   for (const Shape& shape : shapes()) {
     Case c = make_case(shape, 41);
     c.matrix.bias = c.bias->get();
-    Random random(42);
-    const int m = 70;
-    const std::vector<uint16_t> bits = random.half(static_cast<size_t>(m) * shape.k, shape.dtype, 0.5F);
-    const std::vector<double> plain = product(c, to_floats(bits, shape.dtype), m);
-    const DeviceArray<uint16_t> x(bits);
-    const std::vector<float> scale = random.floats(static_cast<size_t>(shape.n), 0.5F);
-    const DeviceArray<float> device_scale(scale);
-    const std::vector<uint16_t> old_bits = random.half(static_cast<size_t>(m) * shape.n, shape.dtype);
-    const std::vector<float> old = to_floats(old_bits, shape.dtype);
-    std::vector<Epilogue> kinds = {Epilogue::none, Epilogue::gelu, Epilogue::residual};
-    if (shape.gate_up) kinds = {Epilogue::silu_mul};
-    for (const Epilogue kind : kinds) {
-      const int out_n = shape.gate_up ? shape.n / 2 : shape.n;
-      std::vector<double> expected(static_cast<size_t>(m) * out_n);
-      for (int t = 0; t < m; ++t) {
-        for (int n = 0; n < out_n; ++n) {
-          const auto at = [&](int row) { return plain[static_cast<size_t>(t) * shape.n + row] + c.host_bias[row]; };
-          double value = 0;
-          if (shape.gate_up) {
-            const double gate = at(packed_row(shape, 0, n));
-            value = gate / (1 + std::exp(-gate)) * at(packed_row(shape, 1, n));
-          } else {
-            value = at(n);
-            if (kind == Epilogue::gelu) value = 0.5 * value * (1 + std::erf(value / std::sqrt(2.0)));
-            if (kind == Epilogue::residual) value = old[static_cast<size_t>(t) * shape.n + n] + scale[n] * value;
+    for (const int m : {2, 12, 70}) {
+      Random random(42);
+      const std::vector<uint16_t> bits = random.half(static_cast<size_t>(m) * shape.k, shape.dtype, 0.5F);
+      const std::vector<double> plain = product(c, to_floats(bits, shape.dtype), m);
+      const DeviceArray<uint16_t> x(bits);
+      const std::vector<float> scale = random.floats(static_cast<size_t>(shape.n), 0.5F);
+      const DeviceArray<float> device_scale(scale);
+      const std::vector<uint16_t> old_bits = random.half(static_cast<size_t>(m) * shape.n, shape.dtype);
+      const std::vector<float> old = to_floats(old_bits, shape.dtype);
+      std::vector<Epilogue> kinds = {Epilogue::none, Epilogue::gelu, Epilogue::residual};
+      if (shape.gate_up) kinds = {Epilogue::silu_mul};
+      for (const Epilogue kind : kinds) {
+        const int out_n = shape.gate_up ? shape.n / 2 : shape.n;
+        std::vector<double> expected(static_cast<size_t>(m) * out_n);
+        for (int t = 0; t < m; ++t) {
+          for (int n = 0; n < out_n; ++n) {
+            const auto at = [&](int row) { return plain[static_cast<size_t>(t) * shape.n + row] + c.host_bias[row]; };
+            double value = 0;
+            if (shape.gate_up) {
+              const double gate = at(packed_row(shape, 0, n));
+              value = gate / (1 + std::exp(-gate)) * at(packed_row(shape, 1, n));
+            } else {
+              value = at(n);
+              if (kind == Epilogue::gelu) value = 0.5 * value * (1 + std::erf(value / std::sqrt(2.0)));
+              if (kind == Epilogue::residual) value = old[static_cast<size_t>(t) * shape.n + n] + scale[n] * value;
+            }
+            expected[static_cast<size_t>(t) * out_n + n] = value;
           }
-          expected[static_cast<size_t>(t) * out_n + n] = value;
         }
-      }
-      for (const std::string_view name : fitting_rows(gemm_args(c, x.get(), shape.k, m, nullptr, false, kind), context)) {
-        const DeviceArray<uint16_t> y(old_bits);
-        GemmArgs args = gemm_args(c, x.get(), shape.k, m, y.get(), false, kind);
-        args.scale = kind == Epilogue::residual ? device_scale.get() : nullptr;
-        select_gemm(args, context, name).run(args, context);
-        std::vector<uint16_t> out = y.host();
-        out.resize(expected.size());
-        const double error = relative_error(to_floats(out, shape.dtype), expected);
-        turbomind::test::report(error < tolerance_rounded(shape.dtype), "epilogue", __FILE__, __LINE__,
-                                format("%s epilogue %d N %d K %d: %g", std::string(name).c_str(), static_cast<int>(kind),
-                                       shape.n, shape.k, error));
+        for (const std::string_view name : fitting_rows(gemm_args(c, x.get(), shape.k, m, nullptr, false, kind), context)) {
+          const DeviceArray<uint16_t> y(old_bits);
+          GemmArgs args = gemm_args(c, x.get(), shape.k, m, y.get(), false, kind);
+          args.scale = kind == Epilogue::residual ? device_scale.get() : nullptr;
+          select_gemm(args, context, name).run(args, context);
+          std::vector<uint16_t> out = y.host();
+          out.resize(expected.size());
+          const double error = relative_error(to_floats(out, shape.dtype), expected);
+          turbomind::test::report(error < tolerance_rounded(shape.dtype), "epilogue", __FILE__, __LINE__,
+                                  format("%s epilogue %d N %d K %d: %g", std::string(name).c_str(), static_cast<int>(kind),
+                                         shape.n, shape.k, error));
+        }
       }
     }
   }

@@ -23,22 +23,28 @@ struct TokenPieces {
   }
 };
 
+// One k16 step, the `step`-th of b's four: acc += its 16 columns.
+template <class T, int kTiles>
+__device__ __forceinline__ void multiply_word(float (&acc)[kTiles][4], uint32_t word,
+                                              const GroupPairs& pairs, const TokenPieces<kTiles>& b,
+                                              int step) {
+  uint32_t a[4];
+  dequant_word<T>(word, pairs, a);
+  if constexpr (kTiles == 1) {
+    mma_16816<T>(acc[0], a, b.r[step / 2][step % 2 * 2], b.r[step / 2][step % 2 * 2 + 1]);
+  } else {
+    mma_16816<T>(acc[0], a, b.r[step][0], b.r[step][1]);
+    mma_16816<T>(acc[kTiles - 1], a, b.r[step][2], b.r[step][3]);
+  }
+}
+
 template <class T, int kTiles>
 __device__ __forceinline__ void multiply_words(float (&acc)[kTiles][4], const uint4& four,
                                                const GroupPairs& pairs,
                                                const TokenPieces<kTiles>& b) {
   const uint32_t words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    uint32_t a[4];
-    dequant_word<T>(words[step], pairs, a);
-    if constexpr (kTiles == 1) {
-      mma_16816<T>(acc[0], a, b.r[step / 2][step % 2 * 2], b.r[step / 2][step % 2 * 2 + 1]);
-    } else {
-      mma_16816<T>(acc[0], a, b.r[step][0], b.r[step][1]);
-      mma_16816<T>(acc[kTiles - 1], a, b.r[step][2], b.r[step][3]);
-    }
-  }
+  for (int step = 0; step < 4; ++step) multiply_word<T, kTiles>(acc, words[step], pairs, b, step);
 }
 
 }  // namespace turbomind::cuda

@@ -48,22 +48,47 @@ void run_tiles(const GemmArgs& args, const LaunchContext& context) {
 }
 
 // One or two tokens whose CTAs, three to an SM, run in one round: the least latency. Each takes a third
-// of an SM, so that they spread, and leaves the rest to the next kernel's.
+// of an SM, so that they spread (with less the device puts five on one SM and none on another), and
+// leaves the rest to the next kernel's.
 template <class T>
 bool run_u4_one_round(const GemmArgs& args, const LaunchContext& context) {
   constexpr int kThird = 73 * 1024;
+  using FourOwnX = StreamConfig<T, 1, 4, 1, 8, 1, true>;
   using Four = StreamConfig<T, 1, 4, 1, 8>;
   using One = StreamConfig<T, 1, 1, 4, 8>;
   const int segments = args.w->segments;
   if (args.m > 2 || (segments != 4 && segments != 1)) return false;
   const int rows = segments == 4 ? Four::kTileN : One::kTileN;
   if (ceil_div<int64_t>(args.w->n, rows) > 3 * context.num_sms) return false;
-  if (segments == 4) {
-    run_stream<Four>(args, context, kThird);
-  } else {
+  if (segments == 1) {
     run_stream<One>(args, context, kThird);
+  } else if (args.m == 1) {
+    run_stream<FourOwnX>(args, context, kThird);
+  } else {
+    run_stream<Four>(args, context, kThird);
   }
   return true;
+}
+
+// Nine to sixteen tokens where CTAs of many rows, one to an SM, are one round that fills most SMs: x is
+// read by few. Clusters leave more of them free, since theirs lie together.
+template <class T>
+bool run_u4_tall(const GemmArgs& args, const LaunchContext& context) {
+  constexpr int kWholeSm = 115 * 1024;  // more than half
+  using Taller = StreamConfig<T, 2, 1, 14, 5, 2>;
+  using Tall = StreamConfig<T, 2, 1, 8, 4, 2>;
+  const int segments = args.w->segments;
+  const int64_t sms = context.num_sms;
+  const auto ctas = [&](int rows) { return ceil_div<int64_t>(args.w->n, rows) * segments; };
+  if (segments == 1 && ctas(Taller::kTileN) <= sms && ctas(Taller::kTileN) * 10 >= sms * 8) {
+    run_stream<Taller>(args, context, kWholeSm, 32 * 1024);
+    return true;
+  }
+  if (segments == 4 && ctas(Tall::kTileN) * 10 <= sms * 9 && ctas(Tall::kTileN) * 10 >= sms * 8) {
+    run_stream<Tall>(args, context, kWholeSm, 48 * 1024);
+    return true;
+  }
+  return false;
 }
 
 // Up to 32 tokens, groups of 128. T: activations.
@@ -74,8 +99,9 @@ void run_u4_few(const GemmArgs& args, const LaunchContext& context) {
     return run_rings<Sm90Config<T, 128, 2, 1, 32, 2>>(args, context, 110 * kKiB, 220 * kKiB);
   }
   if (args.m > 8) {
+    if (run_u4_tall<T>(args, context)) return;
     // Long segments: many small CTAs instead of few large ones.
-    if (args.w->k_padded / args.w->segments > 4096) {
+    if (args.w->segments > 1 && args.w->k_padded / args.w->segments > 4096) {
       return run_stream<StreamConfig<T, 2, 1, 4, 8>>(args, context, 0);
     }
     return run_rings<Sm90Config<T, 128, 2, 1, 16, 2, true>>(args, context, 110 * kKiB, 220 * kKiB);

@@ -19,6 +19,15 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
          (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
 }
 
+// The same in two parts: the low word, to which the distance to another tile may be added in units of 16
+// bytes, and what follows from it.
+__device__ __forceinline__ uint32_t wgmma_descriptor_low(uint32_t address) {
+  return (address & 0x3ffffU) >> 4 | 1U << 16;
+}
+__device__ __forceinline__ uint64_t wgmma_descriptor_at(uint32_t low) {
+  return low | uint64_t{1024 >> 4 | 1U << 30} << 32;
+}
+
 // Orders earlier register writes before the wgmmas that follow.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");

@@ -7,6 +7,26 @@
 
 namespace turbomind::cuda {
 
+// How many clusters of `depth` CTAs along z run at a time.
+template <class... Parameters>
+int count_clusters(void (*kernel)(Parameters...), int threads, int shared_bytes, unsigned depth) {
+  cuda_check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+      "raising a kernel's shared memory");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {1, 1, depth};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1, 1, depth);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  cuda_check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "counting clusters");
+  return clusters > 0 ? clusters : 1;
+}
+
 // `depth`: CTAs of a cluster, all along z; 1: no cluster.
 template <class... Parameters, class... Arguments>
 void launch_cluster(void (*kernel)(Parameters...), const LaunchShape& shape, unsigned depth,

@@ -4,6 +4,8 @@
 // has less latency than a wgmma of 8 or 16 columns.
 #pragma once
 
+#include <algorithm>
+
 #include "backend/cuda/device/hopper.cuh"
 #include "backend/cuda/device/u4_mma.cuh"
 #include "backend/cuda/device/wgmma.cuh"
@@ -36,8 +38,9 @@ struct Sm90Config {
   static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 64);
   // What the launch takes for all threads is all there is to move.
   static constexpr int kLaunchRegisters = 65536 / kCtas / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kRowGroups > 3 || kCtas > 1 ? 32 : 40;
   static constexpr int kRegisterShare =
-      (kLaunchRegisters * kThreads - 128 * 24) / kConsumers / 8 * 8;
+      (kLaunchRegisters * kThreads - 128 * kProducerRegisters) / kConsumers / 8 * 8;
   static constexpr int kConsumerRegisters = kRegisterShare < 240 ? kRegisterShare : 240;
   static constexpr int kXBytes = kTileK / 64 * kTileT * 128;                   // of a split group
   static constexpr int kBlockBytes = kU4 ? 32 * kTileK : 8192;                 // of 64 rows
@@ -46,14 +49,19 @@ struct Sm90Config {
   static constexpr int kWeightOffset = kSplitGroups * kXBytes;
   static constexpr int kMetaOffset = kWeightOffset + kGroups * kBlockBytes;
   static constexpr int kStageBytes = (kSplitGroups * kSplitLoadBytes + 1023) / 1024 * 1024;
+  static constexpr int kAcc = kTileT / 2;  // accumulators of a thread
+  // The end of a tile that a CTA has for itself: each warpgroup alone, in slices of so many tokens.
+  static constexpr int kSlice = kU4 && kTileT > 128 ? 8
+                                                    : std::min(kTileT, kRowGroups > 2 ? 16 : 32);
+  static constexpr int kSliceFloats = kSlice * kTileStride<64>;
+  // The end of a tile whose segments meet: slots of whole tiles, over the ring.
   static constexpr int kStride = kTileStride<kTileN>;
   static constexpr int kSlotFloats = kTileT * kStride;
-  static constexpr int kSlice =
-      kTileT < 32 ? kTileT : 32;           // tokens of an epilogue without a meeting
-  static constexpr int kAcc = kTileT / 2;  // accumulators of a thread
   // Segments one after the other take their sum in registers too.
-  static constexpr bool kInTurn = kSplitGroups == 1 && kTileT == 128;
+  static constexpr bool kInTurn = kSplitGroups == 1 && kTileT == 128 && kRowGroups <= 2;
 };
+
+inline constexpr int kMaxSegments = 8;
 
 struct Sm90Params {
   const char* weights;  // packed 4-bit only
@@ -64,21 +72,36 @@ struct Sm90Params {
   int chunks;      // k_padded / kTileK
   int segments;
   int stages;
-  bool in_turn;
+  int whole;  // tiles that a CTA computes alone; those after them are shared by the CTAs of a cluster
+  bool even;  // CTAs have equal shares of the row blocks instead of every n-th tile
   bool blocked_x;
   bool all_lanes;
+  int bounds[kMaxSegments + 1];  // chunks at which segments begin
   EpilogueParams epilogue;
 };
 
-__device__ __forceinline__ int segment_begin(const Sm90Params& p, int segment) {
-  return segment * p.chunks / p.segments;
-}
+// What a CTA works on at a time: `height` blocks of 64 rows times kTileT tokens.
+struct Tile {
+  int block;
+  int height;
+  int token_tile;
+  bool whole;  // all segments, for this CTA alone
+};
 
+// First segment of this CTA in a tile that the cluster shares.
+template <class C>
+__device__ __forceinline__ int first_segment() {
+  return blockIdx.z * C::kSplitGroups;
+}
 // Stages that a tile passes through: the longest of the segments that this CTA runs together.
 template <class C>
-__device__ __forceinline__ int iterations(const int* bounds) {
+__device__ __forceinline__ int iterations(const Sm90Params& p, bool whole) {
+  if (whole) return p.chunks;
   int longest = 0;
-  for (int q = 0; q < C::kSplitGroups; ++q) longest = max(longest, bounds[q + 1] - bounds[q]);
+#pragma unroll
+  for (int q = first_segment<C>(); q < first_segment<C>() + C::kSplitGroups; ++q) {
+    longest = max(longest, p.bounds[q + 1] - p.bounds[q]);
+  }
   return longest;
 }
 
@@ -91,9 +114,11 @@ struct Ring {
   uint32_t empty;
   int count;
   bool all_lanes;
+  uint32_t x_descriptor;  // low word of the first stage's x
   int stage = 0;
   uint32_t parity = 0;
 
+  __device__ __forceinline__ const char* at() const { return stages + stage * C::kStageBytes; }
   __device__ __forceinline__ void wait() const { mbarrier_wait(full + stage * 8, parity); }
   // The warp has read stage `which`. One lane speaks for all (`all_lanes`: see GemmArgs).
   __device__ __forceinline__ void release(int which, int thread) const {
@@ -106,6 +131,16 @@ struct Ring {
     }
   }
 };
+
+// A warpgroup without rows in a tile.
+template <class C>
+__device__ __forceinline__ void skip(Ring<C>& ring, int iterations, int thread) {
+  for (int i = 0; i < iterations; ++i) {
+    ring.wait();
+    ring.release(ring.stage, thread);
+    ring.advance();
+  }
+}
 
 // ---- 4-bit ---------------------------------------------------------------------------------------
 
@@ -120,8 +155,8 @@ __device__ __forceinline__ RowMeta load_meta(const char* meta, int thread) {
           *reinterpret_cast<const uint32_t*>(meta + row * 4 + 32)};
 }
 
-// Half a chunk, 64 columns and so four k16 steps, of a block of 64 rows: packed words and what
-// dequantises them.
+// Half a chunk, 64 columns and so four k16 steps, of a block of 64 rows: packed words and the group words
+// of its rows, for groups of 128 only with the first half.
 template <class C>
 struct Words {
   static constexpr int kGroups = C::kGroupSize < 64 ? 64 / C::kGroupSize : 1;
@@ -138,58 +173,68 @@ struct Words {
       rows[i] = load_meta(meta + (half * 64 / C::kGroupSize + i) * 256, thread);
     }
   }
-  // The values are there afterwards: the compiler may not move the work past the next wait.
-  __device__ __forceinline__ void dequant(uint32_t (&a)[4][4]) const {
+  __device__ __forceinline__ GroupPairs pairs(int step) const {
+    const RowMeta& row = rows[step * kGroups / 4];
+    return group_pairs<typename C::T>(row.low, row.high);
+  }
+  // first: of the four steps, used for all of them where they have one group. The values are there
+  // afterwards: the compiler may not move the work past the next wait.
+  __device__ __forceinline__ void dequant(GroupPairs first, uint32_t (&a)[4][4]) const {
     const uint32_t words[4] = {four.x, four.y, four.z, four.w};
-    GroupPairs pairs;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const RowMeta& row = rows[i * kGroups / 4];
-      if (i * kGroups % 4 == 0) pairs = group_pairs<typename C::T>(row.low, row.high);
-      dequant_word<typename C::T>(words[i], pairs, a[i]);
+      if (i > 0 && i * kGroups % 4 == 0) first = pairs(i);
+      dequant_word<typename C::T>(words[i], first, a[i]);
       asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
     }
   }
 };
 
-// Four k16 steps. x: of their 64 columns.
+// Four k16 steps. x: low word of the descriptor of their 64 columns.
 template <class C>
 __device__ __forceinline__ void multiply(float (&acc)[C::kAcc], const uint32_t (&a)[4][4],
                                          uint32_t x) {
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    Wgmma<typename C::T, C::kTileT>::rs(acc, a[i], wgmma_descriptor(x + i * 32), false);
+    Wgmma<typename C::T, C::kTileT>::rs(acc, a[i], wgmma_descriptor_at(x + i * 2), false);
   }
   wgmma_commit();
 }
 
-// `count` chunks, added to acc. Halves of chunks take turns with two sets of registers; the product of
-// one is running while the next is dequantised.
+// `count` chunks, at least one, added to acc. Halves of chunks take turns with two sets of registers: the
+// product of one is running while the next is dequantised, whose words have been read meanwhile.
 template <class C>
 __device__ __forceinline__ void consume_u4(Ring<C>& ring, float (&acc)[C::kAcc], int count,
                                            int block, int thread) {
   uint32_t a[2][4][4];
+  Words<C> words[2];
+  ring.wait();
+  words[0].load(ring.at(), block, 0, thread);
+  words[1].load(ring.at(), block, 1, thread);
   int previous = -1;
-  for (int i = 0; i < count; ++i) {
-    ring.wait();
-    const char* stage = ring.stages + ring.stage * C::kStageBytes;
-    const uint32_t x = ring.base + ring.stage * C::kStageBytes;
-    Words<C> words;
-    words.load(stage, block, 0, thread);
-    wgmma_wait<1>();  // a[0] has been read
-    words.dequant(a[0]);
+#pragma unroll 1
+  for (int left = count; left > 0; --left) {
+    const int stage = ring.stage;
+    const uint32_t x = ring.x_descriptor + stage * (C::kStageBytes / 16);
+    const GroupPairs pairs = words[0].pairs(0);
+    words[0].dequant(pairs, a[0]);
     multiply<C>(acc, a[0], x);
-    words.load(stage, block, 1, thread);
-    wgmma_wait<1>();  // a[1], and all of the stage before this one
+    wgmma_wait<1>();  // a[1] has been read, and all of the stage before this one
     if (previous >= 0) ring.release(previous, thread);
-    words.dequant(a[1]);
-    multiply<C>(acc, a[1], x + C::kTileT * 128);
-    previous = ring.stage;
+    previous = stage;
     ring.advance();
+    if (left > 1) {
+      ring.wait();
+      words[0].load(ring.at(), block, 0, thread);
+    }
+    words[1].dequant(C::kGroupSize == 128 ? pairs : words[1].pairs(0), a[1]);
+    multiply<C>(acc, a[1], x + C::kTileT * 128 / 16);
+    if (left > 1) words[1].load(ring.at(), block, 1, thread);
+    wgmma_wait<1>();  // a[0] has been read
   }
   wgmma_wait<0>();
-  if (previous >= 0) ring.release(previous, thread);
+  ring.release(previous, thread);
 }
 
 // The same on mma.sync, for acc zero, out of `iterations` stages: warp w of the warpgroup has rows 16w..16w+15, as in
@@ -219,8 +264,7 @@ __device__ __forceinline__ void consume_u4_mma(Ring<C>& ring, float (&acc)[C::kA
         words[half].load(stage, block, half, thread);
         b[half].load([&](int step) { return (x ^ (step * 32)) + half * C::kTileT * 128; });
       }
-      const GroupPairs pairs =
-          group_pairs<typename C::T>(words[0].rows[0].low, words[0].rows[0].high);
+      const GroupPairs pairs = words[0].pairs(0);
       multiply_words<typename C::T, kTiles>(sums, words[0].four, pairs, b[0]);
       multiply_words<typename C::T, kTiles>(sums, words[1].four, pairs, b[1]);
     }

@@ -1,5 +1,7 @@
 // 16-bit weights on wgmma, both operands from shared memory: gemm_sm90.cuh with tensor maps.
 // Compared with `naive` and `dense_sm80`.
+#include <limits>
+
 #include "backend/cuda/gemm/gemm_sm90.cuh"
 
 namespace turbomind::cuda {
@@ -15,21 +17,21 @@ void dense_gemm_sm90(const GemmArgs& args, const LaunchContext& context) {
     const int m = args.m;
     // Few tokens: the segments of K go to a cluster of CTAs.
     if (m <= 8) {
-      return run_sm90<Sm90Config<T, 0, 1, 1, 8>>(args, context, Segments::together, {.stages = 6});
+      return run_sm90<Sm90Config<T, 0, 1, 1, 8>>(args, context, {.stages = 6});
     }
     if (m <= 32) {
-      return run_sm90<Sm90Config<T, 0, 1, 1, 32>>(args, context, Segments::together, {.stages = 6});
+      return run_sm90<Sm90Config<T, 0, 1, 1, 32>>(args, context, {.stages = 6});
     }
     if (m <= 64) {
-      return run_sm90<Sm90Config<T, 0, 2, 1, 64>>(args, context, Segments::together, {.stages = 4});
+      return run_sm90<Sm90Config<T, 0, 2, 1, 64>>(args, context, {.stages = 4});
     }
     // Segments in turn need an f32 tile beside the ring: it fits with 128 tokens only.
     if (m <= 128 || args.w->segments > 1) {
       return run_sm90<Sm90Config<T, 0, 2, 1, 128>>(
-          args, context, m <= 256 ? Segments::together : Segments::in_turn, {});
+          args, context, {.whole = m <= 256 ? 0 : std::numeric_limits<int64_t>::max()});
     }
     // CTAs that stay for the next tile pay where K is short.
-    return run_sm90<Sm90Config<T, 0, 2, 1, 256>>(args, context, Segments::together,
+    return run_sm90<Sm90Config<T, 0, 2, 1, 256>>(args, context,
                                                  {.ctas = args.w->k <= 2048 ? context.num_sms : 0});
   });
 }

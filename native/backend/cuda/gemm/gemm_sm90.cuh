@@ -15,7 +15,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 
+#include "backend/cuda/device/shared_memory.cuh"
 #include "backend/cuda/gemm/cluster_launch.h"
 #include "backend/cuda/gemm/consume_sm90.cuh"
 #include "backend/cuda/gemm/epilogue.cuh"
@@ -23,73 +26,113 @@
 
 namespace turbomind::cuda {
 
+// ---- tiles ---------------------------------------------------------------------------------------
+
 // Output tiles in bands of row tiles, so that CTAs that run together share weights and tokens in L2.
-__device__ __forceinline__ int2 tile_of(int index, int row_tiles, int token_tiles) {
+template <class C>
+__device__ __forceinline__ Tile tile_of(const Sm90Params& p, int index, bool whole) {
   constexpr int kBand = 16;
-  const int band = index / (kBand * token_tiles);
+  const int band = index / (kBand * p.token_tiles);
   const int first = band * kBand;
-  const int height = min(kBand, row_tiles - first);
-  const int rest = index - first * token_tiles;
-  return {first + rest % height, rest / height};
+  const int height = min(kBand, p.row_tiles - first);
+  const int rest = index - first * p.token_tiles;
+  const int block = (first + rest % height) * C::kRowGroups;
+  // Blocks of 16-bit weights that do not exist are zeros.
+  return {block, C::kU4 ? min(C::kRowGroups, p.row_blocks - block) : C::kRowGroups, rest / height,
+          whole};
 }
 
-// ---- producer ------------------------------------------------------------------------------------
-
-// Iteration i of a tile brings chunk begin + i of each split group's columns.
+// The tiles of this CTA, in the same order for producers and consumers.
 template <class C>
-struct Loads {
-  int row_tile;
-  int token_tile;
-  const int* bounds;  // of the segments that split groups have, or of all of K
+struct Walk {
+  int index;
+  int end;  // `even`: of the row blocks
+  bool sharing = false;
 
-  // Calls f(split group, chunk) for those that have an i-th chunk.
-  template <class F>
-  __device__ __forceinline__ void for_chunks(int iteration, F&& f) const {
-#pragma unroll 1
-    for (int q = 0; q < C::kSplitGroups; ++q) {
-      const int chunk = bounds[q] + iteration;
-      if (chunk < bounds[q + 1]) f(q, chunk);
+  __device__ __forceinline__ explicit Walk(const Sm90Params& p)
+      : index(blockIdx.x * gridDim.z + blockIdx.z), end(p.row_tiles * p.token_tiles) {
+    if (p.even) {
+      const int ctas = gridDim.x;
+      index = blockIdx.x * p.row_blocks / ctas;
+      end = (blockIdx.x + 1) * p.row_blocks / ctas;
     }
+  }
+  __device__ __forceinline__ bool next(const Sm90Params& p, Tile& tile) {
+    if (p.even) {
+      if (index >= end) return false;
+      const int left = end - index;  // the last two tiles share what is left
+      const int height = left >= 2 * C::kRowGroups ? C::kRowGroups
+                         : left > C::kRowGroups    ? (left + 1) / 2
+                                                   : left;
+      tile = {index, height, 0, true};
+      index += tile.height;
+      return true;
+    }
+    if (!sharing && index >= p.whole) {
+      sharing = true;
+      index = p.whole + blockIdx.x;
+    }
+    if (index >= end) return false;
+    tile = tile_of<C>(p, index, !sharing);
+    index += sharing ? gridDim.x : gridDim.x * gridDim.z;
+    return true;
   }
 };
 
+// ---- producer ------------------------------------------------------------------------------------
+
+// Calls f(split group, chunk) for the chunks that iteration `i` of a tile brings.
+template <class C, class F>
+__device__ __forceinline__ void for_chunks(const Sm90Params& p, const Tile& tile, int i, F&& f) {
+  if constexpr (C::kSplitGroups == 1) {
+    f(0, (tile.whole ? 0 : p.bounds[blockIdx.z]) + i);
+  } else {
+#pragma unroll 1
+    for (int q = 0; q < C::kSplitGroups; ++q) {
+      const int chunk = p.bounds[first_segment<C>() + q] + i;
+      if (chunk < p.bounds[first_segment<C>() + q + 1]) f(q, chunk);
+    }
+  }
+}
+
 template <class C>
 __device__ __forceinline__ void load_weights(const Sm90Params& p, const CUtensorMap* w_map,
-                                             const Loads<C>& loads, uint32_t stage, uint32_t full,
+                                             const Tile& tile, uint32_t stage, uint32_t full,
                                              int iteration) {
+  const int height = C::kU4 ? tile.height : C::kRowGroups;
   uint32_t bytes = 0;
-  loads.for_chunks(iteration, [&](int, int) { bytes += C::kSplitLoadBytes - C::kXBytes; });
+  for_chunks<C>(p, tile, iteration,
+                [&](int, int) { bytes += height * (C::kBlockBytes + C::kMetaBlockBytes); });
   mbarrier_expect_bytes(full, bytes);
-  loads.for_chunks(iteration, [&](int q, int chunk) {
+  for_chunks<C>(p, tile, iteration, [&](int q, int chunk) {
     const uint32_t weights = stage + C::kWeightOffset + q * C::kRowGroups * C::kBlockBytes;
     if constexpr (C::kU4) {
 #pragma unroll
       for (int r = 0; r < C::kRowGroups; ++r) {
-        // A block past the last one is loaded from the last: its results are never stored.
-        const int block = min(loads.row_tile * C::kRowGroups + r, p.row_blocks - 1);
-        const int64_t piece = static_cast<int64_t>(block) * p.chunks + chunk;
+        if (r >= height) break;
+        const int64_t piece = static_cast<int64_t>(tile.block + r) * p.chunks + chunk;
         bulk_load(weights + r * C::kBlockBytes, p.weights + piece * C::kBlockBytes, C::kBlockBytes,
                   full);
         bulk_load(stage + C::kMetaOffset + (q * C::kRowGroups + r) * C::kMetaBlockBytes,
                   p.meta + piece * C::kMetaBlockBytes, C::kMetaBlockBytes, full);
       }
     } else {
-      tensor_load_2d(weights, w_map, chunk * 64, loads.row_tile * C::kTileN, full);
+      tensor_load_2d(weights, w_map, chunk * 64, tile.block * 64, full);
     }
   });
 }
 
 template <class C>
 __device__ __forceinline__ void load_x(const Sm90Params& p, const CUtensorMap* x_map,
-                                       const Loads<C>& loads, uint32_t stage, uint32_t full,
+                                       const Tile& tile, uint32_t stage, uint32_t full,
                                        int iteration) {
   uint32_t bytes = 0;
-  loads.for_chunks(iteration, [&](int, int) { bytes += C::kXBytes; });
+  for_chunks<C>(p, tile, iteration, [&](int, int) { bytes += C::kXBytes; });
   mbarrier_expect_bytes(full, bytes);
-  loads.for_chunks(iteration, [&](int q, int chunk) {
+  for_chunks<C>(p, tile, iteration, [&](int q, int chunk) {
     constexpr int kSubs = C::kTileK / 64;
     const uint32_t destination = stage + q * C::kXBytes;
-    const int row = loads.token_tile * C::kTileT;
+    const int row = tile.token_tile * C::kTileT;
     if constexpr (kSubs > 1) {
       if (p.blocked_x) {
         tensor_load_3d(destination, x_map, 0, row, chunk * kSubs, full);
@@ -108,22 +151,28 @@ __device__ __forceinline__ void load_x(const Sm90Params& p, const CUtensorMap* x
 // and x, which does.
 template <class C, bool kWeights>
 __device__ __forceinline__ void produce(const Sm90Params& p, const CUtensorMap* map, uint32_t ring,
-                                        uint32_t full, uint32_t empty, const int* bounds) {
-  const int count = iterations<C>(bounds);
+                                        uint32_t full, uint32_t empty, uint32_t over) {
   int stage = 0;
+  uint32_t over_parity = 0;
+  bool shared = false;
   uint32_t parity = 1;  // of the release before the first: waits for it return at once
   if constexpr (!kWeights) grid_dependency_wait();
-  for (int i = blockIdx.x; i < p.row_tiles * p.token_tiles; i += gridDim.x) {
-    const int2 tile = tile_of(i, p.row_tiles, p.token_tiles);
-    const Loads<C> loads{tile.x, tile.y, bounds};
+  Walk<C> walk(p);
+  for (Tile tile; walk.next(p, tile);) {
+    const int count = iterations<C>(p, tile.whole);
+    if (shared) {  // the meeting about the tile before this one
+      mbarrier_wait(over, over_parity);
+      over_parity ^= 1;
+    }
+    shared = !tile.whole;
 #pragma unroll 1
     for (int iteration = 0; iteration < count; ++iteration) {
       mbarrier_wait(empty + stage * 8, parity);
       const uint32_t slot = ring + stage * C::kStageBytes;
       if constexpr (kWeights) {
-        load_weights<C>(p, map, loads, slot, full + stage * 8, iteration);
+        load_weights<C>(p, map, tile, slot, full + stage * 8, iteration);
       } else {
-        load_x<C>(p, map, loads, slot, full + stage * 8, iteration);
+        load_x<C>(p, map, tile, slot, full + stage * 8, iteration);
       }
       if (++stage == p.stages) {
         stage = 0;
@@ -139,18 +188,66 @@ template <class C>
 __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;\n" ::"n"(C::kConsumers) : "memory");
 }
-
-// Accumulators of tokens [first, first + count) → tile [t - first][n]; row_group: of this warpgroup
-// inside the tile.
+// Of the warpgroups that store rows through shared memory of their own: each by itself, so that one may
+// multiply while another stores. Dense tiles store for longer than their ring lasts: there they stay together.
 template <class C>
-__device__ __forceinline__ void put_acc(const float (&acc)[C::kAcc], float* tile, int row_group,
-                                        int thread, int first = 0, int count = C::kTileT) {
-  const int n = row_group * 64 + thread / 32 * 16 + thread % 32 / 4;
+__device__ __forceinline__ void store_sync(int group) {
+  if constexpr (C::kU4) {
+    asm volatile("bar.sync %0, 128;\n" ::"r"(2 + group) : "memory");
+  } else {
+    consumers_sync<C>();
+  }
+}
+
+// Where the CTAs of a cluster wait for one another: a barrier in each, at which one thread of each
+// arrives for its CTA. The cluster's own barrier would wait for the producers too; it only tells that
+// all CTAs have made theirs.
+struct Meeting {
+  uint32_t barrier;
+  uint32_t over;  // barrier of the producers, which may fill the ring again
+  uint32_t parity = 0;
+  bool begun = false;
+
+  // Of all consumers of all CTAs; what they wrote to shared memory before it is visible after it.
+  template <class C>
+  __device__ __forceinline__ void sync() {
+    consumers_sync<C>();
+    if (gridDim.z == 1) return;
+    if (!begun) cluster_wait();
+    begun = true;
+    if (threadIdx.x < gridDim.z) mbarrier_arrive_cluster(cluster_address(barrier, threadIdx.x));
+    if (threadIdx.x < 32) mbarrier_wait_cluster(barrier, parity);
+    parity ^= 1;
+    consumers_sync<C>();
+  }
+};
+
+// Accumulators of tokens [kFirst, kFirst + count) → slice [t - kFirst][n], from row n0 of the slice.
+template <class C, int kStride, int kFirst>
+__device__ __forceinline__ void put_acc(const float (&acc)[C::kAcc], float* slice, int n0,
+                                        int thread, int count) {
+  const int n = n0 + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
-  for (int i = 0; i < C::kAcc; ++i) {
-    if (i / 4 * 8 < first || i / 4 * 8 >= first + count) continue;
-    const int t = i / 4 * 8 + (thread % 4) * 2 + i % 2 - first;
-    tile[t * C::kStride + n + (i % 4 / 2) * 8] = acc[i];
+  for (int i = kFirst / 2; i < C::kAcc; ++i) {
+    if (i / 4 * 8 - kFirst >= count) break;
+    const int t = i / 4 * 8 + (thread % 4) * 2 + i % 2 - kFirst;
+    slice[t * kStride + n + (i % 4 / 2) * 8] = acc[i];
+  }
+}
+
+// put_acc of the slice of C::kSlice tokens at `first`, one of [kFirst, kEnd).
+template <class C, int kFirst, int kEnd>
+__device__ __forceinline__ void put_slice(const float (&acc)[C::kAcc], float* slice, int thread,
+                                          int first) {
+  if constexpr (kEnd - kFirst <= C::kSlice) {
+    put_acc<C, kTileStride<64>, kFirst>(acc, slice, 0, thread, C::kSlice);
+  } else {
+    constexpr int kMiddle = kFirst + (kEnd - kFirst) / 2 / C::kSlice * C::kSlice;
+    if (first < kMiddle) {
+      put_slice<C, kFirst, kMiddle>(acc, slice, thread, first);
+    } else {
+      put_slice<C, kMiddle, kEnd>(acc, slice, thread, first);
+    }
   }
 }
 
@@ -161,61 +258,102 @@ __device__ __forceinline__ void add_to(float4& sum, const float4& part) {
   sum.w += part.w;
 }
 
-// Tokens [first, first + tokens) of the tile, whose segments lie in `slots` slots, added in order.
+// The segments of a tile, which lie in the slots of this CTA or of all CTAs of its cluster, are added
+// in order; each CTA stores a part of the tile.
 template <class C>
-__device__ __forceinline__ void store_slots(const Sm90Params& p, const float* tile, int slots,
-                                            const float* scales, int t0, int tokens, int n0) {
-  consumers_sync<C>();
-  store_rows<typename C::T, C::kTileN>(
-      p.epilogue, t0, tokens, n0, scales, threadIdx.x, C::kConsumers, [&](int t, int n) {
-        const float* cell = tile + t * C::kStride + n;
-        float4 sum = *reinterpret_cast<const float4*>(cell);
-#pragma unroll 1
-        for (int q = 1; q < slots; ++q) {
-          add_to(sum, *reinterpret_cast<const float4*>(cell + q * C::kSlotFloats));
-        }
-        return sum;
-      });
-  consumers_sync<C>();
-}
-
-// The same with the slots of all CTAs of a cluster, each of which stores a part of the tile.
-template <class C>
-__device__ __forceinline__ void store_cluster(const Sm90Params& p, const float* tile,
-                                              const float* scales, int t0, int n0) {
-  cluster_sync();
-  const uint32_t base = smem_address(tile);
+__device__ __forceinline__ void store_meeting(const Sm90Params& p, const float (&acc)[C::kAcc],
+                                              float* slots, const float* scales, Meeting& meeting,
+                                              int row_group, int split_group, int thread,
+                                              const Tile& tile) {
   const int ctas = gridDim.z;
+  const int t0 = tile.token_tile * C::kTileT;
+  consumers_sync<C>();  // the slots are where all have read the ring
+  put_acc<C, C::kStride, 0>(acc, slots + split_group * C::kSlotFloats, row_group * 64, thread,
+                            p.epilogue.m - t0);
+  meeting.sync<C>();
+  const uint32_t base = smem_address(slots);
   store_rows<typename C::T, C::kTileN>(
-      p.epilogue, t0, C::kTileT, n0, scales, blockIdx.z * C::kConsumers + threadIdx.x,
+      p.epilogue, t0, C::kTileT, tile.block * 64, scales, blockIdx.z * C::kConsumers + threadIdx.x,
       ctas * C::kConsumers, [&](int t, int n) {
-        const uint32_t cell = base + (t * C::kStride + n) * 4;
-        float4 sum = cluster_load_float4(cluster_address(cell, 0));
+        const int at = t * C::kStride + n;
+        if (ctas == 1) {
+          float4 sum = *reinterpret_cast<const float4*>(slots + at);
+#pragma unroll 1
+          for (int q = 1; q < C::kSplitGroups; ++q) {
+            add_to(sum, *reinterpret_cast<const float4*>(slots + q * C::kSlotFloats + at));
+          }
+          return sum;
+        }
+        float4 sum = cluster_load_float4(cluster_address(base + at * 4, 0));
 #pragma unroll 2
         for (int s = 1; s < ctas * C::kSplitGroups; ++s) {
-          add_to(sum, cluster_load_float4(cluster_address(
-                          cell + s % C::kSplitGroups * C::kSlotFloats * 4, s / C::kSplitGroups)));
+          const uint32_t cell = base + (s % C::kSplitGroups * C::kSlotFloats + at) * 4;
+          add_to(sum, cluster_load_float4(cluster_address(cell, s / C::kSplitGroups)));
         }
         return sum;
       });
-  __syncwarp();
-  cluster_sync();  // nobody leaves while its slots are read
+  fence_async_shared();
+  meeting.sync<C>();  // nobody fills the ring, or leaves, while its slots are read
+  if (thread == 0) mbarrier_arrive(meeting.over);
 }
 
-// No meeting: through shared memory in slices of tokens.
+// No meeting: each warpgroup through shared memory of its own, in slices of tokens.
 template <class C>
 __device__ __forceinline__ void store_slices(const Sm90Params& p, const float (&acc)[C::kAcc],
-                                             float* tile, const float* scales, int row_group,
-                                             int thread, int t0, int n0) {
+                                             float* slice, const float* scales, int row_group,
+                                             int thread, const Tile& tile) {
+  constexpr int kStride = kTileStride<64>;
+  const int tokens = min(C::kTileT, p.epilogue.m - tile.token_tile * C::kTileT);
 #pragma unroll 1
-  for (int first = 0; first < C::kTileT; first += C::kSlice) {
-#pragma unroll
-    for (int slice = 0; slice < C::kTileT; slice += C::kSlice) {
-      if (slice == first) put_acc<C>(acc, tile, row_group, thread, slice, C::kSlice);
-    }
-    store_slots<C>(p, tile, 1, scales + first, t0 + first, C::kSlice, n0);
+  for (int first = 0; first < tokens; first += C::kSlice) {
+    store_sync<C>(row_group);
+    put_slice<C, 0, C::kTileT>(acc, slice, thread, first);
+    store_sync<C>(row_group);
+    store_rows<typename C::T, 64>(
+        p.epilogue, tile.token_tile * C::kTileT + first, C::kSlice, (tile.block + row_group) * 64,
+        scales + first, thread, 128,
+        [&](int t, int n) { return *reinterpret_cast<const float4*>(slice + t * kStride + n); });
   }
 }
+
+// The factors of a tile's tokens (split_norm.cuh). Those of the only token tile are folded by all
+// warpgroups, once; others are there, and each warpgroup has its own copy, so as not to wait for the rest.
+template <class C>
+struct Factors {
+  static constexpr int kOfThread = C::kTileT > 128 ? C::kTileT / 128 : 1;
+  float* shared;  // [kGroups][kTileT]
+  uint32_t ready;
+  float own[kOfThread];
+
+  // Before the first tile.
+  __device__ __forceinline__ void fold(const InputNorm& norm, int tokens) {
+    if (!folds_strips(norm)) return;
+    begin_scales(norm, 0, min(C::kTileT, tokens), threadIdx.x, C::kConsumers, shared);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(ready);
+  }
+  // Asks for those of the tokens from t0 on.
+  __device__ __forceinline__ void begin(const InputNorm& norm, int t0, int tokens, int thread) {
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int t = i * 128 + thread;
+      own[i] = norm.scales != nullptr && t < tokens ? __ldcg(norm.scales + t0 + t) : 1.0F;
+    }
+  }
+  // To be read by this warpgroup after its next barrier.
+  __device__ __forceinline__ const float* put(const InputNorm& norm, int group, int thread) const {
+    if (folds_strips(norm)) {
+      mbarrier_wait(ready, 0);
+      return shared;
+    }
+    float* mine = shared + group * C::kTileT;
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      if (i * 128 + thread < C::kTileT) mine[i * 128 + thread] = own[i];
+    }
+    return mine;
+  }
+};
 
 // All segments, one after the other, and their sum in order.
 template <class C>
@@ -223,7 +361,7 @@ __device__ __forceinline__ void consume_in_turn(const Sm90Params& p, Ring<C>& ri
                                                 float (&sum)[C::kAcc], int row_group, int thread) {
   for (int segment = 0; segment < p.segments; ++segment) {
     float acc[C::kAcc] = {};
-    const int count = segment_begin(p, segment + 1) - segment_begin(p, segment);
+    const int count = p.bounds[segment + 1] - p.bounds[segment];
     consume<C>(ring, acc, count, count, row_group, 0, thread);
 #pragma unroll
     for (int i = 0; i < C::kAcc; ++i) sum[i] = segment == 0 ? acc[i] : sum[i] + acc[i];
@@ -231,47 +369,40 @@ __device__ __forceinline__ void consume_in_turn(const Sm90Params& p, Ring<C>& ri
 }
 
 template <class C>
-__device__ __forceinline__ void consume_tiles(const Sm90Params& p, Ring<C>& ring, float* tile,
-                                              float* scales, const int* bounds) {
+__device__ __forceinline__ void consume_tiles(const Sm90Params& p, Ring<C>& ring, float* slots,
+                                              float* slices, Factors<C>& factors,
+                                              Meeting& meeting) {
   const int thread = threadIdx.x % 128;
-  const int group = threadIdx.x / 128;
+  const int group = __shfl_sync(0xffffffffU, threadIdx.x / 128, 0);  // known to be a warp's
   const int row_group = group % C::kRowGroups;
   const int split_group = group / C::kRowGroups;
-  const InputNorm& norm = p.epilogue.input_norm;
-  // Big tiles have the register, and no time to wait for factors that were folded before.
-  constexpr bool kLate = C::kTileT >= 128;
-  float scale = 1.0F;
-  for (int i = blockIdx.x; i < p.row_tiles * p.token_tiles; i += gridDim.x) {
-    const int2 at = tile_of(i, p.row_tiles, p.token_tiles);
-    const int t0 = at.y * C::kTileT;
-    const int n0 = at.x * C::kTileN;
-    if (i == static_cast<int>(blockIdx.x) || p.token_tiles > 1) {  // otherwise it is there
-      scale = begin_scales(norm, t0, min(C::kTileT, p.epilogue.m - t0), threadIdx.x, C::kConsumers,
-                           scales);
-      if (!kLate) put_scale(norm, scale, C::kTileT, threadIdx.x, scales);
+  float* slice = slices + group * C::kSliceFloats;
+  Walk<C> walk(p);
+  for (Tile tile; walk.next(p, tile);) {
+    if (tile.whole && row_group >= tile.height) {
+      skip<C>(ring, p.chunks, thread);
+      continue;
     }
+    const int t0 = tile.token_tile * C::kTileT;
+    factors.begin(p.epilogue.input_norm, t0, p.epilogue.m - t0, thread);
     float acc[C::kAcc] = {};
     if constexpr (C::kInTurn) {
-      if (p.in_turn) {
+      if (tile.whole && p.segments > 1) {
         consume_in_turn<C>(p, ring, acc, row_group, thread);
-        put_scale(norm, scale, C::kTileT, threadIdx.x, scales);
-        store_slices<C>(p, acc, tile, scales, row_group, thread, t0, n0);
+        store_slices<C>(p, acc, slice, factors.put(p.epilogue.input_norm, group, thread), row_group,
+                        thread, tile);
         continue;
       }
     }
-    consume<C>(ring, acc, bounds[split_group + 1] - bounds[split_group], iterations<C>(bounds),
-               row_group, split_group, thread);
-    if (kLate) put_scale(norm, scale, C::kTileT, threadIdx.x, scales);
-    if (p.segments > 1) {
-      put_acc<C>(acc, tile + split_group * C::kSlotFloats, row_group, thread);
-      if (gridDim.z > 1) {
-        store_cluster<C>(p, tile, scales, t0, n0);
-      } else {
-        store_slots<C>(p, tile, C::kSplitGroups, scales, t0, C::kTileT, n0);
-      }
-      continue;
+    const int segment = first_segment<C>() + split_group;
+    const int count = tile.whole ? p.chunks : p.bounds[segment + 1] - p.bounds[segment];
+    consume<C>(ring, acc, count, iterations<C>(p, tile.whole), row_group, split_group, thread);
+    const float* scales = factors.put(p.epilogue.input_norm, group, thread);
+    if (tile.whole) {
+      store_slices<C>(p, acc, slice, scales, row_group, thread, tile);
+    } else {
+      store_meeting<C>(p, acc, slots, scales, meeting, row_group, split_group, thread, tile);
     }
-    store_slices<C>(p, acc, tile, scales, row_group, thread, t0, n0);
   }
 }
 
@@ -282,48 +413,62 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     gemm_sm90_kernel(const Sm90Params p, const __grid_constant__ CUtensorMap x_map,
                      const __grid_constant__ CUtensorMap w_map) {
   extern __shared__ __align__(1024) char shared[];
-  __shared__ uint64_t barriers[2 * kMaxStages];
-  __shared__ int bounds[C::kSplitGroups + 1];  // chunks of the split groups' segments
-  __shared__ float scales[C::kTileT];
+  __shared__ uint64_t barriers[2 * kMaxStages + 3];
+  __shared__ float scales[C::kGroups * C::kTileT];
   grid_dependency_launch();
-  const uint32_t full = smem_address(barriers);
+  const uint32_t full = kept(smem_address(barriers));
   const uint32_t empty = full + kMaxStages * 8;
+  const uint32_t meet = empty + kMaxStages * 8;
+  const uint32_t over = meet + 8;
+  const uint32_t ready = over + 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; ++i) {
       mbarrier_init(full + i * 8, 2);  // the producers of weights and of x
       mbarrier_init(empty + i * 8, C::kConsumers / 32 * (p.all_lanes ? 32 : 1));
     }
+    mbarrier_init(meet, gridDim.z);
+    mbarrier_init(over, C::kGroups);
+    mbarrier_init(ready, C::kConsumers / 32);
     mbarrier_init_fence();
-    for (int q = 0; q <= C::kSplitGroups; ++q) {
-      bounds[q] = p.in_turn ? q * p.chunks : segment_begin(p, blockIdx.z * C::kSplitGroups + q);
-    }
   }
   __syncthreads();
-  if (threadIdx.x >= C::kConsumers) {
-    if constexpr (C::kMoveRegisters) give_registers<24>();
-    const int warp = (threadIdx.x - C::kConsumers) / 32;
-    if (warp < 2 && elect_one()) {
+  if (gridDim.z > 1) cluster_arrive();
+  const int warp = __shfl_sync(0xffffffffU, threadIdx.x / 32, 0);
+  if (warp >= C::kConsumers / 32) {
+    if constexpr (C::kMoveRegisters) give_registers<C::kProducerRegisters>();
+    const int producer = warp - C::kConsumers / 32;
+    if (producer < 2 && elect_one()) {
       const uint32_t stages = smem_address(shared);
-      if (warp == 0) {
-        produce<C, true>(p, &w_map, stages, full, empty, bounds);
+      if (producer == 0) {
+        produce<C, true>(p, &w_map, stages, full, empty, over);
       } else {
-        produce<C, false>(p, &x_map, stages, full, empty, bounds);
+        produce<C, false>(p, &x_map, stages, full, empty, over);
       }
     }
   } else {
     if constexpr (C::kMoveRegisters) take_registers<C::kConsumerRegisters>();
-    prefetch_next_norm(p.epilogue.next_norm, p.epilogue.n,
-                       tile_of(blockIdx.x, p.row_tiles, p.token_tiles).x * C::kTileN, C::kTileN,
-                       threadIdx.x);
+    if (p.epilogue.next_norm.weight != nullptr) {
+      Walk<C> walk(p);
+      Tile first;
+      if (walk.next(p, first)) {
+        prefetch_next_norm(p.epilogue.next_norm, p.epilogue.n, first.block * 64, C::kTileN,
+                           threadIdx.x);
+      }
+    }
     grid_dependency_wait();
     Ring<C> ring{.stages = shared,
                  .base = smem_address(shared),
                  .full = full,
                  .empty = empty,
                  .count = p.stages,
-                 .all_lanes = p.all_lanes};
-    float* tile = reinterpret_cast<float*>(shared + p.stages * C::kStageBytes);
-    consume_tiles<C>(p, ring, tile, scales, bounds);
+                 .all_lanes = p.all_lanes,
+                 .x_descriptor = wgmma_descriptor_low(smem_address(shared))};
+    Meeting meeting{meet, over};
+    Factors<C> factors{scales, ready};
+    factors.fold(p.epilogue.input_norm, p.epilogue.m);
+    consume_tiles<C>(p, ring, reinterpret_cast<float*>(shared),
+                     reinterpret_cast<float*>(shared + p.stages * C::kStageBytes), factors,
+                     meeting);
   }
 }
 
@@ -332,35 +477,54 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
 // How a launch uses the device; 0: as many as fit.
 struct Sm90Launch {
   int stages = 0;
-  int ctas = 0;  // along x, in all; 0: one for each tile
+  int bytes = 0;  // of a CTA's shared memory, where `stages` is 0
+  int ctas = 0;   // in all; 0: one for each tile, or for each segment of each
+  // Tiles that CTAs compute alone, before the others are shared by the CTAs of a cluster.
+  int64_t whole = 0;
+  bool even =
+      false;  // CTAs have equal shares of the row blocks: for one token tile and one segment
 };
 
-// Whether K's segments go to warpgroups or CTAs of their own.
-enum class Segments { in_turn, together };
+// Clusters of `depth` CTAs of C, one to an SM, that the device holds at a time.
+template <class C>
+int resident_clusters(int depth) {
+  static std::array<std::atomic<int>, kMaxSegments + 1>
+      known{};  // a constant of the kernel and the device
+  int clusters = known[depth].load(std::memory_order_relaxed);
+  if (clusters > 0) return clusters;
+  constexpr int kBytes = 180 * 1024;  // more than half an SM's
+  clusters = count_clusters(gemm_sm90_kernel<C>, C::kThreads, kBytes, static_cast<unsigned>(depth));
+  known[depth].store(clusters, std::memory_order_relaxed);
+  return clusters;
+}
 
 template <class C>
-void run_sm90(const GemmArgs& args, const LaunchContext& context, Segments where,
-              Sm90Launch wanted) {
+void run_sm90(const GemmArgs& args, const LaunchContext& context, Sm90Launch wanted) {
   const PackedMatrix& w = *args.w;
   const int row_tiles = static_cast<int>(ceil_div<int64_t>(w.n, C::kTileN));
   const int token_tiles = ceil_div(args.m, C::kTileT);
-  const bool in_turn = w.segments > 1 && where == Segments::in_turn;
-  const int depth = in_turn ? 1 : w.segments / C::kSplitGroups;
-  TM_CHECK(in_turn ? C::kInTurn : depth * C::kSplitGroups == w.segments && depth <= 8,
+  const int64_t tiles = static_cast<int64_t>(row_tiles) * token_tiles;
+  const bool alone = w.segments == 1 ? C::kSplitGroups == 1 : wanted.whole >= tiles;
+  const int64_t whole = alone ? tiles : wanted.whole;
+  const int depth = alone ? 1 : w.segments / C::kSplitGroups;
+  TM_CHECK((whole == 0 || C::kInTurn || w.segments == 1) &&
+               (alone || depth * C::kSplitGroups == w.segments) && w.segments <= kMaxSegments,
            "%d segments of K with %d warpgroups each", w.segments, C::kSplitGroups);
-  const int tile_bytes = w.segments == 1 || in_turn ? C::kSlice * C::kStride * 4
-                                                    : C::kSplitGroups * C::kSlotFloats * 4;
+  const int slice_bytes = whole > 0 ? C::kGroups * C::kSliceFloats * 4 : 0;
+  const int slot_bytes = alone ? 0 : C::kSplitGroups * C::kSlotFloats * 4;
   // Of each CTA's share the driver takes 1 KiB, barriers and tokens' factors some more.
-  constexpr int kReserved = std::max(2048, 1024 + 512 + C::kTileT * 4);
-  const int ctas_of_sm = wanted.stages > 0 ? 1 : C::kCtas;
-  const int available = (context.max_shared_bytes + 1024) / ctas_of_sm - kReserved - tile_bytes;
+  constexpr int kReserved = std::max(2048, 1024 + 512 + C::kGroups * C::kTileT * 4);
+  const int ctas_of_sm = wanted.stages + wanted.bytes > 0 ? 1 : C::kCtas;
+  const int available = (context.max_shared_bytes + 1024) / ctas_of_sm - kReserved - slice_bytes;
   const int most = std::min(kMaxStages, available / C::kStageBytes);
-  const int stages = wanted.stages > 0 ? std::min(wanted.stages, most) : most;
+  const int asked =
+      wanted.bytes > 0 ? std::max(2, (wanted.bytes - slice_bytes) / C::kStageBytes) : wanted.stages;
+  const int stages = asked > 0 ? std::min(asked, most) : most;
   TM_CHECK(stages >= 2, "%d bytes of shared memory are too few for the GEMM",
            context.max_shared_bytes);
-  const int64_t tiles = static_cast<int64_t>(row_tiles) * token_tiles;
-  const int64_t ctas =
-      wanted.ctas > 0 && depth == 1 ? std::min<int64_t>(tiles, wanted.ctas) : tiles;
+  const bool even = wanted.even && alone && w.segments == 1 && token_tiles == 1;
+  const int64_t most_ctas = even ? w.n_padded / kPackRows : tiles;
+  const int64_t ctas = wanted.ctas > 0 ? std::min<int64_t>(most_ctas, wanted.ctas / depth) : tiles;
   const int64_t k = w.k % 8 == 0 ? w.k : w.k_padded;
   // x in blocks of 64 columns, where K has only whole ones: a chunk in one copy.
   const bool blocked_x = C::kTileK > 64 && k % C::kTileK == 0;
@@ -371,22 +535,32 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, Segments where
   const CUtensorMap w_map = C::kU4 ? x_map
                                    : make_tensor_map(w.weights, w.dtype, w.n_padded, w.k_padded,
                                                      w.k_padded, C::kTileN, 64);
-  const Sm90Params params{.weights = static_cast<const char*>(w.weights),
-                          .meta = reinterpret_cast<const char*>(w.meta),
-                          .row_tiles = row_tiles,
-                          .token_tiles = token_tiles,
-                          .row_blocks = static_cast<int>(w.n_padded / kPackRows),
-                          .chunks = static_cast<int>(w.k_padded / C::kTileK),
-                          .segments = w.segments,
-                          .stages = stages,
-                          .in_turn = in_turn,
-                          .blocked_x = blocked_x,
-                          .all_lanes = args.all_lanes_arrive,
-                          .epilogue = epilogue_params(args)};
+  Sm90Params params{.weights = static_cast<const char*>(w.weights),
+                    .meta = reinterpret_cast<const char*>(w.meta),
+                    .row_tiles = row_tiles,
+                    .token_tiles = token_tiles,
+                    .row_blocks = static_cast<int>(w.n_padded / kPackRows),
+                    .chunks = static_cast<int>(w.k_padded / C::kTileK),
+                    .segments = w.segments,
+                    .stages = stages,
+                    .whole = static_cast<int>(whole),
+                    .even = even,
+                    .blocked_x = blocked_x,
+                    .all_lanes = args.all_lanes_arrive,
+                    .bounds = {},
+                    .epilogue = epilogue_params(args)};
+  InputNorm& norm = params.epilogue.input_norm;
+  if (norm.strips != nullptr && norm.scales == nullptr && token_tiles > 1) {
+    TM_CHECK(args.partial_floats >= static_cast<size_t>(args.m),
+             "a workspace of %zu floats for the factors of %d tokens", args.partial_floats, args.m);
+    fold_strips(context, norm, args.partials, args.m);
+    norm.scales = args.partials;
+  }
+  for (int i = 0; i <= w.segments; ++i) params.bounds[i] = i * params.chunks / w.segments;
   launch_cluster(gemm_sm90_kernel<C>,
                  {.grid = dim3(static_cast<unsigned>(ctas), 1, static_cast<unsigned>(depth)),
                   .threads = C::kThreads,
-                  .shared_bytes = stages * C::kStageBytes + tile_bytes},
+                  .shared_bytes = std::max(stages * C::kStageBytes + slice_bytes, slot_bytes)},
                  static_cast<unsigned>(depth), context.stream, context.programmatic, params, x_map,
                  w_map);
 }

@@ -19,32 +19,66 @@ int64_t ctas_together(const GemmArgs& args) {
 // first weights while this one ends.
 template <class C>
 void run_rings(const GemmArgs& args, const LaunchContext& context, int least, int most) {
-  const int slots =
-      args.w->segments == 1 ? C::kSlice * C::kStride * 4 : C::kSplitGroups * C::kSlotFloats * 4;
   const int64_t on_sm = ceil_div<int64_t>(ctas_together<C>(args), context.num_sms);
   // Of each CTA's share the driver takes 1 KiB and the barriers some more.
   constexpr int64_t kReserved = 2048;
   const int bytes =
       std::clamp(static_cast<int>(context.max_shared_bytes / on_sm - kReserved), least, most);
-  run_sm90<C>(args, context, Segments::together,
-              {.stages = std::max(2, (bytes - slots) / C::kStageBytes)});
+  run_sm90<C>(args, context, {.bytes = bytes});
 }
 
-// Tiles that keep the tensor cores busy: segments together where that ends sooner. The meeting costs
-// as much as about kMeeting chunks.
+// All of K in one segment: CTAs have equal shares of the rows where the tokens fit in one tile, and stay
+// for the next tile otherwise.
 template <class C>
-void run_tiles(const GemmArgs& args, const LaunchContext& context) {
-  constexpr int64_t kMeeting = 9;
+void run_unsplit(const GemmArgs& args, const LaunchContext& context) {
+  run_sm90<C>(args, context, {.ctas = C::kCtas * context.num_sms, .even = args.m <= C::kTileT});
+}
+
+// The same with three warpgroups of 64 rows or with Other, whichever takes less: its passes over a CTA's share
+// of the rows, each of which costs `cost` hundredths of one of three warpgroups.
+template <class Three, class Other>
+void run_unsplit_best(const GemmArgs& args, const LaunchContext& context, int64_t cost) {
+  const int64_t blocks = ceil_div<int64_t>(args.w->n_padded / kPackRows, context.num_sms);
+  if (100 * ceil_div<int64_t>(blocks, 3) <= cost * ceil_div<int64_t>(blocks, Other::kRowGroups)) {
+    run_unsplit<Three>(args, context);
+  } else {
+    run_unsplit<Other>(args, context);
+  }
+}
+
+// Each tile shared by the CTAs of a cluster, a segment each.
+template <class C>
+void run_shared(const GemmArgs& args, const LaunchContext& context) {
+  run_sm90<C>(args, context, {});
+}
+
+// Whether all tiles have a cluster at a time.
+template <class C>
+bool fits_clusters(const GemmArgs& args) {
+  const int segments = args.w->segments;
+  return ctas_together<C>(args) / segments <= resident_clusters<C>(segments);
+}
+
+// Tiles of many tokens whose K has several segments. A CTA computes all of them in turn; but where the
+// last round of tiles would leave CTAs without work, its tiles are shared by clusters.
+template <class C>
+void run_split_tiles(const GemmArgs& args, const LaunchContext& context) {
+  constexpr int64_t kMeeting = 6;  // chunks that take as long as a meeting
+  const int64_t segments = args.w->segments;
   const int64_t chunks = args.w->k_padded / C::kTileK;
-  const int64_t together = ctas_together<C>(args);
-  const int64_t in_turn = together / args.w->segments;
-  const auto rounds = [&](int64_t ctas) { return ceil_div<int64_t>(ctas, context.num_sms); };
-  const bool share = !C::kInTurn || (rounds(in_turn) <= 2 &&
-                                     rounds(together) * (chunks / args.w->segments + kMeeting) <
-                                         rounds(in_turn) * chunks);
-  // CTAs that stay for the next tile pay where K is short.
-  run_sm90<C>(args, context, share ? Segments::together : Segments::in_turn,
-              {.ctas = chunks <= 64 ? context.num_sms : 0});
+  const int64_t tiles = ctas_together<C>(args) / segments;
+  const int64_t alone = ceil_div<int64_t>(tiles, context.num_sms) * chunks;
+  const int64_t clusters = resident_clusters<C>(static_cast<int>(segments));
+  const int64_t whole = tiles / (clusters * segments) * (clusters * segments);
+  const int64_t shared =
+      whole / (clusters * segments) * chunks +
+      ceil_div<int64_t>(tiles - whole, clusters) * (chunks / segments + kMeeting);
+  if (shared < alone) {
+    run_sm90<C>(args, context,
+                {.ctas = static_cast<int>(clusters * segments), .whole = C::kInTurn ? whole : 0});
+  } else {
+    run_sm90<C>(args, context, {.ctas = context.num_sms, .whole = tiles});
+  }
 }
 
 // One or two tokens whose CTAs, three to an SM, run in one round: the least latency. Each takes a third
@@ -96,6 +130,15 @@ template <class T>
 void run_u4_few(const GemmArgs& args, const LaunchContext& context) {
   constexpr int kKiB = 1024;
   if (args.m > 16) {
+    using Tall = Sm90Config<T, 128, 3, 1, 32>;
+    if (args.w->segments == 1) {
+      return run_unsplit_best<Tall, Sm90Config<T, 128, 4, 1, 32>>(args, context, 100);
+    }
+    // Three warpgroups where they make one round of CTAs and two do not.
+    if (ctas_together<Tall>(args) <= context.num_sms &&
+        ceil_div<int64_t>(args.w->n, 128) * args.w->segments > context.num_sms) {
+      return run_shared<Tall>(args, context);
+    }
     return run_rings<Sm90Config<T, 128, 2, 1, 32, 2>>(args, context, 110 * kKiB, 220 * kKiB);
   }
   if (args.m > 8) {
@@ -117,20 +160,35 @@ void run_u4_few(const GemmArgs& args, const LaunchContext& context) {
 // More tokens; groups other than the usual 128 have one tile for all of them.
 template <class T, int kGroupSize>
 void run_u4_many(const GemmArgs& args, const LaunchContext& context) {
+  const bool split = args.w->segments > 1;
   if constexpr (kGroupSize == 128) {
     if (args.m <= 64) {
       using Narrow = Sm90Config<T, 128, 1, 1, 64, 2>;
       using Tall = Sm90Config<T, 128, 3, 1, 64>;
       using Taller = Sm90Config<T, 128, 4, 1, 64>;
-      // One round of CTAs with as many warpgroups as fill the SMs; four where there are several rounds.
+      if (!split) return run_unsplit_best<Tall, Taller>(args, context, 100);
+      // One round of CTAs with as many warpgroups as fill the SMs.
       if (ctas_together<Narrow>(args) <= 2 * context.num_sms) {
-        return run_tiles<Narrow>(args, context);
+        return run_shared<Narrow>(args, context);
       }
-      if (ctas_together<Tall>(args) <= context.num_sms) return run_tiles<Tall>(args, context);
-      return run_tiles<Taller>(args, context);
+      if (ctas_together<Tall>(args) <= context.num_sms) return run_shared<Tall>(args, context);
+      return run_shared<Sm90Config<T, 128, 2, 1, 64, 2>>(args, context);
     }
+    using Wide = Sm90Config<T, 128, 2, 1, 128>;
+    using Tall = Sm90Config<T, 128, 3, 1, 128>;
+    if (!split && args.m <= 128) return run_unsplit_best<Tall, Wide>(args, context, 69);
+    if (!split) {
+      const auto rounds = [&](int64_t tiles) { return ceil_div<int64_t>(tiles, context.num_sms); };
+      const bool tall =
+          3 * rounds(ctas_together<Tall>(args)) < 2 * rounds(ctas_together<Wide>(args));
+      return tall ? run_unsplit<Tall>(args, context) : run_unsplit<Wide>(args, context);
+    }
+    // One round of clusters, if there is one.
+    if (fits_clusters<Wide>(args)) return run_shared<Wide>(args, context);
+    if (fits_clusters<Tall>(args)) return run_shared<Tall>(args, context);
   }
-  return run_tiles<Sm90Config<T, kGroupSize, 2, 1, 128>>(args, context);
+  using Tile = Sm90Config<T, kGroupSize, 2, 1, 128>;
+  return split ? run_split_tiles<Tile>(args, context) : run_unsplit<Tile>(args, context);
 }
 
 // By type; `few` up to 32 tokens.

@@ -13,6 +13,7 @@
 #include "backend/cuda/cuda_sampler.h"
 #include "backend/cuda/gemm/gemm_table.h"
 #include "backend/cuda/kernels/kernels.h"
+#include "backend/cuda/split_norms.h"
 #include "gpu_test.h"
 
 namespace {
@@ -356,19 +357,22 @@ void bench_layers(Report& report, const LaunchContext& context, Scratch& scratch
   const DeviceArray<float> strips(std::vector<float>(rows * hidden / kStripColumns, 16.0F)), scales(rows);
   const NextNorm next{.weight = weight.get(), .z = normed.get(), .strips = strips.get()};
   const InputNorm input{.strips = strips.get(), .columns = hidden, .inverse_columns = 1.0F / static_cast<float>(hidden), .eps = 1e-6F};
-  const auto gemm = [&](const Matrices& w, int i, const void* in, void* out, Epilogue epilogue, bool split) {
+  enum class Split { none, written, read, both };  // the halves of the norms that products have
+  const auto gemm = [&](const Matrices& w, int i, const void* in, void* out, Epilogue epilogue, Split split) {
     GemmArgs args = gemm_args(w.copies[static_cast<size_t>(i) % kLayers], in, batch, out, epilogue, false, scratch);
-    if (split && epilogue == Epilogue::residual) {
-      args.next_norm = next;
-    } else if (split) {
+    if (epilogue == Epilogue::residual) {
+      if (split == Split::written || split == Split::both) args.next_norm = next;
+    } else if (split == Split::read || split == Split::both) {
       args.input_norm = input;
-      if (batch > kFoldTokens) fold_strips(context, input, scales.get(), batch);
-      if (batch > kFoldTokens) args.input_norm.scales = scales.get();
+      if (!folds_in_ctas(hidden, batch)) {
+        fold_strips(context, input, scales.get(), batch);
+        args.input_norm.scales = scales.get();
+      }
     }
     select_gemm(args, context).run(args, context);
   };
-  const auto layer = [&](bool gemms, bool others, bool fused, bool split = false) {
-    const bool norms = others && !split;
+  const auto layer = [&](bool gemms, bool others, bool fused, Split split = Split::none) {
+    const bool norms = others && split == Split::none;
     return time_us(kLaunches, [&](int i) {
       if (norms) norm(context, DType::bf16, norm_args);
       if (gemms) gemm(qkv, i, normed.get(), qkv_out.get(), Epilogue::none, split);
@@ -384,10 +388,12 @@ void bench_layers(Report& report, const LaunchContext& context, Scratch& scratch
   const auto keys = static_cast<double>(paged.cache_bytes);
   const double flops = 2.0 * batch * (static_cast<double>(qkv_n) * hidden + static_cast<double>(hidden) * q * 128 + 3.0 * hidden * mlp);
   const std::string shape = format("%s, batch %d, %d keys, %d bits", label, batch, length, bits);
-  report.add("decode_layer", shape, layer(true, true, true, true), weights + keys, flops);
+  report.add("decode_layer", shape, layer(true, true, true, Split::both), weights + keys, flops);
   report.add("  norms apart", shape, layer(true, true, true), weights + keys, flops);
   report.add("  rope_kv apart", shape, layer(true, true, false), weights + keys, flops);
   report.add("  GEMMs alone", shape, layer(true, false, true), weights, flops);
+  report.add("  .. with z and sums", shape, layer(true, false, true, Split::written), weights, flops);
+  report.add("  .. scaled by token", shape, layer(true, false, true, Split::read), weights, flops);
   report.add("  without GEMMs", shape, layer(false, true, true), keys, 0);
   report.add("  .. rope_kv apart", shape, layer(false, true, false), keys, 0);
   report.add("  two norms", shape, time_us(kLaunches, [&](int) {

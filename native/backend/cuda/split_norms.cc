@@ -113,7 +113,7 @@ InputNorm SplitNorms::input(const LaunchContext& context, int64_t columns, int t
                  .inverse_columns = 1.0F / static_cast<float>(columns),
                  .peak = peak_,
                  .eps = eps_};
-  if (tokens > kFoldTokens) {
+  if (!folds_in_ctas(columns, tokens)) {
     auto* scales = static_cast<float*>(scales_->data());
     fold_strips(context, norm, scales, tokens);
     norm.scales = scales;

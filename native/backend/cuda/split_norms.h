@@ -13,6 +13,14 @@
 
 namespace turbomind::cuda {
 
+// Whether each CTA folds the strips of its tokens. They all read the same ones at their start, at most 8 KiB,
+// 16 where these are short; more cost them more than a kernel that folds once. Decides times, never bits.
+constexpr bool folds_in_ctas(int64_t columns, int tokens) {
+  constexpr int64_t kShort = 2048;
+  const int64_t strip_bytes = tokens * columns / kStripColumns * 4;
+  return tokens <= kFoldTokens && strip_bytes <= (columns <= kShort ? 16 : 8) * 1024;
+}
+
 class SplitNorms {
  public:
   SplitNorms() : vectors_(std::make_shared<Vectors>()) {}
@@ -37,7 +45,7 @@ class SplitNorms {
   void forget(const void* x = nullptr);
   // Whether z and strips of just this are there.
   bool has(const void* x, int64_t rows, const Norm& norm) const;
-  // For the product that reads them; where it has more than kFoldTokens tokens, folds their strips first.
+  // For the product that reads them; launches what folds the strips where its CTAs do not.
   InputNorm input(const LaunchContext& context, int64_t columns, int tokens) const;
 
  private:

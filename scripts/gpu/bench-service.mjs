@@ -3,7 +3,9 @@
 // the same picture costs, and the first request against the tenth. Each part opens its own pipeline.
 // Exits 1 if a request fails; without a usable GPU it prints SKIP and exits 0.
 //   node scripts/gpu/bench-service.mjs MODEL [--parts full,arrivals,picture,first] [--requests 256]
-//     [--quant 0,8,4] [--session 8448] [--streams 16] [--long 8000] [--chunk 512] [--device cuda] [--out FILE]
+//     [--quant 0,8,4] [--session 8448] [--streams 16] [--long 8000] [--prompts 6] [--chunk 512] [--goal MS]
+//     [--device cuda] [--out FILE]
+// arrivals: --prompts long prompts, one after the other, while --streams decode; --goal is maxInterTokenLatencyMs.
 import { writeFileSync } from 'node:fs';
 import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
@@ -22,6 +24,8 @@ const { values: flags, positionals } = parseArgs({
     streams: { type: 'string', default: '16' },
     long: { type: 'string', default: '8000' },
     chunk: { type: 'string', default: '512' },
+    goal: { type: 'string' },
+    prompts: { type: 'string', default: '6' },
     device: { type: 'string', default: 'cuda' },
     out: { type: 'string' },
   },
@@ -119,7 +123,11 @@ async function watch(pipe, gaps, stop) {
 }
 
 async function arrivals() {
-  const options = { maxPrefillTokenNum: Number(flags.chunk), maxBatchSize: 64 };
+  const options = {
+    maxPrefillTokenNum: Number(flags.chunk),
+    maxBatchSize: 64,
+    ...(flags.goal === undefined ? {} : { maxInterTokenLatencyMs: Number(flags.goal) }),
+  };
   return await withPipeline(options, async (pipe) => {
     let gaps = [];
     let stopped = false;
@@ -139,7 +147,7 @@ async function arrivals() {
     const quiet = await phase(() => tokens(256));
     const long = [];
     const loaded = await phase(async () => {
-      for (let i = 0; i < 6; i += 1) {
+      for (let i = 0; i < Number(flags.prompts); i += 1) {
         const { timings } = await pipe(letters(Number(flags.long)), {
           maxNewTokens: 1,
           ignoreEos: true,
@@ -154,6 +162,7 @@ async function arrivals() {
     return {
       streams: streams.length,
       chunk: Number(flags.chunk),
+      goalMs: flags.goal === undefined ? null : Number(flags.goal),
       quietMs: before,
       loadedMs: during,
       p99Ratio: round(during.p99 / before.p99),

@@ -463,8 +463,8 @@ int main(int argc, char** argv) {
   const auto dense = [&](const char* label, int n, int k, Epilogue epilogue, const std::vector<int>& m, bool f32 = false) {
     bench_gemm(report, context, scratch, WeightKind::dense, label, n, k, epilogue, m, f32);
   };
-  dense("head 2048x151674", 151674, 2048, Epilogue::none, {1, 16, 64}, true);
-  dense("head 5120x152064", 152064, 5120, Epilogue::none, {1, 16}, true);
+  dense("head 2048x151674", 151674, 2048, Epilogue::none, {1, 16, 64, 256}, true);
+  dense("head 5120x152064", 152064, 5120, Epilogue::none, {1, 16, 64, 256}, true);
   dense("ViT qkv 1024x3072", 3072, 1024, Epilogue::none, {1025, 13325});
   dense("ViT fc1 1024x4096", 4096, 1024, Epilogue::gelu, {1025, 13325});
   dense("ViT fc2 4096x1024", 1024, 4096, Epilogue::residual, {1025, 13325});

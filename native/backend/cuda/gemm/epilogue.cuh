@@ -194,12 +194,55 @@ __device__ __forceinline__ void store_output(const EpilogueParams& p, const Outp
 template <int kTileN>
 inline constexpr int kTileStride = kTileN + 4;  // floats; keeps fragment stores free of conflicts
 
+// Four f32 at y, the first `count` of them, as wide as y lies. Logits: a vocabulary is rarely a multiple
+// of four, and stores one by one write each sector of L2 as often as it has values.
+__device__ __forceinline__ void store_floats(float* y, const float (&v)[4], int count) {
+  const auto address = reinterpret_cast<uintptr_t>(y);
+  if (count >= 4 && address % 16 == 0) {
+    *reinterpret_cast<float4*>(y) = *reinterpret_cast<const float4*>(v);
+  } else if (count >= 4 && address % 8 == 0) {
+    *reinterpret_cast<float2*>(y) = {v[0], v[1]};
+    *reinterpret_cast<float2*>(y + 2) = {v[2], v[3]};
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) y[i] = v[i];
+    }
+  }
+}
+
+// store_rows for f32 outputs without an epilogue but the bias: neighbouring lanes store what lies
+// side by side.
+template <int kTileN, class Read>
+__device__ __forceinline__ void store_f32_rows(const EpilogueParams& p, int t0, int tokens, int n0,
+                                               const float* scales, int first, int step,
+                                               Read&& read) {
+  constexpr int kQuads = kTileN / 4;
+  const int end = min(tokens, p.m - t0) * kQuads;
+  for (int i = first; i < end; i += step) {
+    const int t = i / kQuads;
+    const int n = n0 + i % kQuads * 4;
+    if (n >= p.n) continue;
+    float v[4];
+    *reinterpret_cast<float4*>(v) = read(t, i % kQuads * 4);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      v[j] *= scales[t];
+      if (p.bias != nullptr) v[j] += p.bias[n + j];
+    }
+    store_floats(static_cast<float*>(p.y) + (t0 + t) * p.ldy + n, v, p.n - n);
+  }
+}
+
 // Finishes a tile of kTileN rows of W x `tokens` tokens, whose parts `first`, `first + step`, … are this
 // thread's. scales: of the tile's tokens. read(t, n): four neighbouring f32 of token t0 + t, from row
 // n0 + n.
 template <class T, int kTileN, class Read>
 __device__ __forceinline__ void store_rows(const EpilogueParams& p, int t0, int tokens, int n0,
                                            const float* scales, int first, int step, Read&& read) {
+  if (p.y_is_f32 && p.kind == Epilogue::none) {
+    return store_f32_rows<kTileN>(p, t0, tokens, n0, scales, first, step, read);
+  }
   const bool gated = p.kind == Epilogue::silu_mul;
   const int pieces = gated ? kTileN / 16 : kTileN / 8;
   const int end = min(tokens, p.m - t0) * pieces;

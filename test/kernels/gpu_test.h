@@ -38,8 +38,8 @@ class DeviceArray {
   ~DeviceArray() { (void)cudaFree(data_); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
-  void poison() { cuda_check(cudaMemset(data_, 0xff, count_ * sizeof(T))); }
-  void zero() { cuda_check(cudaMemset(data_, 0, count_ * sizeof(T))); }
+  void poison() { fill(0xff); }
+  void zero() { fill(0); }
   T* get() const { return static_cast<T*>(data_); }
   size_t size() const { return count_; }
   std::vector<T> host() const {
@@ -50,6 +50,12 @@ class DeviceArray {
   }
 
  private:
+  // Waits: a fill on the default stream is in no order with the streams that tests launch on.
+  void fill(int byte) {
+    cuda_check(cudaMemset(data_, byte, count_ * sizeof(T)));
+    cuda_check(cudaStreamSynchronize(nullptr));
+  }
+
   void* data_ = nullptr;
   size_t count_;
 };

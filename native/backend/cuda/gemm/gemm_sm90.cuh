@@ -202,6 +202,8 @@ __device__ __forceinline__ void store_sync(int group) {
 // Where the CTAs of a cluster wait for one another: a barrier in each, at which one thread of each
 // arrives for its CTA. The cluster's own barrier would wait for the producers too; it only tells that
 // all CTAs have made theirs.
+// With three CTAs or more nothing orders a CTA's second arrival behind another one's first at a third CTA
+// but the tile's sums and stores between them, a microsecond; two barriers in turn would.
 struct Meeting {
   uint32_t barrier;
   uint32_t over;  // barrier of the producers, which may fill the ring again

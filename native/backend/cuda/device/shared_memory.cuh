@@ -86,15 +86,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
       : "memory");
 }
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (done == 0) {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
+  while (!mbarrier_test(barrier, parity)) {
   }
 }
 #endif

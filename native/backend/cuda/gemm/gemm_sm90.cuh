@@ -199,28 +199,33 @@ __device__ __forceinline__ void store_sync(int group) {
   }
 }
 
-// Where the CTAs of a cluster wait for one another: a barrier in each, at which one thread of each
-// arrives for its CTA. The cluster's own barrier would wait for the producers too; it only tells that
-// all CTAs have made theirs.
-// With three CTAs or more nothing orders a CTA's second arrival behind another one's first at a third CTA
-// but the tile's sums and stores between them, a microsecond; two barriers in turn would.
+// Where the CTAs of a cluster wait for one another between tiles: a barrier in each, at which one thread of
+// each arrives for its CTA. The cluster's own barrier would wait for the producers too; it only tells that
+// all CTAs have made theirs, and, at the end, that none leaves while others read its slots.
+// Two barriers in turn: who arrives at one again has passed the other, for which all have left the first.
 struct Meeting {
-  uint32_t barrier;
-  uint32_t over;  // barrier of the producers, which may fill the ring again
-  uint32_t parity = 0;
-  bool begun = false;
+  uint32_t barriers;  // [2]
+  uint32_t over;      // barrier of the producers, which may fill the ring again
+  uint32_t count = 0;
 
   // Of all consumers of all CTAs; what they wrote to shared memory before it is visible after it.
   template <class C>
   __device__ __forceinline__ void sync() {
     consumers_sync<C>();
     if (gridDim.z == 1) return;
-    if (!begun) cluster_wait();
-    begun = true;
+    if (count == 0) cluster_wait();
+    const uint32_t barrier = barriers + count % 2 * 8;
     if (threadIdx.x < gridDim.z) mbarrier_arrive_cluster(cluster_address(barrier, threadIdx.x));
-    if (threadIdx.x < 32) mbarrier_wait_cluster(barrier, parity);
-    parity ^= 1;
+    if (threadIdx.x < 32) mbarrier_wait_cluster(barrier, count / 2 % 2);
+    ++count;
     consumers_sync<C>();
+  }
+  // Before the consumers leave. Producers have nothing that others read: leaving counts as arriving.
+  __device__ __forceinline__ void end() const {
+    if (gridDim.z == 1) return;
+    if (count == 0) cluster_wait();
+    cluster_arrive();
+    cluster_wait();
   }
 };
 
@@ -266,7 +271,7 @@ template <class C>
 __device__ __forceinline__ void store_meeting(const Sm90Params& p, const float (&acc)[C::kAcc],
                                               float* slots, const float* scales, Meeting& meeting,
                                               int row_group, int split_group, int thread,
-                                              const Tile& tile) {
+                                              const Tile& tile, bool last) {
   const int ctas = gridDim.z;
   const int t0 = tile.token_tile * C::kTileT;
   consumers_sync<C>();  // the slots are where all have read the ring
@@ -294,8 +299,9 @@ __device__ __forceinline__ void store_meeting(const Sm90Params& p, const float (
         }
         return sum;
       });
+  if (last) return;
   fence_async_shared();
-  meeting.sync<C>();  // nobody fills the ring, or leaves, while its slots are read
+  meeting.sync<C>();  // nobody fills the ring while its slots are read
   if (thread == 0) mbarrier_arrive(meeting.over);
 }
 
@@ -403,9 +409,12 @@ __device__ __forceinline__ void consume_tiles(const Sm90Params& p, Ring<C>& ring
     if (tile.whole) {
       store_slices<C>(p, acc, slice, scales, row_group, thread, tile);
     } else {
-      store_meeting<C>(p, acc, slots, scales, meeting, row_group, split_group, thread, tile);
+      Tile next;
+      const bool last = !Walk<C>(walk).next(p, next);
+      store_meeting<C>(p, acc, slots, scales, meeting, row_group, split_group, thread, tile, last);
     }
   }
+  meeting.end();
 }
 
 // ---- kernel --------------------------------------------------------------------------------------
@@ -415,13 +424,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     gemm_sm90_kernel(const Sm90Params p, const __grid_constant__ CUtensorMap x_map,
                      const __grid_constant__ CUtensorMap w_map) {
   extern __shared__ __align__(1024) char shared[];
-  __shared__ uint64_t barriers[2 * kMaxStages + 3];
+  __shared__ uint64_t barriers[2 * kMaxStages + 4];
   __shared__ float scales[C::kGroups * C::kTileT];
   grid_dependency_launch();
   const uint32_t full = kept(smem_address(barriers));
   const uint32_t empty = full + kMaxStages * 8;
   const uint32_t meet = empty + kMaxStages * 8;
-  const uint32_t over = meet + 8;
+  const uint32_t over = meet + 16;
   const uint32_t ready = over + 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; ++i) {
@@ -429,6 +438,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       mbarrier_init(empty + i * 8, C::kConsumers / 32 * (p.all_lanes ? 32 : 1));
     }
     mbarrier_init(meet, gridDim.z);
+    mbarrier_init(meet + 8, gridDim.z);
     mbarrier_init(over, C::kGroups);
     mbarrier_init(ready, C::kConsumers / 32);
     mbarrier_init_fence();

@@ -20,10 +20,16 @@ done
 mkdir -p "$out"
 build=${TURBOMIND_GPU_BUILD:-build-gpu}
 generator=(); command -v ninja >/dev/null && generator=(-G Ninja)
-cmake -S . -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DTURBOMIND_CUDA=ON -DTURBOMIND_CUDA_ARCHS="$arch" \
-  > "$out/configure.log" 2>&1 || { cat "$out/configure.log"; exit 1; }
-cmake --build "$build" -j "$(nproc)" --target turbomind_cuda kernel_bench cuda_gemm_test cuda_attention_test cuda_pointwise_test \
-  cuda_backend_test cuda_loader_test cuda_sample_test cuda_upload_test cuda_lost_device_test > "$out/build.log" 2>&1 || { grep -E "error|warning" "$out/build.log" | head -40; tail -5 "$out/build.log"; exit 1; }
+build() {  # folder, racecheck, targets...
+  local folder=$1 racecheck=$2; shift 2
+  cmake -S . -B "$folder" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DTURBOMIND_CUDA=ON -DTURBOMIND_CUDA_ARCHS="$arch" \
+    -DTURBOMIND_RACECHECK="$racecheck" > "$out/configure.log" 2>&1 || { cat "$out/configure.log"; exit 1; }
+  cmake --build "$folder" -j "$(nproc)" --target "$@" > "$out/build.log" 2>&1 ||
+    { grep -E "error|warning" "$out/build.log" | head -40; tail -5 "$out/build.log"; exit 1; }
+}
+sanitized=(cuda_pointwise_test cuda_gemm_test cuda_attention_test cuda_sample_test cuda_backend_test)
+build "$build" OFF turbomind_cuda kernel_bench "${sanitized[@]}" cuda_loader_test cuda_upload_test cuda_lost_device_test
+[ $sanitize -eq 1 ] && build "$build-racecheck" ON "${sanitized[@]}"
 
 status=0
 entries=
@@ -47,9 +53,10 @@ for test in cuda_pointwise_test cuda_sample_test cuda_upload_test cuda_gemm_test
 done
 if [ $sanitize -eq 1 ]; then
   for tool in memcheck racecheck; do
-    for test in cuda_pointwise_test cuda_gemm_test cuda_attention_test cuda_sample_test cuda_backend_test; do
+    from=$build; [ $tool = racecheck ] && from=$build-racecheck
+    for test in "${sanitized[@]}"; do
       few=; case $test in cuda_gemm_test|cuda_attention_test|cuda_sample_test) few=quick ;; esac
-      run "$tool-$test" timeout "${TURBOMIND_SANITIZE_SECONDS:-240}" compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/test/kernels/$test" $few
+      run "$tool-$test" timeout "${TURBOMIND_SANITIZE_SECONDS:-240}" compute-sanitizer --tool "$tool" --error-exitcode 9 "$from/test/kernels/$test" $few
     done
   done
 fi

@@ -9,6 +9,13 @@
 
 namespace turbomind::cuda::decode {
 
+// Arrivals that complete the barrier of a tile.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+inline constexpr int kTileArrivals = kWarpArrivals;
+#else
+inline constexpr int kTileArrivals = 32;
+#endif
+
 // One tile into a slot, by the lanes of the producer warp.
 template <class C>
 __device__ __forceinline__ void load_slot(uint32_t slot, uint32_t barrier, const char* tile,
@@ -18,18 +25,14 @@ __device__ __forceinline__ void load_slot(uint32_t slot, uint32_t barrier, const
   if (lane == 0) {
     mbarrier_expect_bytes(barrier, kBytes);
     bulk_load(slot, tile, kBytes, barrier);
+  } else if (lane < kTileArrivals) {
+    mbarrier_arrive(barrier);
   }
 #else
   for (int i = lane * 16; i < kBytes; i += 32 * 16) cp_async_16(slot + i, tile + i, true);
   mbarrier_arrive_copies(barrier);
 #endif
 }
-// Arrivals that complete the barrier of a tile.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-inline constexpr int kTileArrivals = 1;
-#else
-inline constexpr int kTileArrivals = 32;
-#endif
 
 // The new tokens whose keys lie in a tile of a part: [begin, end) of the sequence's rows.
 struct NewRows {

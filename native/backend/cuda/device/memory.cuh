@@ -8,6 +8,14 @@
 
 namespace turbomind::cuda {
 
+// Lanes that arrive at an mbarrier for a warp that has met at __syncwarp. compute-sanitizer's racecheck follows
+// the threads that arrive and no others (docs/performance.md): a build for it has all of them arrive.
+#ifdef TURBOMIND_RACECHECK
+inline constexpr int kWarpArrivals = 32;
+#else
+inline constexpr int kWarpArrivals = 1;
+#endif
+
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

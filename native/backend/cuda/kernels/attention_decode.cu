@@ -385,7 +385,7 @@ __device__ __forceinline__ void part_product(Out<C>& out, const Exchange<C>& exc
       }
     }
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem_address(&barriers.empty[at.slot]));
+    if (lane < kWarpArrivals) mbarrier_arrive(smem_address(&barriers.empty[at.slot]));
     at.advance(1, p.slots);
   }
 }
@@ -461,7 +461,9 @@ __device__ __forceinline__ void consume(Exchange<C>& exchange, Barriers& barrier
       mbarrier_wait(full + keys.slot * 8, keys.parity);
       tile_scores<C>(score, exchange, ring + keys.slot * C::kSlotBytes, warp, lane);
       __syncwarp();
-      if (lane < kWarps) mbarrier_arrive(empty + keys.slot * 8);  // for all warps
+      for (int i = lane; i < kWarps * kWarpArrivals; i += 32) {  // for all warps
+        mbarrier_arrive(empty + keys.slot * 8);
+      }
       mask_and_maximum<C>(score, exchange, p, unit, warp, lane);
     }
     base.advance(unit.tiles, p.slots);
@@ -541,7 +543,7 @@ __global__ void __launch_bounds__(kThreads, C::kCtas) decode_kernel(const Params
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.slots; ++i) {
       mbarrier_init(smem_address(&barriers.full[i]), kTileArrivals);
-      mbarrier_init(smem_address(&barriers.empty[i]), kWarps);
+      mbarrier_init(smem_address(&barriers.empty[i]), kWarps * kWarpArrivals);
     }
     for (int i = 0; i < 4; ++i) {
       mbarrier_init(smem_address(&barriers.landed[0][0]) + i * 8, kTileArrivals);

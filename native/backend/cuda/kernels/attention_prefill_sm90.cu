@@ -49,6 +49,9 @@ struct Config {
   static constexpr int kPackedStages = kBits == 16 ? 0 : 2;
   static constexpr int kProducerRegisters = kBits == 16 ? 24 : 56;
   static constexpr int kConsumerRegisters = kBits == 16 ? 240 : 224;
+  // At the barrier of a full stage: one thread, of a tensor copy, of the warp that copies or of the four that unpack.
+  static constexpr int kFullArrivals =
+      !kPaged || kWarpArrivals == 1 ? 1 : (kBits == 16 ? 1 : 4) * kWarpArrivals;
   static_assert(HalfTile<kDim>::kRowBytes == 128);
 };
 
@@ -149,7 +152,9 @@ __device__ __forceinline__ void produce_paged(const Params& p, const Ring& ring,
       }
       fence_async_shared();
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(ring.full + stage * 8);
+      if (lane < C::kFullArrivals) mbarrier_arrive(ring.full + stage * 8);
+    } else if (lane > 0 && lane < C::kFullArrivals) {
+      mbarrier_arrive(barrier);
     }
     if (++stage == p.stages) {
       stage = 0;
@@ -191,7 +196,7 @@ __device__ __forceinline__ void produce_unpacked(const Params& p, const Ring& ri
     }
     fence_async_shared();
     named_barrier<1>(128);
-    if (thread == 0) mbarrier_arrive(ring.full + stage * 8);
+    if (thread < C::kFullArrivals) mbarrier_arrive(ring.full + stage * 8);
     if (++stage == p.stages) {
       stage = 0;
       parity ^= 1;
@@ -451,7 +456,7 @@ __device__ __forceinline__ void consume(const Params& p, const Ring& ring, const
                              p.scale_log2, lane);
     wgmma_wait<0>();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(ring.empty + before * 8);
+    if (lane < kWarpArrivals) mbarrier_arrive(ring.empty + before * 8);
     if (starts) {
       fold_group<C>(total, total_state, out, finished, p.scale_log2);
     } else if (__any_sync(~0U, factor[0] != 1.0F || factor[1] != 1.0F)) {
@@ -481,7 +486,7 @@ __device__ __forceinline__ void consume(const Params& p, const Ring& ring, const
                     (tiles - 1) % kPartTiles == 0);
     wgmma_wait<0>();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(ring.empty + stage * 8);
+    if (lane < kWarpArrivals) mbarrier_arrive(ring.empty + stage * 8);
     if (++stage == p.stages) {
       stage = 0;
       parity ^= 1;
@@ -491,7 +496,7 @@ __device__ __forceinline__ void consume(const Params& p, const Ring& ring, const
   // Tiles that the other warpgroup alone sees.
   for (int tile = tiles; tile < work.tiles; ++tile) {
     mbarrier_wait(ring.full + stage * 8, parity);
-    if (lane == 0) mbarrier_arrive(ring.empty + stage * 8);
+    if (lane < kWarpArrivals) mbarrier_arrive(ring.empty + stage * 8);
     if (++stage == p.stages) {
       stage = 0;
       parity ^= 1;
@@ -528,8 +533,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   ring.packed_full = ring.query_full + 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; ++i) {
-      mbarrier_init(ring.full + i * 8, 1);
-      mbarrier_init(ring.empty + i * 8, kGroups * 4);  // warps
+      mbarrier_init(ring.full + i * 8, C::kFullArrivals);
+      mbarrier_init(ring.empty + i * 8, kGroups * 4 * kWarpArrivals);  // warps
     }
     for (int i = 0; i < 3; ++i) mbarrier_init(ring.query_full + i * 8, 1);
     mbarrier_init_fence();

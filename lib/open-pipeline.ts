@@ -1,7 +1,6 @@
 // pipeline(): opens a checkpoint on a device. Owns the order in which device, checkpoint, engine and
 // tokenizer are opened, and undoes what was opened when a load fails or is aborted. Runs on the JS
 // thread; the engine has a thread of its own.
-import { PromptBuilder } from './chat.js';
 import { type Checkpoint, openCheckpoint } from './checkpoint/checkpoint.js';
 import { type Prober, resolveDevice } from './device.js';
 import { embeddedModel } from './embedded-model.js';
@@ -15,6 +14,7 @@ import {
   resolvePipelineOptions,
 } from './options.js';
 import { Pipeline } from './pipeline.js';
+import { rehearse } from './rehearsal.js';
 import { EventRouter } from './router.js';
 import { loadTokenizer } from './tokenizer.js';
 
@@ -69,10 +69,11 @@ export async function openPipeline(
   try {
     const tokenizer = options.tokenizer ?? (await loadTokenizer(checkpoint));
     tokenizer.prepare();
-    rehearse(new PromptBuilder(checkpoint, tokenizer));
+    const parts = { addon, checkpoint, tokenizer, options };
+    await rehearse(parts);
     const engine = await abortable(opening, signal);
     router.attach(engine);
-    return new Pipeline({ addon, engine, router, checkpoint, tokenizer, options });
+    return new Pipeline({ ...parts, engine, router });
   } catch (error) {
     // Nobody else will: a load that was aborted or whose tokenizer is broken is undone here.
     await opening.then(
@@ -80,22 +81,6 @@ export async function openPipeline(
       () => undefined,
     );
     throw error;
-  }
-}
-
-/**
- * Builds a prompt while the engine opens: templates, patterns and encoders compile on first use, and
- * Node loads a module for the first reading of its clock, which took the first request several milliseconds.
- */
-function rehearse(builder: PromptBuilder): void {
-  performance.now();
-  const words = 'What can you do? List 3 things, briefly: 1. read 2. write 3. see.\n'.repeat(8);
-  const word = 'abcdefghijklmnopqrstuvwxyz'.repeat(16);
-  try {
-    builder.build([{ role: 'user', content: [{ type: 'text', text: words + word }] }], []);
-  } catch (error) {
-    // A template may refuse this message; whoever asks with another one is told what is wrong.
-    if (!(error instanceof TurbomindError)) throw error;
   }
 }
 

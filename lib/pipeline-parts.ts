@@ -50,8 +50,11 @@ export function pipelineInfo({ checkpoint, engine }: PipelineParts): PipelineInf
 }
 
 /** @throws TurbomindError ERR_TM_INVALID_TEMPLATE when the chat template cannot be compiled. */
-export function createPreparer(parts: PipelineParts): RequestPreparer {
-  const { addon, engine, checkpoint, tokenizer, options } = parts;
+export function createPreparer(
+  parts: Pick<PipelineParts, 'addon' | 'checkpoint' | 'tokenizer' | 'options'>,
+  sessionLen: number,
+): RequestPreparer {
+  const { addon, checkpoint, tokenizer, options } = parts;
   return new RequestPreparer({
     addon,
     tokenizer,
@@ -63,7 +66,7 @@ export function createPreparer(parts: PipelineParts): RequestPreparer {
       maxBytes: options.maxImageBytes,
       timeoutMs: options.fetchTimeoutMs,
     },
-    sessionLen: engine.stats().sessionLen,
+    sessionLen,
     vocabSize: checkpoint.spec.decoder.vocabSize,
   });
 }

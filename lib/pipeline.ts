@@ -74,7 +74,7 @@ export class Pipeline extends Callable implements AsyncDisposable {
       vocabSize: checkpoint.spec.decoder.vocabSize,
       startWorker: parts.startWorker ?? startWorker,
     });
-    this.#preparer = createPreparer(parts);
+    this.#preparer = createPreparer(parts, parts.engine.stats().sessionLen);
   }
 
   /**

@@ -3,6 +3,7 @@
 // double buffered by cp.async, packed ones unpacked to 16 bits by all warps first.
 // Bound: tensor cores (mma.sync) beyond a few hundred tokens.
 #include "backend/cuda/device/flash.cuh"
+#include "backend/cuda/device/prefill_work.cuh"
 #include "backend/cuda/kernels/attention_prefill.h"
 
 namespace turbomind::cuda {
@@ -11,32 +12,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kRows = 64;  // query rows of a CTA
 constexpr int kTokens = kBlockTokens;
-
-struct Params {
-  const void* q;      // row 0, head 0
-  const void* k;      // contiguous: row 0, head 0
-  const void* v;      // contiguous
-  const void* cache;  // paged
-  void* y;
-  int64_t ldq;
-  int64_t ldy;
-  int group;  // query heads a KV head
-  int num_kv_heads;
-  int tokens;  // contiguous: keys and queries of a tile
-  float scale_log2;
-  StepArrays step;
-};
-
-// The query rows and keys of a CTA.
-struct Work {
-  int sequence;  // contiguous: vision tile
-  int head;
-  int kv_head;
-  int first_query;
-  int num_queries;
-  int num_keys;
-  int64_t row0;
-};
 
 template <class T, int kDim, int kBits>
 struct Buffers {
@@ -49,8 +24,8 @@ struct Buffers {
 // KV tile `tile` of a paged sequence, K then V, as it lies in memory. Rows past the last key hold
 // anything: they are zeroed where they might be no numbers.
 template <class T, int kDim, int kBits>
-__device__ __forceinline__ void load_paged(uint32_t stage, const Params& p, const Work& work,
-                                           int tile) {
+__device__ __forceinline__ void load_paged(uint32_t stage, const PrefillParams& p,
+                                           const PrefillWork& work, int tile) {
   constexpr int kBytes = Buffers<T, kDim, kBits>::kStage;
   const int64_t block = p.step.block_table[work.sequence * *p.step.block_stride + tile];
   const char* source =
@@ -64,8 +39,8 @@ __device__ __forceinline__ void load_paged(uint32_t stage, const Params& p, cons
 
 // The same of rows that lie `ldq` apart.
 template <class T, int kDim>
-__device__ __forceinline__ void load_rows(uint32_t stage, const Params& p, const Work& work,
-                                          int tile) {
+__device__ __forceinline__ void load_rows(uint32_t stage, const PrefillParams& p,
+                                          const PrefillWork& work, int tile) {
   constexpr int kPieces = kDim / 8;
   const int64_t first = static_cast<int64_t>(work.sequence) * p.tokens + tile * kTokens;
   const int64_t offset = first * p.ldq + work.kv_head * kDim;
@@ -81,48 +56,19 @@ __device__ __forceinline__ void load_rows(uint32_t stage, const Params& p, const
   }
 }
 
-template <bool kPaged>
-__device__ __forceinline__ Work find_work(const Params& p) {
-  Work work;
-  work.head = blockIdx.x;
-  work.kv_head = work.head / p.group;
-  if constexpr (kPaged) {
-    constexpr int kParts = kQueryTile / kRows;
-    const int index = gridDim.y - 1 - blockIdx.y;  // longest rows first
-    const int2 tile = p.step.query_tiles[index / kParts];
-    work.sequence = tile.x;
-    if (tile.x < 0) return work;
-    work.first_query = tile.y + index % kParts * kRows;
-    work.row0 = p.step.query_start[tile.x];
-    work.num_queries = p.step.query_start[tile.x + 1] - static_cast<int>(work.row0);
-    work.num_keys = p.step.kv_len[tile.x];
-  } else {
-    work.sequence = blockIdx.z;
-    work.first_query = blockIdx.y * kRows;
-    work.row0 = static_cast<int64_t>(work.sequence) * p.tokens;
-    work.num_queries = p.tokens;
-    work.num_keys = p.tokens;
-  }
-  return work;
-}
-
 template <class T, int kDim, int kBits, bool kPaged>
-__global__ void __launch_bounds__(kThreads) prefill_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads) prefill_kernel(const PrefillParams p) {
   extern __shared__ __align__(1024) char shared[];
   using Memory = Buffers<T, kDim, kBits>;
   grid_dependency_wait();
   grid_dependency_launch();
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const Work work = find_work<kPaged>(p);
+  const PrefillWork work = find_prefill_work<kPaged, kRows>(p);
   if (work.sequence < 0 || work.first_query >= work.num_queries) return;
-  const int history = work.num_keys - work.num_queries;  // keys before query row 0
-  const int last_query = min(work.first_query + kRows, work.num_queries) - 1;
-  const int keys_end = kPaged ? history + last_query + 1 : work.num_keys;
-  const int tiles = (keys_end + kTokens - 1) / kTokens;
 
   const int query0 = work.first_query + warp * 16 + lane / 4;
-  const T* q = static_cast<const T*>(p.q) + work.head * kDim;
+  const T* q = static_cast<const T*>(p.q) + blockIdx.x * kDim;
   uint32_t query[kDim / 16][4];
   load_query<T, kDim>(
       query, query0 < work.num_queries ? q + (work.row0 + query0) * p.ldq : nullptr,
@@ -145,18 +91,18 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Params p) {
   FlashPart<kDim> part;
   FlashTotal<kDim> total;
   load(0);
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = 0; tile < work.tiles; ++tile) {
     cp_async_wait<0>();
     __syncthreads();
-    if (tile + 1 < tiles) load(tile + 1);
+    if (tile + 1 < work.tiles) load(tile + 1);
     const int first_key = tile * kTokens;
     int limit[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int visible = kPaged ? history + query0 + 8 * r + 1 : work.num_keys;
+      const int visible = kPaged ? work.history + query0 + 8 * r + 1 : work.num_keys;
       limit[r] = min(visible, work.num_keys) - first_key;
     }
-    const bool masked = kPaged ? first_key + kTokens > history + work.first_query
+    const bool masked = kPaged ? first_key + kTokens > work.history + work.first_query
                                : first_key + kTokens > work.num_keys;
     uint32_t keys = ring + (tile % 2) * Memory::kStage;
     uint32_t values = keys + Memory::kTile;
@@ -172,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Params p) {
     }
     flash_tile<T, kDim, kBits>(part, query, query_sum, keys, values, key_meta, value_meta, limit,
                                masked, p.scale_log2, lane);
-    if ((tile + 1) % kPartTiles == 0 || tile + 1 == tiles) {
+    if ((tile + 1) % kPartTiles == 0 || tile + 1 == work.tiles) {
       fold_part<kDim, kBits>(total, part, p.scale_log2);
     }
   }
@@ -182,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Params p) {
   for (int r = 0; r < 2; ++r) {
     const float inverse = total.sum[r] > 0.0F ? 1.0F / total.sum[r] : 0.0F;
     if (query0 + 8 * r >= work.num_queries) continue;
-    T* y = static_cast<T*>(p.y) + (work.row0 + query0 + 8 * r) * p.ldy + work.head * kDim +
+    T* y = static_cast<T*>(p.y) + (work.row0 + query0 + 8 * r) * p.ldy + blockIdx.x * kDim +
            (lane % 4) * 2;
 #pragma unroll
     for (int d = 0; d < kDim / 8; ++d) {
@@ -192,10 +138,9 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const Params p) {
   }
 }
 
-constexpr float kLog2e = 1.4426950408889634F;
-
 template <class T, bool kPaged>
-void run(const LaunchContext& context, const Params& params, int head_dim, int bits, dim3 grid) {
+void run(const LaunchContext& context, const PrefillParams& params, int head_dim, int bits,
+         dim3 grid) {
   const auto start = [&]<int kDim, int kBits>() {
     launch(prefill_kernel<T, kDim, kBits, kPaged>,
            {.grid = grid, .threads = kThreads, .shared_bytes = Buffers<T, kDim, kBits>::kBytes},
@@ -221,21 +166,8 @@ void prefill_attention(const LaunchContext& context, DType dtype,
     return;
   }
 #endif
-  const int64_t heads = args.num_heads + 2 * args.num_kv_heads;
   visit_dtype(dtype, [&]<class T>() {
-    const Params params{.q = args.qkv,
-                        .k = nullptr,
-                        .v = nullptr,
-                        .cache = args.cache,
-                        .y = args.y,
-                        .ldq = heads * args.head_dim,
-                        .ldy = static_cast<int64_t>(args.num_heads) * args.head_dim,
-                        .group = args.num_heads / args.num_kv_heads,
-                        .num_kv_heads = args.num_kv_heads,
-                        .tokens = 0,
-                        .scale_log2 = args.softmax_scale * kLog2e,
-                        .step = args.step};
-    run<T, true>(context, params, args.head_dim, args.kv_bits,
+    run<T, true>(context, prefill_params(args), args.head_dim, args.kv_bits,
                  dim3(static_cast<unsigned>(args.num_heads),
                       static_cast<unsigned>(args.num_tiles * (kQueryTile / kRows))));
   });
@@ -248,22 +180,8 @@ void tile_attention(const LaunchContext& context, DType dtype, const TileAttenti
     return;
   }
 #endif
-  const int64_t columns = static_cast<int64_t>(args.num_heads) * args.head_dim;
   visit_dtype(dtype, [&]<class T>() {
-    const T* qkv = static_cast<const T*>(args.qkv);
-    const Params params{.q = qkv,
-                        .k = qkv + columns,
-                        .v = qkv + 2 * columns,
-                        .cache = nullptr,
-                        .y = args.y,
-                        .ldq = 3 * columns,
-                        .ldy = columns,
-                        .group = 1,
-                        .num_kv_heads = args.num_heads,
-                        .tokens = args.tokens,
-                        .scale_log2 = args.softmax_scale * kLog2e,
-                        .step = {}};
-    run<T, false>(context, params, args.head_dim, 16,
+    run<T, false>(context, prefill_params(args), args.head_dim, 16,
                   dim3(static_cast<unsigned>(args.num_heads),
                        static_cast<unsigned>(ceil_div(args.tokens, kRows)),
                        static_cast<unsigned>(args.num_tiles)));

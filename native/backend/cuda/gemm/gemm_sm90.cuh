@@ -299,10 +299,12 @@ __device__ __forceinline__ void store_meeting(const Sm90Params& p, const float (
         }
         return sum;
       });
+  __syncwarp();  // see store_slices
   if (last) return;
   fence_async_shared();
   meeting.sync<C>();  // nobody fills the ring while its slots are read
   if (thread == 0) mbarrier_arrive(meeting.over);
+  __syncwarp();
 }
 
 // No meeting: each warpgroup through shared memory of its own, in slices of tokens.
@@ -321,6 +323,9 @@ __device__ __forceinline__ void store_slices(const Sm90Params& p, const float (&
         p.epilogue, tile.token_tile * C::kTileT + first, C::kSlice, (tile.block + row_group) * 64,
         scales + first, thread, 128,
         [&](int t, int n) { return *reinterpret_cast<const float4*>(slice + t * kStride + n); });
+    // The lanes part in store_rows. Unless told here that they are together again the compiler takes the next
+    // tile's main loop for one of single lanes, and moves each descriptor to uniform registers anew.
+    __syncwarp();
   }
 }
 

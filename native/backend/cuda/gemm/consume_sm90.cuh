@@ -53,7 +53,11 @@ struct Sm90Config {
   // The end of a tile that a CTA has for itself: each warpgroup alone, in slices of so many tokens.
   static constexpr int kSlice = kU4 && kTileT > 128 ? 8
                                                     : std::min(kTileT, kRowGroups > 2 ? 16 : 32);
-  static constexpr int kSliceFloats = kSlice * kTileStride<64>;
+  // The same rounded already, twice the tokens in as much memory (packed_store_sm90.cuh).
+  static constexpr bool kPacks = kTileT >= 32;
+  static constexpr int kPackedSlice = std::min(kTileT, 2 * kSlice);
+  static constexpr int kSliceFloats =
+      std::max(kSlice * kTileStride<64>, kPacks ? kPackedSlice * (64 + 8) / 2 : 0);
   // The end of a tile whose segments meet: slots of whole tiles, over the ring.
   static constexpr int kStride = kTileStride<kTileN>;
   static constexpr int kSlotFloats = kTileT * kStride;
@@ -139,6 +143,23 @@ __device__ __forceinline__ void skip(Ring<C>& ring, int iterations, int thread) 
     ring.wait();
     ring.release(ring.stage, thread);
     ring.advance();
+  }
+}
+
+// ---- barriers of consumers ------------------------------------------------------------------------
+
+template <class C>
+__device__ __forceinline__ void consumers_sync() {
+  asm volatile("bar.sync 1, %0;\n" ::"n"(C::kConsumers) : "memory");
+}
+// Of the warpgroups that store rows through shared memory of their own: each by itself, so that one may
+// multiply while another stores. Dense tiles store for longer than their ring lasts: there they stay together.
+template <class C>
+__device__ __forceinline__ void store_sync(int group) {
+  if constexpr (C::kU4) {
+    asm volatile("bar.sync %0, 128;\n" ::"r"(2 + group) : "memory");
+  } else {
+    consumers_sync<C>();
   }
 }
 

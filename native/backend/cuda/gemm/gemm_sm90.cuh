@@ -22,6 +22,7 @@
 #include "backend/cuda/gemm/cluster_launch.h"
 #include "backend/cuda/gemm/consume_sm90.cuh"
 #include "backend/cuda/gemm/epilogue.cuh"
+#include "backend/cuda/gemm/packed_store_sm90.cuh"
 #include "backend/cuda/gemm/tensor_map.h"
 
 namespace turbomind::cuda {
@@ -184,21 +185,6 @@ __device__ __forceinline__ void produce(const Sm90Params& p, const CUtensorMap* 
 
 // ---- the end of a tile -----------------------------------------------------------------------------
 
-template <class C>
-__device__ __forceinline__ void consumers_sync() {
-  asm volatile("bar.sync 1, %0;\n" ::"n"(C::kConsumers) : "memory");
-}
-// Of the warpgroups that store rows through shared memory of their own: each by itself, so that one may
-// multiply while another stores. Dense tiles store for longer than their ring lasts: there they stay together.
-template <class C>
-__device__ __forceinline__ void store_sync(int group) {
-  if constexpr (C::kU4) {
-    asm volatile("bar.sync %0, 128;\n" ::"r"(2 + group) : "memory");
-  } else {
-    consumers_sync<C>();
-  }
-}
-
 // Where the CTAs of a cluster wait for one another between tiles: a barrier in each, at which one thread of
 // each arrives for its CTA. The cluster's own barrier would wait for the producers too; it only tells that
 // all CTAs have made theirs, and, at the end, that none leaves while others read its slots.
@@ -329,6 +315,23 @@ __device__ __forceinline__ void store_slices(const Sm90Params& p, const float (&
   }
 }
 
+// No meeting, the shorter way where there is one.
+template <class C>
+__device__ __forceinline__ void store_alone(const Sm90Params& p, const float (&acc)[C::kAcc],
+                                            float* slice, const float* scales, int row_group,
+                                            int thread, const Tile& tile) {
+  if constexpr (C::kPacks) {
+    const int block = tile.block + row_group;
+    // Warpgroups that store together also do it the same way.
+    if (packs(p.epilogue, ((C::kU4 ? block : tile.block + C::kRowGroups - 1) + 1) * 64)) {
+      store_packed<C>(p.epilogue, acc, slice, scales, row_group, block * 64,
+                      tile.token_tile * C::kTileT, thread);
+      return;
+    }
+  }
+  store_slices<C>(p, acc, slice, scales, row_group, thread, tile);
+}
+
 // The factors of a tile's tokens (split_norm.cuh). Those of the only token tile are folded by all
 // warpgroups, once; others are there, and each warpgroup has its own copy, so as not to wait for the rest.
 template <class C>
@@ -399,20 +402,16 @@ __device__ __forceinline__ void consume_tiles(const Sm90Params& p, Ring<C>& ring
     const int t0 = tile.token_tile * C::kTileT;
     factors.begin(p.epilogue.input_norm, t0, p.epilogue.m - t0, thread);
     float acc[C::kAcc] = {};
-    if constexpr (C::kInTurn) {
-      if (tile.whole && p.segments > 1) {
-        consume_in_turn<C>(p, ring, acc, row_group, thread);
-        store_slices<C>(p, acc, slice, factors.put(p.epilogue.input_norm, group, thread), row_group,
-                        thread, tile);
-        continue;
-      }
+    if (C::kInTurn && tile.whole && p.segments > 1) {
+      if constexpr (C::kInTurn) consume_in_turn<C>(p, ring, acc, row_group, thread);
+    } else {
+      const int segment = first_segment<C>() + split_group;
+      const int count = tile.whole ? p.chunks : p.bounds[segment + 1] - p.bounds[segment];
+      consume<C>(ring, acc, count, iterations<C>(p, tile.whole), row_group, split_group, thread);
     }
-    const int segment = first_segment<C>() + split_group;
-    const int count = tile.whole ? p.chunks : p.bounds[segment + 1] - p.bounds[segment];
-    consume<C>(ring, acc, count, iterations<C>(p, tile.whole), row_group, split_group, thread);
     const float* scales = factors.put(p.epilogue.input_norm, group, thread);
     if (tile.whole) {
-      store_slices<C>(p, acc, slice, scales, row_group, thread, tile);
+      store_alone<C>(p, acc, slice, scales, row_group, thread, tile);
     } else {
       Tile next;
       const bool last = !Walk<C>(walk).next(p, next);

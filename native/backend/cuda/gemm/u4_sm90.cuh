@@ -180,7 +180,7 @@ void run_u4_many(const GemmArgs& args, const LaunchContext& context) {
     if (!split) {
       const auto rounds = [&](int64_t tiles) { return ceil_div<int64_t>(tiles, context.num_sms); };
       const bool tall =
-          3 * rounds(ctas_together<Tall>(args)) < 2 * rounds(ctas_together<Wide>(args));
+          3 * rounds(ctas_together<Tall>(args)) <= 2 * rounds(ctas_together<Wide>(args));
       return tall ? run_unsplit<Tall>(args, context) : run_unsplit<Wide>(args, context);
     }
     // One round of clusters, if there is one.

@@ -121,7 +121,7 @@ Matrices make_matrices(WeightKind kind, int n, int k, bool gate_up, size_t total
     if (meta > 0) {
       std::vector<uint32_t> words(meta / 4);
       Random random(static_cast<uint32_t>(i));
-      for (uint32_t& word : words) word = to_bits(0.01F, DType::bf16) | (0x4300U | (random.bits() & 15U)) << 16;
+      for (uint32_t& word : words) word = to_bits(0.64F, DType::bf16) | static_cast<uint32_t>(to_bits(static_cast<float>(random.bits() & 15U) / -64.0F, DType::bf16)) << 16;
       all.storage.push_back(std::make_unique<DeviceArray<char>>(meta));
       cuda_check(cudaMemcpy(all.storage.back()->get(), words.data(), meta, cudaMemcpyHostToDevice));
       m.meta = reinterpret_cast<const uint32_t*>(all.storage.back()->get());

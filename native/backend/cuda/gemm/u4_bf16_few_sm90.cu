@@ -1,5 +1,5 @@
-// u4_sm90.cuh for bf16, groups of 128, few tokens.
-#include "backend/cuda/gemm/u4_sm90.cuh"
+// u4_few_sm90.cuh for bf16, groups of 128, few tokens.
+#include "backend/cuda/gemm/u4_few_sm90.cuh"
 
 namespace turbomind::cuda {
 

@@ -35,12 +35,11 @@ __device__ float dot_row(const PackedMatrix& w, const T* x, int row) {
     const uint32_t meta =
         w.meta[(row / kPackRows * (w.k_padded / w.group_size) + k0 / w.group_size) * kPackRows +
                row % kPackRows];
-    const int zero = static_cast<int>((meta >> 16) & 0xf);
-    const uint16_t scale_bits = static_cast<uint16_t>(meta);
-    const float scale = to_float(reinterpret_cast<const T&>(scale_bits));
+    const float zero = group_zero<T>(meta);
+    const float scale = group_scale<T>(meta);
     for (int k = k0; k < k0 + w.group_size; ++k) {
       const int q = packed_nibble(static_cast<const uint32_t*>(w.weights), w.k_padded, row, k);
-      const float weight = to_float(from_float<T>(static_cast<float>(q - zero) * scale));
+      const float weight = to_float(from_float<T>((static_cast<float>(q) - zero) * scale));
       total = fmaf(weight, to_float(x[k]), total);
     }
   }

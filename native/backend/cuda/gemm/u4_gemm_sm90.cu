@@ -1,5 +1,5 @@
-// The table's row u4_sm90: picks the instantiation of u4_sm90.cuh.
-#include "backend/cuda/gemm/u4_sm90.cuh"
+// The table's row u4_sm90: picks the instantiation of u4_few_sm90.cuh or u4_sm90.cuh.
+#include "backend/cuda/gemm/u4_few_sm90.cuh"
 
 namespace turbomind::cuda {
 

@@ -1,9 +1,8 @@
-// 4-bit weights on sm_90a: which kernel and tile serves which M. Instantiated in u4_*_sm90.cu, a file for
-// each type so that they compile side by side. Compared with `naive` and `u4_sm80`.
+// 4-bit weights on sm_90a: which tile serves which M; up to 32 tokens have u4_few_sm90.cuh. Instantiated in
+// u4_*_sm90.cu, a file for each type so that they compile side by side. Compared with `naive` and `u4_sm80`.
 #pragma once
 
 #include "backend/cuda/gemm/gemm_sm90.cuh"
-#include "backend/cuda/gemm/u4_stream_sm90.cuh"
 
 namespace turbomind::cuda {
 
@@ -12,19 +11,6 @@ template <class C>
 int64_t ctas_together(const GemmArgs& args) {
   return ceil_div<int64_t>(args.w->n, C::kTileN) * ceil_div(args.m, C::kTileT) *
          (args.w->segments / C::kSplitGroups);
-}
-
-// Few tokens only stream weights: rings as large as lets all CTAs stay resident, but at least and at
-// most so many bytes; what is left on an SM takes the CTAs of the next kernel, which then fetches its
-// first weights while this one ends.
-template <class C>
-void run_rings(const GemmArgs& args, const LaunchContext& context, int least, int most) {
-  const int64_t on_sm = ceil_div<int64_t>(ctas_together<C>(args), context.num_sms);
-  // Of each CTA's share the driver takes 1 KiB and the barriers some more.
-  constexpr int64_t kReserved = 2048;
-  const int bytes =
-      std::clamp(static_cast<int>(context.max_shared_bytes / on_sm - kReserved), least, most);
-  run_sm90<C>(args, context, {.bytes = bytes});
 }
 
 // All of K in one segment: CTAs have equal shares of the rows where the tokens fit in one tile, and stay
@@ -81,82 +67,6 @@ void run_split_tiles(const GemmArgs& args, const LaunchContext& context) {
   }
 }
 
-// One or two tokens whose CTAs, three to an SM, run in one round: the least latency. Each takes a third
-// of an SM, so that they spread (with less the device puts five on one SM and none on another), and
-// leaves the rest to the next kernel's.
-template <class T>
-bool run_u4_one_round(const GemmArgs& args, const LaunchContext& context) {
-  constexpr int kThird = 73 * 1024;
-  using FourOwnX = StreamConfig<T, 1, 4, 1, 8, 1, true>;
-  using Four = StreamConfig<T, 1, 4, 1, 8>;
-  using One = StreamConfig<T, 1, 1, 4, 8>;
-  const int segments = args.w->segments;
-  if (args.m > 2 || (segments != 4 && segments != 1)) return false;
-  const int rows = segments == 4 ? Four::kTileN : One::kTileN;
-  if (ceil_div<int64_t>(args.w->n, rows) > 3 * context.num_sms) return false;
-  if (segments == 1) {
-    run_stream<One>(args, context, kThird);
-  } else if (args.m == 1) {
-    run_stream<FourOwnX>(args, context, kThird);
-  } else {
-    run_stream<Four>(args, context, kThird);
-  }
-  return true;
-}
-
-// Nine to sixteen tokens where CTAs of many rows, one to an SM, are one round that fills most SMs: x is
-// read by few. Clusters leave more of them free, since theirs lie together.
-template <class T>
-bool run_u4_tall(const GemmArgs& args, const LaunchContext& context) {
-  constexpr int kWholeSm = 115 * 1024;  // more than half
-  using Taller = StreamConfig<T, 2, 1, 14, 5, 2>;
-  using Tall = StreamConfig<T, 2, 1, 8, 4, 2>;
-  const int segments = args.w->segments;
-  const int64_t sms = context.num_sms;
-  const auto ctas = [&](int rows) { return ceil_div<int64_t>(args.w->n, rows) * segments; };
-  if (segments == 1 && ctas(Taller::kTileN) <= sms && ctas(Taller::kTileN) * 10 >= sms * 8) {
-    run_stream<Taller>(args, context, kWholeSm, 32 * 1024);
-    return true;
-  }
-  if (segments == 4 && ctas(Tall::kTileN) * 10 <= sms * 9 && ctas(Tall::kTileN) * 10 >= sms * 8) {
-    run_stream<Tall>(args, context, kWholeSm, 48 * 1024);
-    return true;
-  }
-  return false;
-}
-
-// Up to 32 tokens, groups of 128. T: activations.
-template <class T>
-void run_u4_few(const GemmArgs& args, const LaunchContext& context) {
-  constexpr int kKiB = 1024;
-  if (args.m > 16) {
-    using Tall = Sm90Config<T, 128, 3, 1, 32>;
-    if (args.w->segments == 1) {
-      return run_unsplit_best<Tall, Sm90Config<T, 128, 4, 1, 32>>(args, context, 100);
-    }
-    // Three warpgroups where they make one round of CTAs and two do not.
-    if (ctas_together<Tall>(args) <= context.num_sms &&
-        ceil_div<int64_t>(args.w->n, 128) * args.w->segments > context.num_sms) {
-      return run_shared<Tall>(args, context);
-    }
-    return run_rings<Sm90Config<T, 128, 2, 1, 32, 2>>(args, context, 110 * kKiB, 220 * kKiB);
-  }
-  if (args.m > 8) {
-    if (run_u4_tall<T>(args, context)) return;
-    // Long segments: many small CTAs instead of few large ones.
-    if (args.w->segments > 1 && args.w->k_padded / args.w->segments > 4096) {
-      return run_stream<StreamConfig<T, 2, 1, 4, 8>>(args, context, 0);
-    }
-    return run_rings<Sm90Config<T, 128, 2, 1, 16, 2, true>>(args, context, 110 * kKiB, 220 * kKiB);
-  }
-  if (run_u4_one_round<T>(args, context)) return;
-  // A short K's four segments meet inside a CTA, a long one's in a cluster.
-  if (args.w->segments == 4 && args.w->k_padded <= 8192) {
-    return run_rings<Sm90Config<T, 128, 1, 4, 8, 1, true>>(args, context, 110 * kKiB, 110 * kKiB);
-  }
-  return run_rings<Sm90Config<T, 128, 1, 1, 8, 5, true>>(args, context, 56 * kKiB, 110 * kKiB);
-}
-
 // More tokens; groups other than the usual 128 have one tile for all of them.
 template <class T, int kGroupSize>
 void run_u4_many(const GemmArgs& args, const LaunchContext& context) {
@@ -191,11 +101,9 @@ void run_u4_many(const GemmArgs& args, const LaunchContext& context) {
   return split ? run_split_tiles<Tile>(args, context) : run_unsplit<Tile>(args, context);
 }
 
-// By type; `few` up to 32 tokens.
-void run_u4_bf16_few(const GemmArgs& args, const LaunchContext& context);
+// By type.
 void run_u4_bf16_many(const GemmArgs& args, const LaunchContext& context);
 void run_u4_bf16_small_groups(const GemmArgs& args, const LaunchContext& context);
-void run_u4_f16_few(const GemmArgs& args, const LaunchContext& context);
 void run_u4_f16_many(const GemmArgs& args, const LaunchContext& context);
 void run_u4_f16_small_groups(const GemmArgs& args, const LaunchContext& context);
 

@@ -152,12 +152,9 @@ __device__ __forceinline__ void consume_stream(const StreamParams& p, char* shar
                         (e.n + kPackRows - 1) / kPackRows * 4 - C::kGroups);
   const int64_t piece = static_cast<int64_t>(group / 4) * p.chunks + first_chunk;
   const char* x_begin = p.x + static_cast<int64_t>(first_chunk) * 256;
-  WeightStream<C> stream{.weights = p.weights + piece * 4096 + group % 4 * 512 + lane * 16,
-                         .meta = p.meta + piece * 256 + group % 4 * 64 + lane * 16,
-                         .x = x_begin + lane * 16,
-                         .ring = smem_address(shared) + slab_total + warp * C::kRingBytes,
-                         .left = count,
-                         .lane = lane};
+  WeightStream<C> stream(p.weights + piece * 4096 + group % 4 * 512,
+                         p.meta + piece * 256 + group % 4 * 64, x_begin,
+                         smem_address(shared) + slab_total + warp * C::kRingBytes, count, lane);
 #pragma unroll 1
   for (int i = 0; i < C::kStages - 1; ++i) stream.template issue<false>();
   prefetch_next_norm(e.next_norm, e.n, blockIdx.x * C::kTileN, C::kTileN, threadIdx.x);
@@ -209,7 +206,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas) u4_stream_kernel(const 
     const int slab_total = p.slabs * C::kSplit * p.epilogue.m * p.x_row_bytes;
     const uint32_t full = smem_address(barriers);
     const uint32_t empty = full + 16;
-    if (threadIdx.x < C::kConsumers) {
+    // A warp's index known to be uniform: the loop then keeps its copies' descriptor in uniform registers.
+    if (__shfl_sync(~0U, threadIdx.x / 32, 0) < C::kConsumers / 32) {
       consume_stream<C>(p, shared, slab_total, full, scales);
       return;
     }
@@ -236,7 +234,7 @@ void run_stream(const GemmArgs& args, const LaunchContext& context, int least_by
   const PackedMatrix& w = *args.w;
   const int chunks = static_cast<int>(w.k_padded / kChunkColumns);
   const int depth = w.segments / C::kSplit;
-  TM_CHECK(depth * C::kSplit == w.segments && depth <= 8 &&
+  TM_CHECK(depth * C::kSplit == w.segments && depth <= 8 && (depth == 1 || C::kSplit == 1) &&
                args.m <= (C::kOwnX ? 1 : 8 * C::kTokenTiles),
            "%d segments of K, %d a CTA; %d tokens", w.segments, C::kSplit, args.m);
   const int longest = ceil_div(chunks, w.segments);

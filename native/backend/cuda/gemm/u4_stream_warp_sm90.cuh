@@ -2,7 +2,7 @@
 // x of one token in it, and the products. Device code for sm_90a.
 #pragma once
 
-#include "backend/cuda/device/memory.cuh"
+#include "backend/cuda/device/shared_memory.cuh"
 #include "backend/cuda/device/u4_mma.cuh"
 #include "backend/cuda/gemm/epilogue.cuh"
 
@@ -29,8 +29,11 @@ struct StreamConfig {
   static constexpr int kStageBytes = kXAt + (kOwnX ? 256 : 0);
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kStride = kTileN + 4;  // floats between the tokens of a sum
-  // Of an SM, for the register limit. Warps of two groups belong to CTAs that have an SM each.
-  static constexpr int kCtas = kGroups > 1 ? 1 : 512 / kConsumers;
+  // Of an SM, for the register limit. Warps of many sums belong to CTAs that have much of an SM each.
+  static constexpr int kCtas = kGroups > 1 ? kConsumers <= 160  ? 3
+                                             : kConsumers < 256 ? 2
+                                                                : 1
+                                           : 512 / kConsumers;
   static_assert(kPackRows % (16 * kGroups) == 0);
   static_assert(!kOwnX || kTokenTiles == 1);
 };
@@ -51,36 +54,45 @@ struct StreamParams {
   __device__ __forceinline__ int begin(int segment) const { return segment * chunks / segments; }
 };
 
-// A warp's weights on their way, `left` chunks of them not yet asked for.
+// A warp's weights on their way, `left` chunks of them not yet asked for. The first lanes bring the group
+// words beside them; kOwnX: lanes below 16 x and those after them the group words, in one instruction.
 template <class C>
 struct WeightStream {
   const char* weights;  // of this lane
-  const char* meta;
-  const char* x;  // kOwnX: likewise
+  const char* side;     // likewise
   uint32_t ring;
+  uint32_t side_at;  // where in a stage
   uint32_t slot = 0;
   int left;
   int lane;
+
+  __device__ __forceinline__ WeightStream(const char* weights, const char* meta, const char* x,
+                                          uint32_t ring, int count, int lane)
+      : weights(weights + lane * 16),
+        side((C::kOwnX && lane < 16 ? x : meta) + lane % 16 * 16),
+        ring(ring),
+        side_at((C::kOwnX && lane < 16 ? C::kXAt : C::kMetaAt) + lane % 16 * 16),
+        left(count),
+        lane(lane) {}
 
   // Starts the next chunk's copies, as one group even when there is none left. kWithX: those of x too.
   template <bool kWithX>
   __device__ __forceinline__ void issue() {
     if (left > 0) {
-      const uint32_t stage = ring + slot + lane * 16;
+      const uint32_t stage = ring + slot;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int g = 0; g < C::kGroups; ++g) {
-          cp_async_16(stage + (half * C::kGroups + g) * 512, weights + half * 2048 + g * 512, true);
+          cp_async_16(stage + lane * 16 + (half * C::kGroups + g) * 512,
+                      weights + half * 2048 + g * 512, true);
         }
       }
-      if (lane < 4 * C::kGroups) cp_async_16(stage + C::kMetaAt, meta, true);
+      constexpr int kFirst = C::kOwnX ? 16 : 0;
+      const bool has_side = lane < kFirst ? kWithX : lane < kFirst + 4 * C::kGroups;
+      if (has_side) cp_async_16(stage + side_at, side, true);
       weights += 4096;
-      meta += 256;
-      if constexpr (C::kOwnX) {
-        if (kWithX && lane < 16) cp_async_16(stage + C::kXAt, x, true);
-        x += 256;
-      }
+      side += 256;
       --left;
       slot = next(slot);
     }
@@ -91,19 +103,6 @@ struct WeightStream {
   }
 };
 
-__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ uint32_t load_shared4(uint32_t address) {
-  uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(v) : "r"(address) : "memory");
-  return v;
-}
 __device__ __forceinline__ void store_shared16(uint32_t address, const uint4& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
@@ -135,14 +134,14 @@ __device__ __forceinline__ void load_first_x(const char* x, uint32_t ring, int c
 // Half a chunk in registers: packed words, tokens.
 template <class C>
 struct StreamHalf {
-  uint4 words[C::kGroups];
+  uint32_t words[C::kGroups][4];
   TokenPieces<C::kTokenTiles> b;
 
   // stage, x: of this lane.
   __device__ __forceinline__ void load(uint32_t stage, uint32_t x, int half) {
 #pragma unroll
     for (int g = 0; g < C::kGroups; ++g) {
-      words[g] = load_shared16(stage + (half * C::kGroups + g) * 512);
+      load_shared<16>(words[g], stage + (half * C::kGroups + g) * 512);
     }
     b.load([&](int step) { return x + half * 128 + step * 32; });
   }
@@ -154,9 +153,7 @@ struct StreamHalf {
     for (int step = 0; step < 4; ++step) {
 #pragma unroll
       for (int g = 0; g < C::kGroups; ++g) {
-        const uint4& w = words[g];
-        const uint32_t word = step == 0 ? w.x : step == 1 ? w.y : step == 2 ? w.z : w.w;
-        multiply_word<T, C::kTokenTiles>(acc[g], word, pairs[g], b, step);
+        multiply_word<T, C::kTokenTiles>(acc[g], words[g][step], pairs[g], b, step);
       }
     }
   }
@@ -166,8 +163,11 @@ template <class C>
 __device__ __forceinline__ void load_pairs(GroupPairs (&pairs)[C::kGroups], uint32_t meta) {
 #pragma unroll
   for (int g = 0; g < C::kGroups; ++g) {
-    pairs[g] =
-        group_pairs<typename C::T>(load_shared4(meta + g * 64), load_shared4(meta + g * 64 + 32));
+    uint32_t low[4];
+    uint32_t high[4];
+    load_shared<4>(low, meta + g * 64);
+    load_shared<4>(high, meta + g * 64 + 32);
+    pairs[g] = group_pairs<typename C::T>(low[0], high[0]);
   }
 }
 

@@ -421,19 +421,20 @@ TEST("a sequence's attention is the same bits alone, in a mixed batch and in eve
   }
 }
 
-// 288 units of decode attention: more than a GPU has places for CTAs, so that a CTA folds runs of parts, some of
+// 472 units of decode attention: more than a GPU has places for CTAs, so that a CTA folds runs of parts, some of
 // which begin or end within a sequence. Alone, a sequence has 96, which meet as records or by tickets.
 TEST("parts come together in the same bits within a CTA, by tickets and as records") {
   const Heads heads{16, 8, 128};
-  const std::vector<int> lengths = {3000, 2819, 3072};
+  const std::vector<int> lengths = {3000, 2819, 3072, 2600, 2900};
+  const int sequences = static_cast<int>(lengths.size());
   for (const int bits : {16, 8, 4}) {
     Attention attention(heads, DType::bf16, lengths, 8, bits);
-    for (int s = 0; s < 3; ++s) attention.fill(s, lengths[s] - 5);
+    for (int s = 0; s < sequences; ++s) attention.fill(s, lengths[s] - 5);
     for (const int rows : {1, 5}) {
       std::vector<Attention::Query> all;
       std::vector<uint16_t> wanted;
       attention.set_records(true);
-      for (int s = 0; s < 3; ++s) {
+      for (int s = 0; s < sequences; ++s) {
         all.push_back({s, lengths[s] - 5, lengths[s] - 5 + rows});
         const std::vector<uint16_t> alone = attention.step({all.back()}, rows);
         wanted.insert(wanted.end(), alone.begin(), alone.end());

@@ -1,26 +1,13 @@
 // How the parts of decode attention come together: one after the other, left to right, by the definition
-// in flash.cuh, whoever holds them. Two ways with the same bits:
-//
-// Runs: a CTA that has a sequence's first part folds it and those after it in registers. If the sequence
-// goes on in other CTAs, what it has, and each of their parts, goes to L2; the CTA that comes last, by a
-// ticket, folds the others onto the first.
-//
-// Records: in a step of at most one unit a CTA every part goes to L2, cut into records of 32 outputs with
-// their columns' maxima and sums, which the warps of the CTAs after the sequence's last part fold, a
-// record each. No fence and no ticket: a word of a record that is not there yet has all bits set. Its
-// reader sets them again, for the next launch. A CTA awaits CTAs before it only, which run or have run.
-// Device only.
+// in flash.cuh, whoever holds them. A CTA that has a sequence's first part folds it and those after it in
+// registers. If the sequence goes on in other CTAs, what it has, and each of their parts, goes to L2; the
+// CTA that comes last, by a ticket, folds the others onto the first. Steps of at most one unit a CTA do it
+// with the same bits by decode_records.cuh. Device only.
 #pragma once
 
 #include "backend/cuda/device/decode_unit.cuh"
 
 namespace turbomind::cuda::decode {
-
-__device__ __forceinline__ void consumer_sync() { named_barrier<1>(kConsumers); }
-
-// out: register i of [o][n] is dim 16 (warp + 4 o) + g + 8 (i / 2), column 2c + i % 2.
-template <class C>
-using Out = float[C::kOwn][C::kN][4];
 
 // Parts of a sequence so far, of two columns a lane.
 template <class C>
@@ -39,6 +26,44 @@ __device__ __forceinline__ void clear(Total<C>& total) {
     for (int o = 0; o < C::kOwn; ++o) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) total.out[o][n][i] = 0.0F;
+    }
+  }
+}
+
+// A thread's total to shared memory and back, where it is kept there.
+template <class C>
+__device__ __forceinline__ void keep(Exchange<C>& exchange, const Total<C>& total) {
+  if constexpr (C::kSharesTotal) {
+#pragma unroll
+    for (int n = 0; n < C::kN; ++n) {
+      float4* place = &exchange.total[n * (C::kOwn + 1)][threadIdx.x];
+#pragma unroll
+      for (int o = 0; o < C::kOwn; ++o) {
+        const float(&x)[4] = total.out[o][n];
+        place[o * kConsumers] = make_float4(x[0], x[1], x[2], x[3]);
+      }
+      place[C::kOwn * kConsumers] =
+          make_float4(total.largest[n].x, total.largest[n].y, total.sum[n].x, total.sum[n].y);
+    }
+  }
+}
+template <class C>
+__device__ __forceinline__ void recall(Total<C>& total, const Exchange<C>& exchange) {
+  if constexpr (C::kSharesTotal) {
+#pragma unroll
+    for (int n = 0; n < C::kN; ++n) {
+      const float4* place = &exchange.total[n * (C::kOwn + 1)][threadIdx.x];
+#pragma unroll
+      for (int o = 0; o < C::kOwn; ++o) {
+        const float4 x = place[o * kConsumers];
+        total.out[o][n][0] = x.x;
+        total.out[o][n][1] = x.y;
+        total.out[o][n][2] = x.z;
+        total.out[o][n][3] = x.w;
+      }
+      const float4 x = place[C::kOwn * kConsumers];
+      total.largest[n] = {x.x, x.y};
+      total.sum[n] = {x.z, x.w};
     }
   }
 }
@@ -95,15 +120,13 @@ __device__ __forceinline__ void store_rows(const Total<C>& total, const Params& 
 #pragma unroll
       for (int o = 0; o < C::kOwn; ++o) {
         const int m = warp + kWarps * o;
-        if (m >= C::kSteps) break;
+        if (!C::owns(warp, o)) break;
         y[m * 16] = from_float<typename C::T>(total.out[o][n][h] * inverse);
         y[m * 16 + 8] = from_float<typename C::T>(total.out[o][n][2 + h] * inverse);
       }
     }
   }
 }
-
-// ---- runs ----------------------------------------------------------------------------------------
 
 // Place of a unit's registers [o][n] of this lane among the parts in L2.
 template <class C>
@@ -124,7 +147,7 @@ __device__ __forceinline__ void store_part(const Out<C>& out, const float2 (&lar
 #pragma unroll
     for (int o = 0; o < C::kOwn; ++o) {
       const int m = warp + kWarps * o;
-      if (m >= C::kSteps) break;
+      if (!C::owns(warp, o)) break;
       __stcg(partial + partial_index<C>(p, index, m, n, lane),
              make_float4(out[o][n][0], out[o][n][1], out[o][n][2], out[o][n][3]));
     }
@@ -242,11 +265,11 @@ __device__ __forceinline__ uint32_t take_ticket(uint32_t* ticket, uint32_t count
   return before;
 }
 
-// This CTA has finished `count` parts of a sequence, the last of them unit `index`: counts them, and
-// folds all if they are the last.
+// This CTA has finished `count` parts of a sequence whose first is unit `first`: counts them, and folds all
+// if they are the last.
 template <class C>
 __device__ __forceinline__ void finish_parts(FoldChunk<C>& chunk, const Params& p, const Unit& unit,
-                                             int index, int count, const Run& run, bool* last,
+                                             int first, int count, const Run& run, bool* last,
                                              int warp, int lane) {
   const DecodeAttentionArgs& a = p.args;
   consumer_sync();
@@ -261,7 +284,6 @@ __device__ __forceinline__ void finish_parts(FoldChunk<C>& chunk, const Params& 
   }
   consumer_sync();
   if (!*last) return;
-  int first = index - unit.part;
   const int end = first + unit.parts;
   if (C::kRuns) {  // what the CTA of the first part has folded ends with that CTA's units
     const int64_t grid = gridDim.x;
@@ -270,132 +292,6 @@ __device__ __forceinline__ void finish_parts(FoldChunk<C>& chunk, const Params& 
   }
   fold_parts<C>(chunk, p, unit, first, end, warp, lane);
   if (threadIdx.x == 0) *ticket = 0;
-}
-
-// ---- records -------------------------------------------------------------------------------------
-
-// A record: the 32 outputs that lanes of equal lane % 4 hold in a register set [o][n], as [g][i], then
-// maximum and sum of the first column and of the second. Records of a unit: [kSteps][pairs].
-inline constexpr int kRecordWords = 36;
-inline constexpr uint32_t kAbsent = 0xffffffffU;
-
-template <class C>
-__device__ __forceinline__ uint32_t* record_of(const Params& p, int unit, int m, int pair) {
-  return p.args.records +
-         (static_cast<int64_t>(unit * C::kSteps + m) * p.pairs + pair) * kRecordWords;
-}
-// A word that is never kAbsent, which as a float is one of many NaNs.
-__device__ __forceinline__ uint32_t present(float value) {
-  return min(__float_as_uint(value), kAbsent - 1);
-}
-__device__ __forceinline__ void publish_four(uint32_t* words, float x, float y, float z, float w) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"l"(words), "r"(present(x)),
-               "r"(present(y)), "r"(present(z)), "r"(present(w))
-               : "memory");
-}
-__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* word) {
-  uint32_t value;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];\n" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-__device__ __forceinline__ uint2 load_relaxed_two(const uint32_t* words) {
-  uint2 value;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];\n"
-               : "=r"(value.x), "=r"(value.y)
-               : "l"(words)
-               : "memory");
-  return value;
-}
-
-template <class C>
-__device__ __forceinline__ void publish_part(const Out<C>& out, const float2 (&largest)[C::kN],
-                                             const float2 (&sum)[C::kN], const Params& p, int index,
-                                             int warp, int lane) {
-#pragma unroll
-  for (int n = 0; n < C::kN; ++n) {
-    const int pair = n * 4 + lane % 4;
-    if (pair >= p.pairs) continue;
-#pragma unroll
-    for (int o = 0; o < C::kOwn; ++o) {
-      const int m = warp + kWarps * o;
-      if (m >= C::kSteps) break;
-      uint32_t* record = record_of<C>(p, index, m, pair);
-      const float(&x)[4] = out[o][n];
-      publish_four(record + lane / 4 * 4, x[0], x[1], x[2], x[3]);
-      if (lane < 4) publish_four(record + 32, largest[n].x, sum[n].x, largest[n].y, sum[n].y);
-    }
-  }
-}
-
-// Folds one record of all parts of a sequence, units `first` and on, a word a lane.
-template <class C>
-__device__ __forceinline__ void fold_record(const Params& p, const Unit& unit, int first, int m,
-                                            int pair, int lane) {
-  constexpr int kBatch = 16;  // parts; lane: maximum and sum of part lane / 2, column lane % 2
-  const int64_t stride = static_cast<int64_t>(C::kSteps) * p.pairs * kRecordWords;
-  uint32_t* record = record_of<C>(p, first, m, pair);
-  float total = 0.0F;
-  float sum = 0.0F;
-  float largest = -INFINITY;
-#pragma unroll 1
-  for (int begin = 0; begin < unit.parts; begin += kBatch) {
-    const int count = min(kBatch, unit.parts - begin);
-    uint32_t* words = record + begin * stride + lane;
-    uint32_t* max_sum = record + (begin + min(lane / 2, count - 1)) * stride + 32 + lane % 2 * 2;
-    uint32_t word[kBatch];
-    uint2 own;
-    bool absent = true;
-    while (__any_sync(~0U, absent)) {
-      own = load_relaxed_two(max_sum);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        word[i] = i < count ? load_relaxed(words + i * stride) : 0;
-      }
-      absent = own.x == kAbsent || own.y == kAbsent;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) absent = absent || word[i] == kAbsent;
-    }
-    __syncwarp();
-    if (lane / 2 < count) max_sum[0] = max_sum[1] = kAbsent;
-    const float own_max = lane / 2 < count ? __uint_as_float(own.x) : -INFINITY;
-    float after = own_max;
-#pragma unroll
-    for (int offset = 2; offset < 32; offset *= 2) {
-      const float other = __shfl_up_sync(~0U, after, offset);
-      if (lane >= offset) after = fmaxf(after, other);
-    }
-    after = fmaxf(largest, after);
-    float before = __shfl_up_sync(~0U, after, 2);
-    if (lane < 2) before = largest;
-    largest = __shfl_sync(~0U, after, 30 + lane % 2);
-    const FoldFactors factors = fold_factors(before, own_max, p.scale_log2);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (i >= count) break;
-      words[i * stride] = kAbsent;
-      const int from = 2 * i + lane % 2;
-      const FoldFactors f{__shfl_sync(~0U, factors.before, from),
-                          __shfl_sync(~0U, factors.part, from)};
-      sum = fold(sum, __uint_as_float(__shfl_sync(~0U, own.y, from)), f);
-      total = fold(total, __uint_as_float(word[i]), f);
-    }
-  }
-  const int column = pair * 2 + lane % 2;
-  if (column >= unit.columns) return;
-  output_row<C>(p, unit, column)[m * 16 + lane / 4 + lane % 4 / 2 * 8] =
-      from_float<typename C::T>(total * inverse_of(sum));
-}
-
-// This CTA's share of the fold of `unit`'s sequence and head, whose last unit is `end` - 1.
-template <class C>
-__device__ __forceinline__ void fold_records(const Params& p, const Unit& unit, const Run& run,
-                                             int warp, int lane) {
-  if (unit.sequence < 0 || unit.parts == 1) return;
-#pragma unroll 1
-  for (int i = warp * run.folders + run.folder; i < C::kSteps * p.pairs;
-       i += kWarps * run.folders) {
-    fold_record<C>(p, unit, run.fold_end - unit.parts, i / p.pairs, i % p.pairs, lane);
-  }
 }
 
 }  // namespace turbomind::cuda::decode

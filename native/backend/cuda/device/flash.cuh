@@ -7,8 +7,8 @@
 // parts, each from zero, are then folded left to right. So a row's bits depend on its own query and
 // keys alone: prefill in any chunk, decode and verification of drafts run these same operations in
 // this same order, whichever warp or CTA does which. Packed K and V (8, 4 bits): products over the
-// exact integers; score = product * scale + zero * sum(q); probabilities are multiplied by V's scale
-// before they are rounded, and zero * probability is summed apart and added at the part's end. Masked
+// exact integers, in f16 whatever T is; score = product * scale + zero * sum(q); probabilities are
+// multiplied by V's scale before they are rounded, and zero * probability is summed apart and added at the part's end. Masked
 // and absent tiles leave a row unchanged, bit for bit. Device only.
 #pragma once
 
@@ -24,11 +24,12 @@ inline constexpr int kPartTiles = kSplitTokens / kBlockTokens;
 
 // f16 probabilities are held times a power of two (their sum too, so it cancels): small ones stay
 // normal numbers, and the exponent that the tensor core gives a zero lies far below any output, so
-// that a masked key cannot cost an output its last bits. Times V's scale they must stay in range.
+// that a masked key cannot cost an output its last bits. Times V's scale they must stay in range: a token
+// whose V spreads over more than 63 * 255 (8 bits; 4: 63 * 15) counts less than it should.
 template <class T, int kBits>
-inline constexpr float kProbabilityShift = !__is_same(T, __half) ? 0.0F
-                                           : kBits == 16         ? 15.0F
-                                                                 : 10.0F;
+inline constexpr float kProbabilityShift = !__is_same(ProductType<T, kBits>, __half) ? 0.0F
+                                           : kBits == 16                             ? 15.0F
+                                                                                     : 10.0F;
 
 // ---- the arithmetic of one row; scale_log2: softmax scale times log2(e) --------------------------
 
@@ -121,6 +122,7 @@ __device__ __forceinline__ void flash_tile(FlashPart<kDim>& state,
                                            const int (&limit)[2], bool masked, float scale_log2,
                                            int lane) {
   using Tile = HalfTile<kDim>;
+  using Product = ProductType<T, kBits>;
   constexpr int kColumns = kBlockTokens / 8;
   constexpr float kShift = kProbabilityShift<T, kBits>;
   float score[kColumns][4] = {};
@@ -133,8 +135,8 @@ __device__ __forceinline__ void flash_tile(FlashPart<kDim>& state,
       uint32_t b[4];
       ldmatrix_x4(b, keys + Tile::offset(j * 8 + (lane >> 4) * 8 + (lane & 7),
                                          step * 16 + ((lane >> 3) & 1) * 8));
-      mma_16816<T>(score[j], q[step], b[0], b[1]);
-      mma_16816<T>(score[j + 1], q[step], b[2], b[3]);
+      mma_16816<Product>(score[j], q[step], b[0], b[1]);
+      mma_16816<Product>(score[j + 1], q[step], b[2], b[3]);
     }
   }
   if constexpr (kBits != 16) {
@@ -216,17 +218,18 @@ __device__ __forceinline__ void flash_tile(FlashPart<kDim>& state,
   // out += probabilities * V
 #pragma unroll
   for (int step = 0; step < kBlockTokens / 16; ++step) {
-    const uint32_t p[4] = {pack_pair<T>(score[2 * step][0], score[2 * step][1]),
-                           pack_pair<T>(score[2 * step][2], score[2 * step][3]),
-                           pack_pair<T>(score[2 * step + 1][0], score[2 * step + 1][1]),
-                           pack_pair<T>(score[2 * step + 1][2], score[2 * step + 1][3])};
+    const uint32_t p[4] = {
+        pack_probabilities<T, kBits>(score[2 * step][0], score[2 * step][1]),
+        pack_probabilities<T, kBits>(score[2 * step][2], score[2 * step][3]),
+        pack_probabilities<T, kBits>(score[2 * step + 1][0], score[2 * step + 1][1]),
+        pack_probabilities<T, kBits>(score[2 * step + 1][2], score[2 * step + 1][3])};
 #pragma unroll
     for (int d = 0; d < kDim / 16; ++d) {
       uint32_t b[4];
       ldmatrix_x4_trans(b, values + Tile::offset(step * 16 + (lane & 7) + ((lane >> 3) & 1) * 8,
                                                  d * 16 + (lane >> 4) * 8));
-      mma_16816<T>(state.out[2 * d], p, b[0], b[1]);
-      mma_16816<T>(state.out[2 * d + 1], p, b[2], b[3]);
+      mma_16816<Product>(state.out[2 * d], p, b[0], b[1]);
+      mma_16816<Product>(state.out[2 * d + 1], p, b[2], b[3]);
     }
   }
 }

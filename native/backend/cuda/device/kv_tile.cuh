@@ -3,8 +3,10 @@
 // wgmma read from shared memory without bank conflicts; 8 and 4-bit tiles lie in the order in which
 // a lane needs them as the A fragment of an m16n8k16 product (K: keys x dims; V: dims x keys), then
 // 64 words of scale (low half) and zero (high half), f16, one a token. Dequantised integers are exact
-// in bf16 and f16; scales and zeros are applied to scores and probabilities.
+// in f16, in which products with them are taken; scales and zeros are applied to scores and probabilities.
 #pragma once
+
+#include <type_traits>
 
 #include "backend/cuda/device/convert.cuh"
 #include "backend/cuda/device/shared_memory.cuh"
@@ -68,17 +70,39 @@ inline constexpr int kTileBytes = kBits == 16 ? HalfTile<kDim>::kBytes : PackedT
 
 // ---- integers → pairs of T -----------------------------------------------------------------------
 
-template <class T>
-__device__ __forceinline__ uint32_t subtract_pair(uint32_t bits, uint32_t magic) {
-  if constexpr (__is_same(T, __nv_bfloat16)) {
-    const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(bits),
-                                         reinterpret_cast<const __nv_bfloat162&>(magic));
-    return reinterpret_cast<const uint32_t&>(value);
+// What products are taken in. Levels cost half as much in f16 as in bf16, whose 8 bits leave no room for an
+// offset, and probabilities keep 11 bits. A bf16 query is exact in f16 from 2^-17 on and off by 2^-25 below;
+// the scale of a key ends at f16's range as well.
+template <class T, int kBits>
+using ProductType = std::conditional_t<kBits == 16, T, __half>;
+
+// Two values as f16 in one register; what lies beyond its range becomes its last value.
+__device__ __forceinline__ uint32_t pack_finite_pair(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// A pair of T as a pair of products' operands.
+template <class T, int kBits>
+__device__ __forceinline__ uint32_t product_pair(uint32_t bits) {
+  if constexpr (__is_same(T, ProductType<T, kBits>)) {
+    return bits;
   } else {
-    const __half2 value =
-        __hsub2(reinterpret_cast<const __half2&>(bits), reinterpret_cast<const __half2&>(magic));
-    return reinterpret_cast<const uint32_t&>(value);
+    const float2 pair = unpack_pair<T>(bits);
+    return pack_finite_pair(pair.x, pair.y);
   }
+}
+// Probabilities (times V's scale) as operands.
+template <class T, int kBits>
+__device__ __forceinline__ uint32_t pack_probabilities(float low, float high) {
+  return kBits == 16 ? pack_pair<T>(low, high) : pack_finite_pair(low, high);
+}
+
+__device__ __forceinline__ uint32_t subtract_pair(uint32_t bits, uint32_t magic) {
+  const __half2 value =
+      __hsub2(reinterpret_cast<const __half2&>(bits), reinterpret_cast<const __half2&>(magic));
+  return reinterpret_cast<const uint32_t&>(value);
 }
 
 // Levels come out centred, q - 2^(bits - 1), and the zero is that of the centre: rounding a
@@ -87,41 +111,33 @@ template <int kBits>
 inline constexpr int kCentre = 1 << (kBits - 1);
 
 // Bytes 2 half and 2 half + 1 of a word.
-template <class T>
 __device__ __forceinline__ uint32_t bytes_to_pair(uint32_t word, int half) {
-  if constexpr (__is_same(T, __half)) {
-    return subtract_pair<T>(__byte_perm(word, 0x64646464U, half == 0 ? 0x4140 : 0x4342),
-                            0x64806480U);  // 1024 + 128
-  } else {
-    // 7 bits of q fit below the exponent of 128. The eighth says whether 128 or 256 is too much.
-    const uint32_t bits = __byte_perm(word, 0x43434343U, half == 0 ? 0x4140 : 0x4342);
-    uint32_t excess;  // (bits & exponents) ^ 128's last; written in C it becomes two instructions
-    asm("lop3.b32 %0, %1, %2, %3, 0x6a;"
-        : "=r"(excess)
-        : "r"(bits), "n"(0xff80ff80), "r"(0x00800080U));
-    return subtract_pair<T>(bits & 0xff7fff7fU, excess);
-  }
+  return subtract_pair(__byte_perm(word, 0x64646464U, half == 0 ? 0x4140 : 0x4342),
+                       0x64806480U);  // 1024 + 128
 }
 
-// (word & nibbles) | magic in one instruction; written in C it becomes two.
-__device__ __forceinline__ uint32_t nibble_bits(uint32_t word, uint32_t magic) {
+// (word & mask) | magic in one instruction; written in C it becomes two.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t masked_bits(uint32_t word, uint32_t magic) {
   uint32_t bits;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(bits) : "r"(word), "n"(0x000f000f), "r"(magic));
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(bits) : "r"(word), "n"(kMask), "r"(magic));
   return bits;
 }
 
-// Nibbles p and p + 4 of a word.
-template <class T>
+// Nibbles p and p + 4 of a word. Odd ones are taken where they lie, as sixteenths of 64.
 __device__ __forceinline__ uint32_t nibbles_to_pair(uint32_t word, int p) {
-  constexpr uint32_t kMagic = __is_same(T, __nv_bfloat16) ? 0x43004300U : 0x64006400U;
-  return subtract_pair<T>(nibble_bits(word >> (4 * p), kMagic), kMagic + 0x00080008U);
+  const uint32_t at = p < 2 ? word : word >> 8;
+  if (p % 2 == 0) {
+    return subtract_pair(masked_bits<0x000f000f>(at, 0x64006400U), 0x64086408U);  // 1024 + 8
+  }
+  return subtract_pair(masked_bits<0x00f000f0>(at, 0x54005400U), 0x54805480U);  // 64 + 8
 }
 
 // ---- fragments -----------------------------------------------------------------------------------
 
 // Reads the K tile at a shared address as A fragments of 16 keys x 16 dims: registers (key g, dims
 // 2c), (key g + 8, 2c), (g, 2c + 8), (g + 8, 2c + 8).
-template <class T, int kDim, int kBits>
+template <int kDim, int kBits>
 struct KeyFragments {
   static constexpr int kGroup = kBits == 16 ? 1 : PackedTile < kDim,
                        kBits == 16 ? 8 : kBits > ::kGroup;
@@ -158,15 +174,15 @@ struct KeyFragments {
       for (int r = 0; r < 2; ++r) {
         const uint32_t(&row)[4] = words.row[r];
         if constexpr (kBits == 8) {
-          a[r] = bytes_to_pair<T>(row[e], 0);
-          a[r + 2] = bytes_to_pair<T>(row[e], 1);
+          a[r] = bytes_to_pair(row[e], 0);
+          a[r + 2] = bytes_to_pair(row[e], 1);
         } else if constexpr (kGroup == 1) {
           const uint32_t spread = row[0] | (row[0] << 8);
-          a[r] = nibbles_to_pair<T>(spread, 0);
-          a[r + 2] = nibbles_to_pair<T>(spread, 1);
+          a[r] = nibbles_to_pair(spread, 0);
+          a[r + 2] = nibbles_to_pair(spread, 1);
         } else {
-          a[r] = nibbles_to_pair<T>(row[e / 2], e % 2 * 2);
-          a[r + 2] = nibbles_to_pair<T>(row[e / 2], e % 2 * 2 + 1);
+          a[r] = nibbles_to_pair(row[e / 2], e % 2 * 2);
+          a[r + 2] = nibbles_to_pair(row[e / 2], e % 2 * 2 + 1);
         }
       }
     }
@@ -175,7 +191,7 @@ struct KeyFragments {
 
 // Reads the V tile as A fragments of 16 dims x 16 tokens: registers (dim g, tokens 2c), (g + 8, 2c),
 // (g, 2c + 8), (g + 8, 2c + 8). All four k16 steps of the tile for the dims from 16 m.
-template <class T, int kDim, int kBits>
+template <int kDim, int kBits>
 struct ValueFragments {
   // What a lane reads: the fragments themselves, or their packed values.
   struct Words {
@@ -204,9 +220,9 @@ struct ValueFragments {
       if constexpr (kBits == 16) {
         a[i] = words.word[step][i];
       } else if constexpr (kBits == 8) {
-        a[i] = bytes_to_pair<T>(words.word[step / 2][step % 2 * 2 + i % 2], i / 2);
+        a[i] = bytes_to_pair(words.word[step / 2][step % 2 * 2 + i % 2], i / 2);
       } else {
-        a[i] = nibbles_to_pair<T>(words.word[0][step], i);
+        a[i] = nibbles_to_pair(words.word[0][step], i);
       }
     }
   }
@@ -221,10 +237,10 @@ __device__ __forceinline__ float2 unpack_scale_zero(uint32_t word) {
 }
 
 // Packed tile → the 16-bit tile of its integers in shared memory, by `warps` warps.
-template <class T, int kDim, int kBits>
+template <int kDim, int kBits>
 __device__ __forceinline__ void unpack_keys(uint32_t half_tile, uint32_t packed, int warp,
                                             int warps, int lane) {
-  using Fragments = KeyFragments<T, kDim, kBits>;
+  using Fragments = KeyFragments<kDim, kBits>;
   for (int key0 = warp * 16; key0 < kBlockTokens; key0 += warps * 16) {
 #pragma unroll
     for (int s = 0; s < kDim / 16; s += Fragments::kGroup) {
@@ -244,16 +260,16 @@ __device__ __forceinline__ void unpack_keys(uint32_t half_tile, uint32_t packed,
     }
   }
 }
-template <class T, int kDim, int kBits>
+template <int kDim, int kBits>
 __device__ __forceinline__ void unpack_values(uint32_t half_tile, uint32_t packed, int warp,
                                               int warps, int lane) {
   for (int m = warp; m < kDim / 16; m += warps) {
-    typename ValueFragments<T, kDim, kBits>::Words words;
-    ValueFragments<T, kDim, kBits>::load_words(words, packed, m, lane);
+    typename ValueFragments<kDim, kBits>::Words words;
+    ValueFragments<kDim, kBits>::load_words(words, packed, m, lane);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       uint32_t a[4];
-      ValueFragments<T, kDim, kBits>::unpack(a, words, step);
+      ValueFragments<kDim, kBits>::unpack(a, words, step);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = step * 16 + i / 2 * 8 + lane / 4;

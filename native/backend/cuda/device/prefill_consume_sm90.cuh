@@ -49,9 +49,10 @@ __device__ __forceinline__ void issue_scores(float (&score)[32],
     const uint32_t offset = (step / 4 * C::kChunk + step % 4 * 32) / 16;
     const uint64_t b = wgmma_descriptor_at(keys + offset);
     if constexpr (C::kQueryInRegisters) {
-      Wgmma<typename C::T, 64>::rs(score, query.words[step], b, step == 0);
+      Wgmma<typename C::Product, 64>::rs(score, query.words[step], b, step == 0);
     } else {
-      Wgmma<typename C::T, 64>::ss(score, wgmma_descriptor_at(query.low + offset), b, step == 0);
+      Wgmma<typename C::Product, 64>::ss(score, wgmma_descriptor_at(query.low + offset), b,
+                                         step == 0);
     }
   }
   wgmma_commit();
@@ -64,10 +65,10 @@ __device__ __forceinline__ void issue_values(float (&out)[C::kDim / 2], const ui
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     if constexpr (C::kPacked) {
-      Wgmma<typename C::T, C::kDim>::rs(out, p[step], wgmma_descriptor_at(values + step * 2),
-                                        first && step == 0);
+      Wgmma<typename C::Product, C::kDim>::rs(out, p[step], wgmma_descriptor_at(values + step * 2),
+                                              first && step == 0);
     } else {
-      WgmmaTransposed<typename C::T, C::kDim>::rs(
+      WgmmaTransposed<typename C::Product, C::kDim>::rs(
           out, p[step], wgmma_descriptor_at(values + step * 128), first && step == 0);
     }
   }
@@ -166,6 +167,22 @@ __device__ __forceinline__ void load_query_words(uint32_t (&words)[C::kDim / 16]
   }
 }
 
+// Those words as products take them, here and, unless they stay as they are, in shared memory.
+template <class C>
+__device__ __forceinline__ void convert_query_words(uint32_t (&words)[C::kDim / 16][4],
+                                                    uint32_t query, int row, int lane) {
+  if (__is_same(typename C::T, typename C::Product)) return;
+#pragma unroll
+  for (int step = 0; step < C::kDim / 16; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[step][i] = product_pair<typename C::T, C::kBits>(words[step][i]);
+      const int dim = step * 16 + i / 2 * 8 + lane % 4 * 2;
+      store_shared(query + HalfTile<C::kDim>::offset(row + i % 2 * 8, dim), words[step][i]);
+    }
+  }
+}
+
 // A consumer warpgroup between its tiles; arrays are registers of a thread.
 template <class C>
 struct PrefillConsumer {
@@ -205,7 +222,13 @@ struct PrefillConsumer {
     if constexpr (C::kPacked) {
       uint32_t words[C::kDim / 16][4];
       load_query_words<C>(words, rows, row, lane);
-      query_sums<typename C::T, C::kDim / 16>(query_sum, words);
+      convert_query_words<C>(words, rows, row, lane);
+      if (!__is_same(typename C::T,
+                     typename C::Product)) {  // wgmma reads all of the warpgroup's rows
+        fence_async_shared();
+        group == 0 ? named_barrier<2>(128) : named_barrier<3>(128);
+      }
+      query_sums<typename C::Product, C::kDim / 16>(query_sum, words);
     }
   }
 
@@ -242,7 +265,8 @@ struct PrefillConsumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = step * 8 + i / 2 * 4 + i % 2 * 2;
-        probabilities[step][i] = pack_pair<typename C::T>(score[j], score[j + 1]);
+        probabilities[step][i] =
+            pack_probabilities<typename C::T, C::kBits>(score[j], score[j + 1]);
       }
     }
   }

@@ -13,6 +13,7 @@ namespace turbomind::cuda {
 template <class TYPE, int DIM, int BITS, bool PAGED>
 struct PrefillConfig {
   using T = TYPE;
+  using Product = ProductType<TYPE, BITS>;
   static constexpr int kDim = DIM;
   static constexpr int kBits = BITS;
   static constexpr bool kPaged = PAGED;
@@ -173,15 +174,14 @@ __device__ __forceinline__ void store_pair(uint32_t address, float2 pair) {
                : "memory");
 }
 
-// Packed tiles → integers in T, by four warps: 16 keys and every fourth 16 dims of V each. A lane's
+// Packed tiles → integers in f16, by four warps: 16 keys and every fourth 16 dims of V each. A lane's
 // words hold two values that lie together: `at` is where its first word of 128-byte row lane / 4 goes
 // when it belongs to the first 16 bytes, others are 16 bytes times an exclusive or away (the swizzle).
 template <class C>
 __device__ __forceinline__ void unpack_prefill_tile(uint32_t to, uint32_t from, int warp,
                                                     int lane) {
-  using T = typename C::T;
-  using Keys = KeyFragments<T, C::kDim, C::kBits>;
-  using Values = ValueFragments<T, C::kDim, C::kBits>;
+  using Keys = KeyFragments<C::kDim, C::kBits>;
+  using Values = ValueFragments<C::kDim, C::kBits>;
   constexpr int kSteps = C::kDim / 16;
   const uint32_t at = to + warp * 2048 + lane / 4 * 144 + lane % 4 * 4;
 #pragma unroll

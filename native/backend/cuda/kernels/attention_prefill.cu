@@ -74,7 +74,14 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const PrefillParams p
       query, query0 < work.num_queries ? q + (work.row0 + query0) * p.ldq : nullptr,
       query0 + 8 < work.num_queries ? q + (work.row0 + query0 + 8) * p.ldq : nullptr, lane);
   float query_sum[2] = {};
-  if constexpr (kBits != 16) query_sums<T, kDim / 16>(query_sum, query);
+  if constexpr (kBits != 16) {
+#pragma unroll
+    for (auto& step : query) {
+#pragma unroll
+      for (uint32_t& pair : step) pair = product_pair<T, kBits>(pair);
+    }
+    query_sums<ProductType<T, kBits>, kDim / 16>(query_sum, query);
+  }
 
   const uint32_t ring = smem_address(shared);
   const uint32_t unpacked = ring + 2 * Memory::kStage;
@@ -109,9 +116,9 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const PrefillParams p
     const uint32_t key_meta = keys + Memory::kTile - kTokens * 4;
     const uint32_t value_meta = values + Memory::kTile - kTokens * 4;
     if constexpr (kBits != 16) {
-      unpack_keys<T, kDim, kBits>(unpacked, keys, warp, kThreads / 32, lane);
-      unpack_values<T, kDim, kBits>(unpacked + HalfTile<kDim>::kBytes, values, warp, kThreads / 32,
-                                    lane);
+      unpack_keys<kDim, kBits>(unpacked, keys, warp, kThreads / 32, lane);
+      unpack_values<kDim, kBits>(unpacked + HalfTile<kDim>::kBytes, values, warp, kThreads / 32,
+                                 lane);
       keys = unpacked;
       values = unpacked + HalfTile<kDim>::kBytes;
       __syncthreads();

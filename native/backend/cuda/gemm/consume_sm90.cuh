@@ -55,6 +55,8 @@ struct Sm90Config {
                                                     : std::min(kTileT, kRowGroups > 2 ? 16 : 32);
   // The same rounded already, twice the tokens in as much memory (packed_store_sm90.cuh).
   static constexpr bool kPacks = kTileT >= 32;
+  // Residuals too where registers are left; tiles of fewer tokens rarely have one for themselves.
+  static constexpr bool kPacksResidual = kTileT >= 128 && kRowGroups <= 2;
   static constexpr int kPackedSlice = std::min(kTileT, 2 * kSlice);
   static constexpr int kSliceFloats =
       std::max(kSlice * kTileStride<64>, kPacks ? kPackedSlice * (64 + 8) / 2 : 0);
@@ -170,11 +172,34 @@ struct RowMeta {
   uint32_t low;
   uint32_t high;
 };
-__device__ __forceinline__ RowMeta load_meta(const char* meta, int thread) {
-  const int row = thread / 32 * 16 + thread % 32 / 4;
-  return {*reinterpret_cast<const uint32_t*>(meta + row * 4),
-          *reinterpret_cast<const uint32_t*>(meta + row * 4 + 32)};
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(word) : "r"(address) : "memory");
+  return word;
 }
+__device__ __forceinline__ uint4 load_shared_quad(uint32_t address) {
+  uint4 four;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+               : "r"(address)
+               : "memory");
+  return four;
+}
+
+// Where a thread's part of a block of 64 rows lies in a stage, as addresses in the first one. Kept in
+// registers: the compiler would compute them again for each chunk.
+template <class C>
+struct Places {
+  uint32_t words;
+  uint32_t meta;
+
+  __device__ __forceinline__ Places(uint32_t base, int block, int thread)
+      : words(kept(base + C::kWeightOffset + block * C::kBlockBytes + thread * 16)),
+        meta(kept(base + C::kMetaOffset + block * C::kMetaBlockBytes + row_of(thread) * 4)) {}
+  __device__ __forceinline__ static int row_of(int thread) {
+    return thread / 32 * 16 + thread % 32 / 4;
+  }
+};
 
 // Half a chunk, 64 columns and so four k16 steps, of a block of 64 rows: packed words and the group words
 // of its rows, for groups of 128 only with the first half.
@@ -184,14 +209,14 @@ struct Words {
   uint4 four;
   RowMeta rows[kGroups];
 
-  __device__ __forceinline__ void load(const char* stage, int block, int half, int thread) {
-    const char* weights = stage + C::kWeightOffset + block * C::kBlockBytes;
-    const char* meta = stage + C::kMetaOffset + block * C::kMetaBlockBytes;
-    four = *reinterpret_cast<const uint4*>(weights + half * 2048 + thread * 16);
+  // stage: distance of the stage from the first.
+  __device__ __forceinline__ void load(const Places<C>& places, uint32_t stage, int half) {
+    four = load_shared_quad(places.words + stage + half * 2048);
     if (C::kGroupSize == 128 && half == 1) return;  // the same group
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      rows[i] = load_meta(meta + (half * 64 / C::kGroupSize + i) * 256, thread);
+      const uint32_t meta = places.meta + stage + (half * 64 / C::kGroupSize + i) * 256;
+      rows[i] = {load_shared_word(meta), load_shared_word(meta + 32)};
     }
   }
   __device__ __forceinline__ GroupPairs pairs(int step) const {
@@ -230,9 +255,10 @@ __device__ __forceinline__ void consume_u4(Ring<C>& ring, float (&acc)[C::kAcc],
                                            int block, int thread) {
   uint32_t a[2][4][4];
   Words<C> words[2];
+  const Places<C> places(ring.base, block, thread);
   ring.wait();
-  words[0].load(ring.at(), block, 0, thread);
-  words[1].load(ring.at(), block, 1, thread);
+  words[0].load(places, ring.stage * C::kStageBytes, 0);
+  words[1].load(places, ring.stage * C::kStageBytes, 1);
   int previous = -1;
 #pragma unroll 1
   for (int left = count; left > 0; --left) {
@@ -247,11 +273,11 @@ __device__ __forceinline__ void consume_u4(Ring<C>& ring, float (&acc)[C::kAcc],
     ring.advance();
     if (left > 1) {
       ring.wait();
-      words[0].load(ring.at(), block, 0, thread);
+      words[0].load(places, ring.stage * C::kStageBytes, 0);
     }
     words[1].dequant(C::kGroupSize == 128 ? pairs : words[1].pairs(0), a[1]);
     multiply<C>(acc, a[1], x + C::kTileT * 128 / 16);
-    if (left > 1) words[1].load(ring.at(), block, 1, thread);
+    if (left > 1) words[1].load(places, ring.stage * C::kStageBytes, 1);
     wgmma_wait<1>();  // a[0] has been read
   }
   wgmma_wait<0>();
@@ -270,19 +296,19 @@ __device__ __forceinline__ void consume_u4_mma(Ring<C>& ring, float (&acc)[C::kA
   const int token = C::kTileT == 8 ? lane & 7 : (lane >> 4) * 8 + (lane & 7);
   const int piece = C::kTileT == 8 ? lane >> 3 : (lane >> 3) & 1;
   const uint32_t lane_x = token * 128 + ((piece ^ (lane & 7)) << 4) + split_group * C::kXBytes;
+  const Places<C> places(ring.base, block, thread);
   constexpr int kTiles = C::kTileT / 8;
   float sums[kTiles][4] = {};
   for (int i = 0; i < iterations; ++i) {
     ring.wait();
     if (i < count) {
       // All reads first: in the order of the instructions, each product would wait for its own.
-      const char* stage = ring.stages + ring.stage * C::kStageBytes;
       const uint32_t x = ring.base + ring.stage * C::kStageBytes + lane_x;
       Words<C> words[2];
       TokenPieces<kTiles> b[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        words[half].load(stage, block, half, thread);
+        words[half].load(places, ring.stage * C::kStageBytes, half);
         b[half].load([&](int step) { return (x ^ (step * 32)) + half * C::kTileT * 128; });
       }
       const GroupPairs pairs = words[0].pairs(0);

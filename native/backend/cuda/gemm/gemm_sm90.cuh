@@ -323,7 +323,7 @@ __device__ __forceinline__ void store_alone(const Sm90Params& p, const float (&a
   if constexpr (C::kPacks) {
     const int block = tile.block + row_group;
     // Warpgroups that store together also do it the same way.
-    if (packs(p.epilogue, ((C::kU4 ? block : tile.block + C::kRowGroups - 1) + 1) * 64)) {
+    if (packs<C>(p.epilogue, ((C::kU4 ? block : tile.block + C::kRowGroups - 1) + 1) * 64)) {
       store_packed<C>(p.epilogue, acc, slice, scales, row_group, block * 64,
                       tile.token_tile * C::kTileT, thread);
       return;

@@ -1,6 +1,6 @@
-// The end of a tile that one warpgroup of gemm_sm90.cuh has for itself and whose outputs need no more than its
-// sums, bias and factors: finished in registers, rounded, and turned by stmatrix into rows of y. A quarter of
-// the shared memory that f32 sums take, for the same bits as finish8 gives. Device only.
+// The end of a tile that one warpgroup of gemm_sm90.cuh has for itself: finished in registers, rounded, and
+// turned by stmatrix into rows of y; the rows that a residual adds come the same way. Half of the shared
+// memory that f32 sums take, for the same bits as finish8 gives. Device only.
 #pragma once
 
 #include "backend/cuda/device/convert.cuh"
@@ -10,8 +10,10 @@
 namespace turbomind::cuda {
 
 // Whether rows of W before `end` can end so.
+template <class C>
 __device__ __forceinline__ bool packs(const EpilogueParams& p, int end) {
-  return p.kind != Epilogue::residual && !p.y_is_f32 && p.ldy % 8 == 0 && end <= p.n;
+  if (!C::kPacksResidual && p.kind == Epilogue::residual) return false;
+  return !p.y_is_f32 && p.ldy % 8 == 0 && is_aligned16(p.y) && end <= p.n;
 }
 
 // Two or four 8x8 matrices of 16-bit values, as fragments hold them, transposed to shared memory: lane l has
@@ -46,15 +48,31 @@ __device__ __forceinline__ void take_slice(const float (&acc)[C::kAcc], float (&
   }
 }
 
-// Sums of eight tokens (v: of two tokens for row n, and for row n + 8) → outputs.
+// What belongs to the two rows of W that a thread holds.
+struct RowTerms {
+  float bias[2] = {0.0F, 0.0F};
+  float scale[2] = {1.0F, 1.0F};
+
+  __device__ __forceinline__ RowTerms(const EpilogueParams& p, int n, bool residual) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (p.bias != nullptr) bias[i] = p.bias[n + i * 8];
+      if (residual && p.scale != nullptr) scale[i] = p.scale[n + i * 8];
+    }
+  }
+};
+
+// Sums of eight tokens (v: of two tokens for row n, and for row n + 8) → outputs. old: what a residual adds
+// to, likewise.
+template <class C>
 __device__ __forceinline__ void finish_block(const EpilogueParams& p, const float* scales,
-                                             float low_bias, float high_bias, float* v) {
+                                             const RowTerms& terms, const uint32_t* old, float* v) {
   const float factors[2] = {scales[0], scales[1]};
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] *= factors[i % 2];
   if (p.bias != nullptr) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] += i < 2 ? low_bias : high_bias;
+    for (int i = 0; i < 4; ++i) v[i] += terms.bias[i / 2];
   }
   if (p.kind == Epilogue::silu_mul) {
 #pragma unroll
@@ -62,6 +80,13 @@ __device__ __forceinline__ void finish_block(const EpilogueParams& p, const floa
   } else if (p.kind == Epilogue::gelu) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = gelu(v[i]);
+  } else if (C::kPacksResidual && p.kind == Epilogue::residual) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 pair = unpack_pair<typename C::T>(old[i]);
+      v[2 * i] = fmaf(v[2 * i], terms.scale[i], pair.x);
+      v[2 * i + 1] = fmaf(v[2 * i + 1], terms.scale[i], pair.y);
+    }
   }
 }
 
@@ -76,12 +101,8 @@ __device__ __forceinline__ void store_packed(const EpilogueParams& p, const floa
   const bool gated = p.kind == Epilogue::silu_mul;
   const int lane = thread % 32;
   const int row = thread / 32 * 16 + lane / 4;
-  float low_bias = 0.0F;
-  float high_bias = 0.0F;
-  if (p.bias != nullptr) {
-    low_bias = p.bias[n0 + row];
-    high_bias = p.bias[n0 + row + 8];
-  }
+  const bool residual = C::kPacksResidual && p.kind == Epilogue::residual;
+  const RowTerms terms(p, n0 + row, residual);
   // Rows of 64 or 32 outputs and 16 bytes more: eight of them touch all banks once.
   const int stride = gated ? 80 : 144;
   const uint32_t base = smem_address(slice);
@@ -91,18 +112,43 @@ __device__ __forceinline__ void store_packed(const EpilogueParams& p, const floa
   const int tokens = min(C::kTileT, p.m - t0);
   const int shift = gated ? 2 : 3;  // 16-byte units of a token
   T* y = static_cast<T*>(p.y) + t0 * p.ldy + (gated ? n0 / 2 : n0);
+  // f(i, token, its place in y, its place in the slice) for the units of this thread.
+  const auto for_units = [&](int first, auto&& f) {
+    const int units = min(kTokens, tokens - first) << shift;
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int unit = i * 128 + thread;
+      if (unit >= units) break;
+      const int t = unit >> shift;
+      const int piece = unit & ((1 << shift) - 1);
+      f(i, first + t, piece * 8,
+        reinterpret_cast<uint4*>(reinterpret_cast<char*>(slice) + t * stride + piece * 16));
+    }
+  };
 #pragma unroll 1
   for (int first = 0; first < tokens; first += kTokens) {
+    uint4 rows[kUnits];
+    if (residual) {
+      for_units(first, [&](int i, int t, int n, uint4*) {
+        rows[i] = *reinterpret_cast<const uint4*>(y + t * p.ldy + n);
+      });
+    }
     float v[kTokens / 2];
     take_slice<C, 0, C::kTileT, kTokens / 2>(acc, v, first);
     store_sync<C>(group);  // the slice before this one has been read
+    if (residual) {
+      for_units(first, [&](int i, int, int, uint4* place) { *place = rows[i]; });
+      store_sync<C>(group);
+    }
 #pragma unroll
     for (int pair = 0; pair < kTokens / 16; ++pair) {
       float* two = v + pair * 8;
       const float* factors = scales + first + pair * 16 + lane % 4 * 2;
-      finish_block(p, factors, low_bias, high_bias, two);
-      finish_block(p, factors + 8, low_bias, high_bias, two + 4);
       const uint32_t at = matrix + pair * 16 * stride;
+      uint32_t old[4] = {};
+      if (residual) ldmatrix_x4_trans(old, at);
+      finish_block<C>(p, factors, terms, old, two);
+      finish_block<C>(p, factors + 8, terms, old + 2, two + 4);
       const uint32_t a = pack_pair<T>(two[0], two[1]);
       const uint32_t c = pack_pair<T>(two[4], two[5]);
       if (gated) {
@@ -112,17 +158,15 @@ __device__ __forceinline__ void store_packed(const EpilogueParams& p, const floa
       }
     }
     store_sync<C>(group);
-    const int units = min(kTokens, tokens - first) << shift;
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      const int unit = i * 128 + thread;
-      if (unit >= units) break;
-      const int t = unit >> shift;
-      const int piece = unit & ((1 << shift) - 1);
-      const auto* from = reinterpret_cast<const char*>(slice) + t * stride + piece * 16;
-      *reinterpret_cast<uint4*>(y + (first + t) * p.ldy + piece * 8) =
-          *reinterpret_cast<const uint4*>(from);
-    }
+    for_units(first, [&](int, int t, int n, const uint4* place) {
+      const uint4 bits = *place;
+      *reinterpret_cast<uint4*>(y + t * p.ldy + n) = bits;
+      if (residual && p.next_norm.weight != nullptr) {
+        float x[8];
+        unpack8<T>(bits, x);
+        store_next8<T>(p.next_norm, p.n, t0 + t, n0 + n, x);
+      }
+    });
     __syncwarp();
   }
 }

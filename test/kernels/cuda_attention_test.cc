@@ -499,6 +499,24 @@ TEST("vision attention equals the float64 reference") {
   }
 }
 
+// More query rows than a GPU has places for CTAs, which then take several sets of them in turn.
+TEST("vision attention has the bits of mma.sync where a CTA takes rows of several tiles") {
+  for (const auto& [heads, dim, tokens, tiles, dtype] :
+       {std::tuple{16, 64, 200, 29, DType::bf16}, {25, 128, 130, 7, DType::f16}, {16, 64, quick ? 193 : 1025, 13, DType::f16}}) {
+    const size_t columns = static_cast<size_t>(heads) * dim;
+    const DeviceArray<uint16_t> qkv(Random(9).half(static_cast<size_t>(tiles) * tokens * 3 * columns, dtype));
+    std::vector<uint16_t> bits[2];
+    for (const bool portable : {false, true}) {
+      const DeviceArray<uint16_t> y(static_cast<size_t>(tiles) * tokens * columns);
+      tile_attention(test_context(), dtype, {.qkv = qkv.get(), .y = y.get(), .num_tiles = tiles, .tokens = tokens,
+                                             .num_heads = heads, .head_dim = dim,
+                                             .softmax_scale = 1.0F / std::sqrt(static_cast<float>(dim)), .portable = portable});
+      bits[portable ? 1 : 0] = y.host();
+    }
+    expect_equal(bits[0], bits[1], dtype, columns, "wgmma");
+  }
+}
+
 }  // namespace
 
 // `cuda_attention_test quick` for compute-sanitizer.

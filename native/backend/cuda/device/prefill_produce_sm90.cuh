@@ -4,67 +4,10 @@
 // packed words lie, and their scales and zeros as pairs of f32. Device only, sm_90a only.
 #pragma once
 
-#include "backend/cuda/device/flash.cuh"
 #include "backend/cuda/device/hopper.cuh"
-#include "backend/cuda/device/prefill_work.cuh"
+#include "backend/cuda/device/prefill_ring_sm90.cuh"
 
 namespace turbomind::cuda {
-
-template <class TYPE, int DIM, int BITS, bool PAGED>
-struct PrefillConfig {
-  using T = TYPE;
-  using Product = ProductType<TYPE, BITS>;
-  static constexpr int kDim = DIM;
-  static constexpr int kBits = BITS;
-  static constexpr bool kPaged = PAGED;
-  static constexpr bool kPacked = kBits != 16;
-  static constexpr int kGroups = !kPaged && kDim == 64 ? 3 : 2;  // consumer warpgroups
-  static constexpr int kGroupRows = 64;
-  static constexpr int kRows = kGroups * kGroupRows;
-  static constexpr int kThreads = (kGroups + 1) * 128;
-  static constexpr int kChunk = kBlockTokens * 128;  // 64 rows of 64 dims
-  static constexpr int kChunks = kDim / 64;
-  static constexpr int kQueryBytes = kGroups * kChunks * kChunk;
-  static constexpr int kHalfBytes = HalfTile<kDim>::kBytes;
-  static constexpr int kMetaBytes = kPacked ? kBlockTokens * 8 : 0;  // of K, and of V
-  static constexpr int kStageBytes = 2 * kHalfBytes + 2 * kMetaBytes;
-  static constexpr int kTile = kTileBytes<kDim, kBits>;
-  static constexpr int kPackedSlot = kPacked ? (2 * kTile + 127) / 128 * 128 : 0;
-  static constexpr int kPackedSlots = 2;
-  static constexpr int kProducers = kPacked ? 4 : 1;  // warps
-  static constexpr bool kQueryInRegisters = !kPacked;
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : kPacked ? 56 : 24;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kPacked ? 224 : 240;
-  // At the barrier of a full stage: one thread of the warp that copies, or of the four that unpack.
-  static constexpr int kFullArrivals =
-      kPacked && kWarpArrivals > 1 ? 4 * kWarpArrivals : kWarpArrivals;
-  static_assert(HalfTile<kDim>::kRowBytes == 128 && kStageBytes % 1024 == 0);
-};
-
-inline constexpr int kMaxPrefillStages = 6;
-
-struct PrefillRing {
-  uint32_t stages;  // shared address
-  uint32_t full;    // barriers
-  uint32_t empty;
-  uint32_t query;  // shared address
-  uint32_t query_full;
-  uint32_t packed;  // shared address
-  uint32_t packed_full;
-  int num_stages;
-};
-
-// A place in the ring, and the parity of what is awaited there.
-struct RingPlace {
-  int stage = 0;
-  uint32_t parity;
-  __device__ __forceinline__ void step(int num_stages) {
-    if (++stage == num_stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // Blocks of a sequence, looked up by a warp, 32 at once and 32 tiles ahead.
 struct BlockIds {
@@ -99,15 +42,32 @@ __device__ __forceinline__ const char* prefill_tile(const PrefillParams& p, cons
          (block * p.num_kv_heads + work.kv_head) * (2 * static_cast<int64_t>(C::kTile));
 }
 
+// Where the producer stands, in all its items.
+struct ProducerPlace {
+  RingPlace ring{.parity = 1};
+  uint32_t query = 1;  // parity of query_empty
+  int packed = 0;      // packed tiles; of 16 bits: tiles that were not whole
+};
+
+// By one thread. Where CTAs stay, it tells the consumers what to do next, or that nothing is left
+// (work.sequence < 0), once they have taken the queries before.
 template <class C>
 __device__ __forceinline__ void load_queries(const PrefillRing& ring, const void* map,
-                                             const PrefillWork& work, int head) {
+                                             const PrefillWork& work, uint32_t parity) {
+  if constexpr (C::kPersistent) {
+    mbarrier_wait(ring.query_empty, parity);
+    ring.work[parity ^ 1] = work;
+    if (work.sequence < 0) {
+      mbarrier_arrive(ring.query_full);
+      return;
+    }
+  }
   mbarrier_expect_bytes(ring.query_full, C::kQueryBytes);
   for (int g = 0; g < C::kGroups; ++g) {
     for (int c = 0; c < C::kChunks; ++c) {
-      tensor_load_2d(ring.query + (g * C::kChunks + c) * C::kChunk, map, head * C::kDim + c * 64,
-                     static_cast<int>(work.row0) + work.first_query + g * C::kGroupRows,
-                     ring.query_full);
+      tensor_load_2d(
+          ring.query + (g * C::kChunks + c) * C::kChunk, map, work.head * C::kDim + c * 64,
+          static_cast<int>(work.row0) + work.first_query + g * C::kGroupRows, ring.query_full);
     }
   }
 }
@@ -116,19 +76,18 @@ __device__ __forceinline__ void load_queries(const PrefillRing& ring, const void
 // past the last key may be no numbers: those rows of V are zeroed before the consumers are told.
 template <class C, class F>
 __device__ __forceinline__ void produce_halves(const PrefillRing& ring, const PrefillWork& work,
-                                               int lane, F&& load) {
-  RingPlace place{.parity = 1};
+                                               ProducerPlace& place, int lane, F&& load) {
   for (int tile = 0; tile < work.tiles; ++tile) {
-    mbarrier_wait(ring.empty + place.stage * 8, place.parity);
-    const uint32_t to = ring.stages + place.stage * C::kStageBytes;
-    const uint32_t full = ring.full + place.stage * 8;
+    mbarrier_wait(ring.empty + place.ring.stage * 8, place.ring.parity);
+    const uint32_t to = ring.stages + place.ring.stage * C::kStageBytes;
+    const uint32_t full = ring.full + place.ring.stage * 8;
     const int valid = work.num_keys - tile * kBlockTokens;
     const bool whole = valid >= kBlockTokens;
     const uint32_t barrier = whole ? full : ring.packed_full;
     if (lane == 0) mbarrier_expect_bytes(barrier, 2 * C::kHalfBytes);
     load(tile, to, barrier);
     if (!whole) {  // the last tile
-      mbarrier_wait(barrier, 0);
+      mbarrier_wait(barrier, place.packed++ % 2);
       constexpr int kPieces = C::kDim / 8;
       for (int i = lane; i < (kBlockTokens - valid) * kPieces; i += 32) {
         store_shared_zero16(to + C::kHalfBytes +
@@ -140,15 +99,16 @@ __device__ __forceinline__ void produce_halves(const PrefillRing& ring, const Pr
     } else if (lane > 0 && lane < C::kFullArrivals) {
       mbarrier_arrive(full);
     }
-    place.step(ring.num_stages);
+    place.ring.step(ring.num_stages);
   }
 }
 
 template <class C>
 __device__ __forceinline__ void produce_paged(const PrefillParams& p, const PrefillRing& ring,
-                                              const PrefillWork& work, int lane) {
+                                              const PrefillWork& work, ProducerPlace& place,
+                                              int lane) {
   BlockIds ids(p, work, lane);
-  produce_halves<C>(ring, work, lane, [&](int tile, uint32_t to, uint32_t barrier) {
+  produce_halves<C>(ring, work, place, lane, [&](int tile, uint32_t to, uint32_t barrier) {
     const char* source = prefill_tile<C>(p, work, ids.block(tile));
     if (lane == 0) bulk_load(to, source, 2 * C::kHalfBytes, barrier);
   });
@@ -156,9 +116,10 @@ __device__ __forceinline__ void produce_paged(const PrefillParams& p, const Pref
 
 template <class C>
 __device__ __forceinline__ void produce_rows(const PrefillParams& p, const PrefillRing& ring,
-                                             const PrefillWork& work, const void* map, int lane) {
+                                             const PrefillWork& work, ProducerPlace& place,
+                                             const void* map, int lane) {
   const int columns = p.num_kv_heads * C::kDim;
-  produce_halves<C>(ring, work, lane, [&](int tile, uint32_t to, uint32_t barrier) {
+  produce_halves<C>(ring, work, place, lane, [&](int tile, uint32_t to, uint32_t barrier) {
     if (lane != 0) return;
     const int row = static_cast<int>(work.row0) + tile * kBlockTokens;
     for (int c = 0; c < C::kChunks; ++c) {
@@ -216,30 +177,33 @@ __device__ __forceinline__ void unpack_prefill_tile(uint32_t to, uint32_t from, 
   }
 }
 
-// One bulk copy ahead of the tile that is unpacked.
+// One bulk copy ahead of the tile that is unpacked, by four warps.
 template <class C>
 __device__ __forceinline__ void produce_unpacked(const PrefillParams& p, const PrefillRing& ring,
-                                                 const PrefillWork& work, int thread) {
+                                                 const PrefillWork& work, ProducerPlace& place,
+                                                 int thread) {
   const int warp = thread / 32;
   const int lane = thread % 32;
   BlockIds ids(p, work, lane);
+  const int first = place.packed;
   const auto fetch = [&](int tile) {
     if (warp != 0 || tile >= work.tiles) return;
     const char* source = prefill_tile<C>(p, work, ids.block(tile));
-    const uint32_t barrier = ring.packed_full + tile % 2 * 8;
+    const int slot = (first + tile) % 2;
     if (lane != 0) return;
-    mbarrier_expect_bytes(barrier, 2 * C::kTile);
-    bulk_load(ring.packed + tile % 2 * C::kPackedSlot, source, 2 * C::kTile, barrier);
+    mbarrier_expect_bytes(ring.packed_full + slot * 8, 2 * C::kTile);
+    bulk_load(ring.packed + slot * C::kPackedSlot, source, 2 * C::kTile,
+              ring.packed_full + slot * 8);
   };
   fetch(0);
-  RingPlace place{.parity = 1};
-  for (int tile = 0; tile < work.tiles; ++tile) {
+  for (int tile = 0; tile < work.tiles; ++tile, ++place.packed) {
     fetch(tile + 1);
     __syncwarp();
-    mbarrier_wait(ring.packed_full + tile % 2 * 8, tile / 2 % 2);
-    mbarrier_wait(ring.empty + place.stage * 8, place.parity);
-    const uint32_t from = ring.packed + tile % 2 * C::kPackedSlot;
-    const uint32_t to = ring.stages + place.stage * C::kStageBytes;
+    const int slot = place.packed % 2;
+    mbarrier_wait(ring.packed_full + slot * 8, place.packed / 2 % 2);
+    mbarrier_wait(ring.empty + place.ring.stage * 8, place.ring.parity);
+    const uint32_t from = ring.packed + slot * C::kPackedSlot;
+    const uint32_t to = ring.stages + place.ring.stage * C::kStageBytes;
     {  // K's scales and zeros, then V's; what lies past the last key is no number
       const int token = thread % kBlockTokens;
       uint32_t word[4];
@@ -251,8 +215,43 @@ __device__ __forceinline__ void produce_unpacked(const PrefillParams& p, const P
     unpack_prefill_tile<C>(to, from, warp, lane);
     fence_async_shared();
     named_barrier<1>(128);  // before the slot is filled again, and before the consumers read
-    if (thread < C::kFullArrivals) mbarrier_arrive(ring.full + place.stage * 8);
-    place.step(ring.num_stages);
+    if (thread < C::kFullArrivals) mbarrier_arrive(ring.full + place.ring.stage * 8);
+    place.ring.step(ring.num_stages);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void produce_item(const PrefillParams& p, const PrefillRing& ring,
+                                             const PrefillWork& work, ProducerPlace& place,
+                                             const void* map, int thread) {
+  if (thread == 0) load_queries<C>(ring, map, work, place.query);
+  __syncwarp();
+  place.query ^= 1;
+  if constexpr (!C::kPaged) {
+    if (work.sequence >= 0) produce_rows<C>(p, ring, work, place, map, thread);
+  } else if constexpr (!C::kPacked) {
+    produce_paged<C>(p, ring, work, place, thread);
+  } else {
+    produce_unpacked<C>(p, ring, work, place, thread);
+  }
+}
+
+// The producer warpgroup. `only`: the CTA's item where CTAs do not stay.
+template <class C>
+__device__ __forceinline__ void produce(const PrefillParams& p, const PrefillItems& items,
+                                        const PrefillRing& ring, const PrefillWork& only,
+                                        const void* map) {
+  const int thread = threadIdx.x % 128;
+  if (thread / 32 >= C::kProducers) return;
+  ProducerPlace place;
+  if constexpr (!C::kPersistent) {
+    produce_item<C>(p, ring, only, place, map, thread);
+  } else {
+    for (int round = 0;; ++round) {
+      const PrefillWork work = items.find<C>(p, items.index(round));
+      produce_item<C>(p, ring, work, place, map, thread);
+      if (work.sequence < 0) return;  // none is left
+    }
   }
 }
 

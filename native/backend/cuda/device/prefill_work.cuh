@@ -56,9 +56,10 @@ inline PrefillParams prefill_params(const TileAttentionArgs& args) {
           .step = {}};
 }
 
-// Query rows and keys of a CTA. blockIdx.x: head; y: query tile; z: vision tile.
+// Query rows of one head, and their keys.
 struct PrefillWork {
   int sequence;  // contiguous: vision tile; negative: padding, nothing else is set
+  int head;
   int kv_head;
   int first_query;
   int num_queries;  // of the sequence
@@ -68,13 +69,15 @@ struct PrefillWork {
   int64_t row0;
 };
 
+// The kRows rows from kRows * index on, of the step's query tiles or of a vision tile.
 template <bool kPaged, int kRows>
-__device__ __forceinline__ PrefillWork find_prefill_work(const PrefillParams& p) {
+__device__ __forceinline__ PrefillWork find_prefill_work(const PrefillParams& p, int head,
+                                                         int index, int vision_tile) {
   PrefillWork work;
-  work.kv_head = blockIdx.x / p.group;
+  work.head = head;
+  work.kv_head = head / p.group;
   if constexpr (kPaged) {
     constexpr int kParts = kQueryTile / kRows;
-    const int index = gridDim.y - 1 - blockIdx.y;  // longest rows first
     const int2 tile = p.step.query_tiles[index / kParts];
     work.sequence = tile.x;
     if (tile.x < 0) return work;
@@ -83,8 +86,8 @@ __device__ __forceinline__ PrefillWork find_prefill_work(const PrefillParams& p)
     work.num_queries = p.step.query_start[tile.x + 1] - static_cast<int>(work.row0);
     work.num_keys = p.step.kv_len[tile.x];
   } else {
-    work.sequence = blockIdx.z;
-    work.first_query = blockIdx.y * kRows;
+    work.sequence = vision_tile;
+    work.first_query = index * kRows;
     work.row0 = static_cast<int64_t>(work.sequence) * p.tokens;
     work.num_queries = p.tokens;
     work.num_keys = p.tokens;

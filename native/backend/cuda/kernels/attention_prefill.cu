@@ -64,11 +64,13 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const PrefillParams p
   grid_dependency_launch();
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const PrefillWork work = find_prefill_work<kPaged, kRows>(p);
+  const PrefillWork work = find_prefill_work<kPaged, kRows>(
+      p, blockIdx.x, kPaged ? gridDim.y - 1 - blockIdx.y : blockIdx.y,
+      blockIdx.z);  // longest rows first
   if (work.sequence < 0 || work.first_query >= work.num_queries) return;
 
   const int query0 = work.first_query + warp * 16 + lane / 4;
-  const T* q = static_cast<const T*>(p.q) + blockIdx.x * kDim;
+  const T* q = static_cast<const T*>(p.q) + work.head * kDim;
   uint32_t query[kDim / 16][4];
   load_query<T, kDim>(
       query, query0 < work.num_queries ? q + (work.row0 + query0) * p.ldq : nullptr,
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(const PrefillParams p
   for (int r = 0; r < 2; ++r) {
     const float inverse = total.sum[r] > 0.0F ? 1.0F / total.sum[r] : 0.0F;
     if (query0 + 8 * r >= work.num_queries) continue;
-    T* y = static_cast<T*>(p.y) + (work.row0 + query0 + 8 * r) * p.ldy + blockIdx.x * kDim +
+    T* y = static_cast<T*>(p.y) + (work.row0 + query0 + 8 * r) * p.ldy + work.head * kDim +
            (lane % 4) * 2;
 #pragma unroll
     for (int d = 0; d < kDim / 8; ++d) {

@@ -519,9 +519,14 @@ TEST("vision attention has the bits of mma.sync where a CTA takes rows of severa
 
 }  // namespace
 
-// `cuda_attention_test quick` for compute-sanitizer.
+// `cuda_attention_test [quick [TEXT]]`: quick for compute-sanitizer; TEXT: the cases with it in their name, so that
+// several processes can share the work.
 int main(int argc, char** argv) {
   quick = argc > 1 && std::string_view(argv[1]) == "quick";
   require_device();
+  if (argc > 2) {
+    std::erase_if(turbomind::test::cases(), [&](const auto& test) { return std::string_view(test.name).find(argv[2]) == std::string_view::npos; });
+    TM_CHECK(!turbomind::test::cases().empty(), "no case has '%s' in its name", argv[2]);
+  }
   return turbomind::test::run_all();
 }

@@ -145,8 +145,7 @@ GemmArgs gemm_args(const Case& c, const void* x, int64_t ldx, int m, void* y, bo
           .partials = workspace().partials.get(),
           .partial_floats = workspace().partials.size(),
           .tickets = workspace().tickets.get(),
-          .num_tickets = workspace().tickets.size(),
-          .all_lanes_arrive = quick};
+          .num_tickets = workspace().tickets.size()};
 }
 
 std::vector<double> product(const Case& c, const std::vector<float>& x, int m) {

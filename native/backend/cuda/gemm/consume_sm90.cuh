@@ -81,7 +81,6 @@ struct Sm90Params {
   int whole;  // tiles that a CTA computes alone; those after them are shared by the CTAs of a cluster
   bool even;  // CTAs have equal shares of the row blocks instead of every n-th tile
   bool blocked_x;
-  bool all_lanes;
   int bounds[kMaxSegments + 1];  // chunks at which segments begin
   EpilogueParams epilogue;
 };
@@ -119,16 +118,15 @@ struct Ring {
   uint32_t full;
   uint32_t empty;
   int count;
-  bool all_lanes;
   uint32_t x_descriptor;  // low word of the first stage's x
   int stage = 0;
   uint32_t parity = 0;
 
   __device__ __forceinline__ const char* at() const { return stages + stage * C::kStageBytes; }
   __device__ __forceinline__ void wait() const { mbarrier_wait(full + stage * 8, parity); }
-  // The warp has read stage `which`. One lane speaks for all (`all_lanes`: see GemmArgs).
+  // The warp has read stage `which`.
   __device__ __forceinline__ void release(int which, int thread) const {
-    if (thread % 32 == 0 || all_lanes) mbarrier_arrive(empty + which * 8);
+    if (thread % 32 < kWarpArrivals) mbarrier_arrive(empty + which * 8);
   }
   __device__ __forceinline__ void advance() {
     if (++stage == count) {

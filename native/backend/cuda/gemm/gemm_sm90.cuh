@@ -439,7 +439,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; ++i) {
       mbarrier_init(full + i * 8, 2);  // the producers of weights and of x
-      mbarrier_init(empty + i * 8, C::kConsumers / 32 * (p.all_lanes ? 32 : 1));
+      mbarrier_init(empty + i * 8, C::kConsumers / 32 * kWarpArrivals);
     }
     mbarrier_init(meet, gridDim.z);
     mbarrier_init(meet + 8, gridDim.z);
@@ -477,7 +477,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
                  .full = full,
                  .empty = empty,
                  .count = p.stages,
-                 .all_lanes = p.all_lanes,
                  .x_descriptor = wgmma_descriptor_low(smem_address(shared))};
     Meeting meeting{meet, over};
     Factors<C> factors{scales, ready};
@@ -562,7 +561,6 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, Sm90Launch wan
                     .whole = static_cast<int>(whole),
                     .even = even,
                     .blocked_x = blocked_x,
-                    .all_lanes = args.all_lanes_arrive,
                     .bounds = {},
                     .epilogue = epilogue_params(args)};
   InputNorm& norm = params.epilogue.input_norm;

@@ -82,10 +82,6 @@ struct GemmArgs {
   size_t partial_floats = 0;
   uint32_t* tickets = nullptr;  // zero between launches
   size_t num_tickets = 0;
-  // sm_90 rows: every lane that has read a stage of the ring reports it, instead of one for its warp
-  // after __syncwarp. Slower and needed only under compute-sanitizer, whose racecheck follows the
-  // threads that arrive at an mbarrier and no others (see docs/performance.md).
-  bool all_lanes_arrive = false;
 };
 
 struct GemmKernel {

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas) u4_stream_kernel(const 
     if (elected) {
       for (int i = 0; i < 2; ++i) {
         mbarrier_init(full + i * 8, 1);
-        mbarrier_init(empty + i * 8, C::kConsumers / 32 * (p.all_lanes ? 32 : 1));
+        mbarrier_init(empty + i * 8, C::kConsumers / 32 * kWarpArrivals);
       }
       mbarrier_init_fence();
     }
@@ -250,7 +250,6 @@ void run_stream(const GemmArgs& args, const LaunchContext& context, int least_by
                             .slab = slab,
                             .x_row_bytes = slab * 256 + 16,
                             .slabs = whole ? 1 : 2,
-                            .all_lanes = args.all_lanes_arrive,
                             .epilogue = epilogue_params(args)};
   const int slab_total = C::kOwnX ? 0 : params.slabs * C::kSplit * args.m * params.x_row_bytes;
   const int shared =

@@ -48,7 +48,6 @@ struct StreamParams {
   int slab;         // chunks of x that a slab has
   int x_row_bytes;  // of a token in a slab: padded, so that eight rows lie in different banks
   int slabs;        // 1: it has a whole segment; otherwise 2 take turns
-  bool all_lanes;   // see GemmArgs
   EpilogueParams epilogue;
 
   __device__ __forceinline__ int begin(int segment) const { return segment * chunks / segments; }
@@ -216,7 +215,7 @@ __device__ __forceinline__ void stream_segment(const StreamParams& p, WeightStre
     }
     if constexpr (!C::kOwnX) {
       __syncwarp();
-      if (lane == 0 || p.all_lanes) mbarrier_arrive(empty + buffer * 8);
+      if (lane < kWarpArrivals) mbarrier_arrive(empty + buffer * 8);
       buffer ^= 1;
       if (buffer == 0) parity ^= 1;
     }

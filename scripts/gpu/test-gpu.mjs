@@ -1,6 +1,7 @@
 // `npm run test:gpu`: the product on a GPU, through its public API and with no test framework, so that
 // it also runs from the bundle on hosts without npm. Writes OUT/test-gpu.json; exits 1 if a check fails.
-// Without a usable GPU it prints SKIP and exits 0.
+// Without a usable GPU it prints SKIP and exits 0. Memory is compared with what the driver counts on the whole GPU:
+// nothing else may run on it.
 //   node scripts/gpu/test-gpu.mjs [--out DIR] [--device cuda] [--bf16 FOLDER] [--only TEXT]
 // --only: the checks with TEXT in their name (under compute-sanitizer all of them take hours).
 import { execFileSync } from 'node:child_process';

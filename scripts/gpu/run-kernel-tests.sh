@@ -34,10 +34,11 @@ build "$build" OFF turbomind_cuda kernel_bench "${sanitized[@]}" cuda_loader_tes
 
 status=0
 entries=
+limit=240  # seconds of a test
 run() {  # name, command...
   local name=$1; shift
   local begin=$EPOCHREALTIME
-  timeout 240 "$@" > "$out/$name.log" 2>&1
+  timeout "$limit" "$@" > "$out/$name.log" 2>&1
   local code=$?
   local seconds=$(awk "BEGIN { printf \"%.2f\", $EPOCHREALTIME - $begin }")
   local result=failed
@@ -53,13 +54,14 @@ for test in cuda_pointwise_test cuda_sample_test cuda_upload_test cuda_gemm_test
   run "$test" "$build/test/kernels/$test"
 done
 if [ $sanitize -eq 1 ]; then
+  limit=${TURBOMIND_SANITIZE_SECONDS:-900}
   for tool in memcheck racecheck; do
     from=$build; [ $tool = racecheck ] && from=$build-racecheck
     for test in "${sanitized[@]}"; do
       # The backend's test makes an allocation fail on purpose.
       extra=(); [ $tool-$test = memcheck-cuda_backend_test ] && extra=(--report-api-errors no)
       few=; case $test in cuda_gemm_test|cuda_attention_test|cuda_sample_test) few=quick ;; esac
-      run "$tool-$test" timeout "${TURBOMIND_SANITIZE_SECONDS:-240}" compute-sanitizer --tool "$tool" "${extra[@]}" --error-exitcode 9 "$from/test/kernels/$test" $few
+      run "$tool-$test" compute-sanitizer --tool "$tool" "${extra[@]}" --error-exitcode 9 "$from/test/kernels/$test" $few
     done
   done
 fi

@@ -2,6 +2,7 @@
 // exception of the forward comes back whole, and the work is the same.
 #include "backend/cuda_loader.h"
 
+#include "cuda_library.h"
 #include "small_decoder.h"
 
 namespace {
@@ -9,15 +10,15 @@ namespace {
 using namespace turbomind;
 using namespace turbomind::cuda::testing;
 
-const CudaLoadOptions kOptions{.library = TM_CUDA_LIBRARY};
+const CudaLoadOptions kOptions{.library = cuda_library()};
 
 TEST("a missing library and a missing device are unsupported_device with the reason") {
   EXPECT_ERROR(load_cuda_backend({.library = "/nonexistent/libturbomind_cuda.so"}), ErrorCode::unsupported_device);
   EXPECT_ERROR(load_cuda_backend({.library = ""}), ErrorCode::unsupported_device);
-  EXPECT_ERROR(load_cuda_backend({.library = TM_CUDA_LIBRARY, .device = 99}), ErrorCode::unsupported_device);
+  EXPECT_ERROR(load_cuda_backend({.library = cuda_library(), .device = 99}), ErrorCode::unsupported_device);
   EXPECT_ERROR(parse_cuda_device("cuda:x"), ErrorCode::unsupported_device);
   EXPECT_EQ(parse_cuda_device("cuda:3"), 3);
-  EXPECT(query_cuda(TM_CUDA_LIBRARY, 0).num_devices > 0);
+  EXPECT(query_cuda(cuda_library(), 0).num_devices > 0);
   EXPECT_EQ(query_cuda("/nonexistent", 0).num_devices, 0);
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_library.h"
 #include "provoke.h"
 #include "runtime/engine.h"
 #include "test.h"
@@ -24,7 +25,7 @@ struct Client {
     options.spec = checkpoint.spec;
     options.files = checkpoint.files;
     options.backend.device = device;
-    options.backend.cuda_library = device == "cpu" ? "" : TM_CUDA_LIBRARY;
+    options.backend.cuda_library = device == "cpu" ? "" : cuda::testing::cuda_library();
     options.backend.threads = 1;
     options.session_len = 128;
     options.max_batch_size = 4;

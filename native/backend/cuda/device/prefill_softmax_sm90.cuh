@@ -70,7 +70,7 @@ __device__ __forceinline__ void issue_values(float (&out)[C::kDim / 2], const ui
       Wgmma<typename C::Product, C::kDim>::rs(out, p[step], wgmma_descriptor_at(values + step * 2),
                                               first && step == 0);
     } else {
-      WgmmaTransposed<typename C::Product, C::kDim>::rs(
+      Wgmma<typename C::Product, C::kDim>::rs_transposed(
           out, p[step], wgmma_descriptor_at(values + step * 128), first && step == 0);
     }
   }

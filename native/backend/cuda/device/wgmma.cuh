@@ -80,6 +80,15 @@ struct Wgmma;
                    : TM_OUT_##acc(0)                                                               \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(first ? 0 : 1));      \
     }                                                                                              \
+    /* B with its rows along k, transposed on the way in. */                                       \
+    static __device__ __forceinline__ void rs_transposed(float* d, const uint32_t (&a)[4],         \
+                                                         uint64_t b, bool first) {                 \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\n"                                 \
+                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {"            \
+                   TM_REGS_##acc "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1, 1;\n}\n"    \
+                   : TM_OUT_##acc(0)                                                               \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(first ? 0 : 1));      \
+    }                                                                                              \
     static __device__ __forceinline__ void ss(float* d, uint64_t a, uint64_t b, bool first) {      \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2 ", 0;\n"                                 \
                    "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {"            \

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "backend/cuda/device/hopper.cuh"
+#include "backend/cuda/device/shared_memory.cuh"
 #include "backend/cuda/device/u4_mma.cuh"
 #include "backend/cuda/device/wgmma.cuh"
 #include "backend/cuda/gemm/epilogue.cuh"
@@ -170,18 +171,12 @@ struct RowMeta {
   uint32_t low;
   uint32_t high;
 };
-__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
-  uint32_t word;
-  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(word) : "r"(address) : "memory");
-  return word;
-}
-__device__ __forceinline__ uint4 load_shared_quad(uint32_t address) {
-  uint4 four;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
-               : "r"(address)
-               : "memory");
-  return four;
+__device__ __forceinline__ RowMeta load_row_meta(uint32_t address) {
+  uint32_t low[4];
+  uint32_t high[4];
+  load_shared<4>(low, address);
+  load_shared<4>(high, address + 32);
+  return {low[0], high[0]};
 }
 
 // Where a thread's part of a block of 64 rows lies in a stage, as addresses in the first one. Kept in
@@ -209,12 +204,14 @@ struct Words {
 
   // stage: distance of the stage from the first.
   __device__ __forceinline__ void load(const Places<C>& places, uint32_t stage, int half) {
-    four = load_shared_quad(places.words + stage + half * 2048);
+    uint32_t words[4];
+    load_shared<16>(words, places.words + stage + half * 2048);
+    four = {words[0], words[1], words[2], words[3]};
     if (C::kGroupSize == 128 && half == 1) return;  // the same group
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const uint32_t meta = places.meta + stage + (half * 64 / C::kGroupSize + i) * 256;
-      rows[i] = {load_shared_word(meta), load_shared_word(meta + 32)};
+      rows[i] = load_row_meta(meta);
     }
   }
   __device__ __forceinline__ GroupPairs pairs(int step) const {

@@ -1,6 +1,7 @@
 // class Backend on one NVIDIA GPU: one stream, one engine thread. Owns the pool, the workspace, the
-// arrays of the current step and the captured decode graphs; leaves the kernels to kernels/ and
-// gemm/, loading to cuda_weights.cc and the step's arrays to cuda_step.cc.
+// arrays of the current step and the captured decode graphs; leaves the kernels to kernels/ and gemm/.
+// Opening, memory and timers are in cuda_backend.cc; loading in cuda_weights.cc; cuda_workspace.cc takes
+// a step's memory, cuda_step.cc fills its arrays, cuda_execute.cc runs it; ops lie in cuda_*_ops.cc.
 #pragma once
 
 #include <memory>
@@ -9,10 +10,11 @@
 
 #include "backend/backend.h"
 #include "backend/cuda/cuda_graph.h"
+#include "backend/cuda/cuda_kv_cache.h"
+#include "backend/cuda/cuda_linear.h"
 #include "backend/cuda/cuda_memory.h"
 #include "backend/cuda/cuda_sampler.h"
 #include "backend/cuda/cuda_upload.h"
-#include "backend/cuda/gemm/gemm_table.h"
 #include "backend/cuda/kernels/kernels.h"
 #include "backend/cuda/split_norms.h"
 #include "backend/cuda_api.h"
@@ -22,35 +24,6 @@ namespace turbomind::cuda {
 std::unique_ptr<Backend> make_cuda_backend(const CreateOptions& options);
 // Throws Error{unsupported_device} for a device older than any kernel.
 void check_supported(int device, const cudaDeviceProp& properties);
-
-class CudaLinear final : public LinearWeight {
- public:
-  int64_t in_features() const override { return matrix.k; }
-  int64_t out_features() const override { return matrix.n; }
-  size_t bytes() const override;
-
-  PackedMatrix matrix;
-  // Shared with conversions under way; weights also by an embedding table and a tied head.
-  std::shared_ptr<Buffer> weights;
-  std::shared_ptr<Buffer> meta;
-  std::shared_ptr<Buffer> bias;
-};
-
-class CudaKvCache final : public KvCache {
- public:
-  CudaKvCache(const KvCacheSpec& spec, std::unique_ptr<Buffer> buffer)
-      : spec_(spec), buffer_(std::move(buffer)) {}
-  const KvCacheSpec& spec() const override { return spec_; }
-  void* layer(int layer) const;  // [B, Hkv, 2 (K, V)] tiles: device/kv_tile.cuh
-  // A block is one piece of each layer: num_layers pieces of `piece_bytes`, `piece_pitch` apart.
-  char* block(BlockId block) const;
-  size_t piece_bytes() const;
-  size_t piece_pitch() const;
-
- private:
-  KvCacheSpec spec_;
-  std::unique_ptr<Buffer> buffer_;
-};
 
 // What tests and benchmarks look at.
 struct CudaCounters {

@@ -1,5 +1,6 @@
 #include "backend/cuda/cuda_graph.h"
 
+#include <bit>
 #include <exception>
 
 namespace turbomind::cuda {
@@ -25,6 +26,17 @@ cudaGraphExec_t capture(CudaStream stream, const std::function<void()>& record) 
 }
 
 }  // namespace
+
+int row_bucket(int rows) {
+  constexpr int kBuckets[] = {1,  2,  4,  8,  12,  16,  24,  32,  40,  48,
+                              56, 64, 80, 96, 112, 128, 160, 192, 224, 256};
+  for (int bucket : kBuckets) {
+    if (rows <= bucket) return bucket;
+  }
+  return rows;
+}
+
+int pad_items(int items) { return static_cast<int>(std::bit_ceil(static_cast<unsigned>(items))); }
 
 GraphCache::~GraphCache() { clear(); }
 

@@ -11,6 +11,13 @@
 
 namespace turbomind::cuda {
 
+inline constexpr int kMaxGraphRows = 256;  // tokens of a step that is captured
+
+// Padded rows of a decode step: few enough graphs, little waste. More than kMaxGraphRows: as they are.
+int row_bucket(int rows);
+// Padded decode attention items.
+int pad_items(int items);
+
 struct GraphKey {
   uint64_t signature = 0;
   int rows = 0;         // padded tokens

@@ -2,7 +2,13 @@
 // by the promise form and the stream form. Runs on the JS thread.
 import { Completion, type CompletionListener, type OutputSizes } from './completion.js';
 import { TurbomindError } from './errors.js';
-import { type ChatMessage, normalizePrompts, type Prompt, type PromptInput } from './messages.js';
+import {
+  type ChatMessage,
+  isMessageLike,
+  normalizePrompts,
+  type Prompt,
+  type PromptInput,
+} from './messages.js';
 import { fromNative } from './native.js';
 import {
   type GenerationOptions,
@@ -187,7 +193,7 @@ function readConversations(prompt: PromptInput): {
     return normalizePrompts(prompt);
   } catch (error) {
     const items: unknown = prompt;
-    if (!Array.isArray(items) || items.length < 2 || items.some(isMessage)) throw error;
+    if (!Array.isArray(items) || items.length < 2 || items.some(isMessageLike)) throw error;
     const conversations = items.map((item, index) => readOne(item, index));
     // All of them malformed: the form of the call is the mistake.
     if (conversations.every((each) => each instanceof TurbomindError)) throw error;
@@ -198,10 +204,6 @@ function readConversations(prompt: PromptInput): {
 // Choice i of a prompt is what the prompt alone answers with the seed + i.
 function seedOf(seed: bigint, choice: number): bigint {
   return BigInt.asUintN(64, seed + BigInt(choice));
-}
-
-function isMessage(value: unknown): boolean {
-  return typeof value === 'object' && value !== null && 'role' in value;
 }
 
 function readOne(prompt: Prompt, index: number): readonly ChatMessage[] | TurbomindError {

@@ -6,6 +6,7 @@ import { CHAT_FORMATS, type ChatFormat, findChatFormat } from './chat-formats.js
 import type { Checkpoint } from './checkpoint/checkpoint.js';
 import { TurbomindError } from './errors.js';
 import type { ChatMessage, ChatRole, ContentPart } from './messages.js';
+import { invalidPrompt } from './prompt-check.js';
 import { tokenText } from './tokenizer-file.js';
 
 export interface RenderOptions {
@@ -178,10 +179,6 @@ class JinjaFormat implements Format {
 
 function flatten(content: readonly ContentPart[], placeholder: string): string {
   return content.map((part) => (part.type === 'text' ? part.text : placeholder)).join('');
-}
-
-export function invalidPrompt(message: string): TurbomindError {
-  return new TurbomindError('ERR_TM_INVALID_PROMPT', `invalid prompt: ${message}`);
 }
 
 function invalidTemplate(problem: string, cause: unknown): TurbomindError {

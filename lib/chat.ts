@@ -1,11 +1,11 @@
 // Messages to prompt ids: has the chat format render them, encodes the text, and grows each image
 // placeholder to its image tokens. Text of messages can never write special tokens. How messages
 // become text is chat-template.ts's. Runs on the JS thread.
-
-import { createFormat, type Format, invalidPrompt, type RenderOptions } from './chat-template.js';
+import { createFormat, type Format, type RenderOptions } from './chat-template.js';
 import type { Checkpoint, ImageSettings } from './checkpoint/checkpoint.js';
 import { TurbomindError } from './errors.js';
 import { type ChatMessage, type ContentPart, imagesOf } from './messages.js';
+import { invalidPrompt } from './prompt-check.js';
 import { type Tokenizer, tokensPattern } from './tokenizer.js';
 
 export interface ImageSpan {
@@ -166,17 +166,6 @@ export class PromptBuilder {
     }
     return { ids: expanded, imageSpans };
   }
-}
-
-/** `new PromptBuilder(checkpoint, tokenizer).build(messages, tilesPerImage, options)`. */
-export function buildPrompt(
-  checkpoint: Checkpoint,
-  tokenizer: Tokenizer,
-  messages: readonly ChatMessage[],
-  tilesPerImage: readonly number[],
-  options: RenderOptions = {},
-): BuiltPrompt {
-  return new PromptBuilder(checkpoint, tokenizer).build(messages, tilesPerImage, options);
 }
 
 /** Noncharacters: valid in strings, never text. */

@@ -176,7 +176,7 @@ export class Completion implements RequestHandler {
     if (isStopToken) return;
     const piece = this.#textStream.push(event.token);
     this.#append(piece.text);
-    if (piece.match !== undefined) this.#stopWord = piece.match.stop;
+    if (piece.stop !== undefined) this.#stopWord = piece.stop;
   }
 
   #append(text: string): void {
@@ -200,7 +200,7 @@ export class Completion implements RequestHandler {
   #flush(): void {
     const piece = this.#textStream.flush();
     this.#append(piece.text);
-    if (piece.match !== undefined) this.#stopWord = piece.match.stop;
+    if (piece.stop !== undefined) this.#stopWord = piece.stop;
   }
 
   #settle(

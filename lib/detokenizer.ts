@@ -2,7 +2,7 @@
 // Runs on the JS thread; one object per request; work is linear in the text.
 
 import { TurbomindError } from './errors.js';
-import { StopMatcher } from './stop-matcher.js';
+import { type MatcherPiece, StopMatcher } from './stop-matcher.js';
 import type { Tokenizer } from './tokenizer.js';
 
 export interface DetokenizerOptions {
@@ -100,19 +100,6 @@ function canFollow(lead: number, second: number): boolean {
   }
 }
 
-export interface StopMatch {
-  /** The stop string that was found. */
-  readonly stop: string;
-  /** Index, among the tokens pushed, of the token that completed it. */
-  readonly tokenIndex: number;
-}
-
-export interface TextPiece {
-  /** Text that can be shown now; '' while characters are held back. */
-  readonly text: string;
-  readonly match?: StopMatch;
-}
-
 export interface TextStreamOptions extends DetokenizerOptions {
   /** Texts that end the answer; they are not part of it. Default none. */
   readonly stopStrings?: readonly string[];
@@ -124,38 +111,30 @@ export interface TextStreamOptions extends DetokenizerOptions {
  * @example
  * const stream = new TextStream(tokenizer, { stopStrings: ['\n\n'] });
  * for (const id of ids) {
- *   const { text, match } = stream.push(id);
+ *   const { text, stop } = stream.push(id);
  *   show(text);
- *   if (match) break;
+ *   if (stop !== undefined) break;
  * }
  * show(stream.flush().text);
  */
 export class TextStream {
   readonly #detokenizer: Detokenizer;
   readonly #matcher: StopMatcher;
-  #numTokens = 0;
 
   constructor(tokenizer: Tokenizer, options: TextStreamOptions = {}) {
     this.#detokenizer = new Detokenizer(tokenizer, options);
     this.#matcher = new StopMatcher(options.stopStrings ?? []);
   }
 
-  /** After a match every further push returns ''. */
-  push(id: number): TextPiece {
-    this.#numTokens += 1;
-    return this.#match(this.#detokenizer.push(id));
+  /** Text that can be shown now, '' while characters are held back; after a match always ''. */
+  push(id: number): MatcherPiece {
+    return this.#matcher.push(this.#detokenizer.push(id));
   }
 
   /** What was held back, at the end of the answer; '' after a match. */
-  flush(): TextPiece {
-    const piece = this.#match(this.#detokenizer.flush());
-    return piece.match ? piece : { text: piece.text + this.#matcher.flush() };
-  }
-
-  #match(text: string): TextPiece {
-    const piece = this.#matcher.push(text);
-    if (piece.stop === undefined) return { text: piece.text };
-    return { text: piece.text, match: { stop: piece.stop, tokenIndex: this.#numTokens - 1 } };
+  flush(): MatcherPiece {
+    const piece = this.#matcher.push(this.#detokenizer.flush());
+    return piece.stop === undefined ? { text: piece.text + this.#matcher.flush() } : piece;
   }
 }
 

@@ -9,7 +9,8 @@ import { decodeDataUrl, parseDataUrl } from './data-url.js';
 import { TurbomindError } from './errors.js';
 import { fetchBytes } from './image-fetch.js';
 import { ownPixels, rgbOfCmyk } from './image-pixels.js';
-import { type ImageSource, isSharpLike, type RawImage, type SharpLike } from './messages.js';
+import { isSharpLike } from './message-parts.js';
+import type { ImageSource, RawImage, SharpLike } from './prompts.js';
 
 /** Decoded pixels, [height, width, channels]; nobody else writes to them or takes them away. */
 export interface Image {

@@ -1,6 +1,7 @@
 // pipeline(): opens a checkpoint on a device. Owns the order in which device, checkpoint, engine and
 // tokenizer are opened, and undoes what was opened when a load fails or is aborted. Runs on the JS
 // thread; the engine has a thread of its own.
+import { PromptBuilder } from './chat.js';
 import { type Checkpoint, openCheckpoint } from './checkpoint/checkpoint.js';
 import { type Prober, resolveDevice } from './device.js';
 import { embeddedModel } from './embedded-model.js';
@@ -69,7 +70,8 @@ export async function openPipeline(
   try {
     const tokenizer = options.tokenizer ?? (await loadTokenizer(checkpoint));
     tokenizer.prepare();
-    const parts = { addon, checkpoint, tokenizer, options };
+    const promptBuilder = new PromptBuilder(checkpoint, tokenizer);
+    const parts = { addon, checkpoint, tokenizer, promptBuilder, options };
     await rehearse(parts);
     const engine = await abortable(opening, signal);
     router.attach(engine);

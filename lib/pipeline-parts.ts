@@ -1,6 +1,6 @@
 // What an open pipeline is made of, what it tells of that, and how the parts become the one that
 // prepares its requests. Opening and closing them is left to open-pipeline.ts and pipeline.ts.
-import { PromptBuilder } from './chat.js';
+import type { PromptBuilder } from './chat.js';
 import type { Checkpoint } from './checkpoint/checkpoint.js';
 import type { NativeAddon, NativeEngine } from './native-types.js';
 import type { ResolvedPipelineOptions } from './options.js';
@@ -30,6 +30,8 @@ export interface PipelineParts {
   readonly router: EventRouter;
   readonly checkpoint: Checkpoint;
   readonly tokenizer: Tokenizer;
+  /** Of `checkpoint` and `tokenizer`; the rehearsal and the pipeline have one. */
+  readonly promptBuilder: PromptBuilder;
   readonly options: ResolvedPipelineOptions;
   /** Starts grammar workers; the package's own by default. */
   readonly startWorker?: StartWorker;
@@ -49,16 +51,16 @@ export function pipelineInfo({ checkpoint, engine }: PipelineParts): PipelineInf
   };
 }
 
-/** @throws TurbomindError ERR_TM_INVALID_TEMPLATE when the chat template cannot be compiled. */
+/** What prepares the requests of these parts. `sessionLen`: tokens of prompt and completion. */
 export function createPreparer(
-  parts: Pick<PipelineParts, 'addon' | 'checkpoint' | 'tokenizer' | 'options'>,
+  parts: Omit<PipelineParts, 'engine' | 'router'>,
   sessionLen: number,
 ): RequestPreparer {
-  const { addon, checkpoint, tokenizer, options } = parts;
+  const { addon, checkpoint, tokenizer, promptBuilder, options } = parts;
   return new RequestPreparer({
     addon,
     tokenizer,
-    promptBuilder: new PromptBuilder(checkpoint, tokenizer),
+    promptBuilder,
     image: checkpoint.image,
     tiling: options.tiling,
     imageLimits: {

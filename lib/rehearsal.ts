@@ -19,7 +19,7 @@ const NUM_TOKENS = 8;
 /** The parts of the pipeline to come, as far as they are there before its engine is. */
 export type RehearsalParts = Omit<PipelineParts, 'engine' | 'router'>;
 
-/** Takes some milliseconds of the JS thread, in slices. @throws TurbomindError ERR_TM_INVALID_TEMPLATE */
+/** Takes some milliseconds of the JS thread, in slices. */
 export async function rehearse(parts: RehearsalParts): Promise<void> {
   performance.now(); // Node loads a module for the first reading of its clock
   const { tokenizer, checkpoint } = parts;

@@ -2,7 +2,7 @@ import { readFile } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
 import fc from 'fast-check';
 import { beforeAll, describe, expect, test } from 'vitest';
-import { buildPrompt, PromptBuilder } from '../../lib/chat.js';
+import { PromptBuilder } from '../../lib/chat.js';
 import type {
   ChatTemplateSource,
   Checkpoint,
@@ -193,12 +193,8 @@ describe('a template that reads parts', () => {
   test('may write the placeholder of older checkpoints, or the whole image', () => {
     for (const placeholder of ['<image>', '<img><IMG_CONTEXT></img>']) {
       const template = PARTS_TEMPLATE.replace('<IMG_CONTEXT>', placeholder);
-      const built = buildPrompt(
-        checkpointWith(jinja(template)),
-        tokenizer,
-        [user(image, text('x'))],
-        [1],
-      );
+      const builder = new PromptBuilder(checkpointWith(jinja(template)), tokenizer);
+      const built = builder.build([user(image, text('x'))], [1]);
       expect([...built.ids]).toEqual([...parts().build([user(image, text('x'))], [1]).ids]);
     }
   });

@@ -100,12 +100,12 @@ describe('the detokenizer', () => {
 });
 
 describe('a text stream', () => {
-  test('ends before a stop string and tells the token that completed it', () => {
+  test('ends before a stop string and tells it with the token that completed it', () => {
     const stream = new TextStream(tokenizer, { stopStrings: ['好!'] });
     const ids = bytes('a好!b');
     const found = ids.map((id) => stream.push(id));
     expect(found.map(({ text }) => text).join('')).toBe('a');
-    expect(found[4]).toEqual({ text: '', match: { stop: '好!', tokenIndex: 4 } });
+    expect(found[4]).toEqual({ text: '', stop: '好!' });
     expect(stream.flush()).toEqual({ text: '' });
   });
 
@@ -118,13 +118,13 @@ describe('a text stream', () => {
   test('can match in the last flush', () => {
     const stream = new TextStream(tokenizer, { stopStrings: ['\uFFFD'] });
     stream.push(0xe5);
-    expect(stream.flush()).toEqual({ text: '', match: { stop: '\uFFFD', tokenIndex: 0 } });
+    expect(stream.flush()).toEqual({ text: '', stop: '\uFFFD' });
   });
 
   test('sees special tokens only when they are shown', () => {
     const run = (skipSpecialTokens: boolean) => {
       const stream = new TextStream(tokenizer, { stopStrings: ['<|im_end|>'], skipSpecialTokens });
-      return [0x61, 258].map((id) => stream.push(id).match?.stop);
+      return [0x61, 258].map((id) => stream.push(id).stop);
     };
     expect(run(true)).toEqual([undefined, undefined]);
     expect(run(false)).toEqual([undefined, '<|im_end|>']);

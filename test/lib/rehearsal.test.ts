@@ -1,13 +1,28 @@
 // What opening a pipeline does before the first call: it goes the whole way of a call, leaves nothing
 // behind, and what a model refuses of it is the caller's to meet, not opening's.
 import { beforeAll, describe, expect, test, vi } from 'vitest';
+import { PromptBuilder } from '../../lib/chat.js';
 import { type Checkpoint, openCheckpoint } from '../../lib/checkpoint/checkpoint.js';
 import { embeddedModel } from '../../lib/embedded-model.js';
+import type { NativeAddon } from '../../lib/native-types.js';
 import { openPipeline } from '../../lib/open-pipeline.js';
 import { resolvePipelineOptions } from '../../lib/options.js';
-import { rehearse } from '../../lib/rehearsal.js';
+import { type RehearsalParts, rehearse } from '../../lib/rehearsal.js';
 import { loadTokenizer, type Tokenizer } from '../../lib/tokenizer.js';
 import { makeFakeAddon } from './support/fake-addon.js';
+
+// Every template that is compiled.
+const compiled: string[] = vi.hoisted(() => []);
+vi.mock('@huggingface/jinja', async (importOriginal) => {
+  const original = await importOriginal<typeof import('@huggingface/jinja')>();
+  class Template extends original.Template {
+    constructor(source: string) {
+      super(source);
+      compiled.push(source);
+    }
+  }
+  return { ...original, Template };
+});
 
 const EOS = 258;
 const REFUSING = "{{ raise_exception('words only on Sundays') }}";
@@ -18,6 +33,10 @@ beforeAll(async () => {
   tokenizer = await loadTokenizer(checkpoint);
 });
 
+function partsOf(addon: NativeAddon, given: Checkpoint): RehearsalParts {
+  const promptBuilder = new PromptBuilder(given, tokenizer);
+  return { addon, checkpoint: given, tokenizer, promptBuilder, options: resolvePipelineOptions() };
+}
 const fakeAddon = () => makeFakeAddon({ answer: () => [...tokenizer.encode('abc'), EOS] });
 
 describe('a rehearsal', () => {
@@ -26,7 +45,7 @@ describe('a rehearsal', () => {
     const encode = vi.spyOn(tokenizer, 'encode');
     const decode = vi.spyOn(tokenizer, 'bytesOf');
     try {
-      await rehearse({ addon, checkpoint, tokenizer, options: resolvePipelineOptions() });
+      await rehearse(partsOf(addon, checkpoint));
       expect(encode.mock.calls.length).toBeGreaterThan(1);
       expect(decode.mock.calls.length).toBeGreaterThan(1);
     } finally {
@@ -48,6 +67,14 @@ describe('a rehearsal', () => {
     await pipe.close();
   });
 
+  test('and the pipeline after it share one template, compiled once', async () => {
+    compiled.length = 0;
+    const pipe = await openPipeline(embeddedModel(), { device: 'cpu' }, fakeAddon());
+    await pipe('hello');
+    expect(compiled).toHaveLength(1);
+    await pipe.close();
+  });
+
   test('that the template refuses does not keep a pipeline from opening', async () => {
     const options = { device: 'cpu', chatTemplate: REFUSING } as const;
     const pipe = await openPipeline(embeddedModel(), options, fakeAddon());
@@ -60,7 +87,6 @@ describe('a rehearsal', () => {
   test('of a context shorter than its prompt does not, either', async () => {
     const short = { ...checkpoint.spec.decoder, maxPositionEmbeddings: 16 };
     const given = { ...checkpoint, spec: { ...checkpoint.spec, decoder: short } };
-    const parts = { addon: fakeAddon(), tokenizer, options: resolvePipelineOptions() };
-    await expect(rehearse({ ...parts, checkpoint: given })).resolves.toBeUndefined();
+    await expect(rehearse(partsOf(fakeAddon(), given))).resolves.toBeUndefined();
   });
 });

@@ -1,5 +1,6 @@
 // Guided requests through the whole library: real grammars, a fake engine.
 import { beforeAll, describe, expect, test } from 'vitest';
+import { PromptBuilder } from '../../../lib/chat.js';
 import { openCheckpoint } from '../../../lib/checkpoint/checkpoint.js';
 import { embeddedModel } from '../../../lib/embedded-model.js';
 import { resolvePipelineOptions } from '../../../lib/options.js';
@@ -64,7 +65,9 @@ async function open(text: string, startWorker: StartWorker = makeWorkers()) {
     () => undefined,
   );
   router.attach(engine);
-  const pipe = new Pipeline({ addon, engine, router, checkpoint, tokenizer, options, startWorker });
+  const promptBuilder = new PromptBuilder(checkpoint, tokenizer);
+  const parts = { addon, engine, router, checkpoint, tokenizer, promptBuilder, options };
+  const pipe = new Pipeline({ ...parts, startWorker });
   const [fake] = addon.engines;
   if (fake === undefined) throw new Error('no engine');
   return { pipe, engine: fake };

@@ -1,9 +1,8 @@
 // The bytes of a `data:` URL, decoded in slices on the JS thread: tens of MB of base64 must not hold up
 // token streams. What may be in it and how large it may be: lib/image.ts.
 import { TurbomindError } from './errors.js';
-import { Turns } from './turns.js';
+import { PICTURE_SLICE_MS, Turns } from './turns.js';
 
-const SLICE_MS = 2;
 /** Characters; well under a millisecond even where line breaks or escapes are taken out. */
 const PIECE_CHARS = 1 << 17;
 
@@ -30,7 +29,7 @@ export function parseDataUrl(url: string): DataUrl {
 /** @throws TurbomindError ERR_TM_INVALID_IMAGE when the body is malformed. */
 export async function decodeDataUrl(
   { url, begin, isBase64 }: DataUrl,
-  turns: Turns = new Turns(SLICE_MS),
+  turns: Turns = new Turns(PICTURE_SLICE_MS),
   pieceChars: number = PIECE_CHARS,
 ): Promise<Uint8Array> {
   const chars = url.length - begin;

@@ -1,13 +1,14 @@
 // Token ids to text, one by one: never half a character, and never text behind a stop string.
 // Runs on the JS thread; one object per request; work is linear in the text.
 
+import * as check from './check.js';
 import { TurbomindError } from './errors.js';
 import { type MatcherPiece, StopMatcher } from './stop-matcher.js';
 import type { Tokenizer } from './tokenizer.js';
 
 export interface DetokenizerOptions {
   /** Leave out special tokens. Default true. */
-  readonly skipSpecialTokens?: boolean;
+  readonly skipSpecialTokens?: boolean | undefined;
   /** Keep the space that stands for the beginning of a text: its bytes count. Default false. */
   readonly keepLeadingSpace?: boolean;
 }
@@ -138,15 +139,23 @@ export class TextStream {
   }
 }
 
+export interface DecodeOptions {
+  /** Leaves special tokens out. Defaults to true. */
+  readonly skipSpecialTokens?: boolean | undefined;
+}
+
+const DECODE_RULES: check.Rules<DecodeOptions> = { skipSpecialTokens: check.boolean };
+
 /**
  * Token ids to the whole text.
- * @throws TurbomindError ERR_TM_INVALID_ARGUMENT for what is no token id.
+ * @throws TurbomindError ERR_TM_INVALID_ARGUMENT for what is no token id, ERR_TM_INVALID_OPTION.
  */
 export function decodeIds(
   tokenizer: Tokenizer,
   ids: Iterable<number>,
-  options: { readonly skipSpecialTokens?: boolean },
+  options: DecodeOptions,
 ): string {
+  check.checkOptions<DecodeOptions>('decode options', options, DECODE_RULES);
   const stream = new TextStream(tokenizer, options);
   let text = '';
   for (const id of iterable(ids)) {

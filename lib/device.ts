@@ -114,7 +114,10 @@ async function probeOnce(): Promise<CudaProbe> {
   return found;
 }
 
-/** Asks the CUDA backend library for GPUs, in a child process. Never rejects. */
+/**
+ * Asks the CUDA backend library for GPUs, in a child process.
+ * @throws BackendNotFoundError when no addon loads; all else is a `reason`.
+ */
 export async function probeCuda(): Promise<CudaProbe> {
   const { path } = loadNative();
   const library = findCudaLibrary(path);
@@ -134,21 +137,27 @@ function driverMayExist(): boolean {
 
 type Answer = Omit<CudaProbe, 'library' | 'driver'>;
 
-function queryInChild(addon: string, library: string): Promise<Answer> {
+/** Asks the library in a child process, whose end is an answer too. */
+export function queryInChild(addon: string, library: string): Promise<Answer> {
   const env = { ...process.env, ELECTRON_RUN_AS_NODE: '1', NODE_OPTIONS: '' };
   const settings = { env, timeout: PROBE_TIMEOUT_MS, killSignal: 'SIGKILL' as const };
   return new Promise((resolve) => {
     execFile(process.execPath, ['-e', PROBE_SCRIPT, addon, library], settings, (error, stdout) => {
-      const line = stdout.split('\n').find((text) => text.startsWith(PROBE_MARK));
-      if (line !== undefined) resolve(readAnswer(line.slice(PROBE_MARK.length)));
-      else resolve({ devices: [], problems: [], reason: childFailure(error) });
+      resolve(readAnswer(stdout) ?? { devices: [], problems: [], reason: childFailure(error) });
     });
   });
 }
 
-function readAnswer(json: string): Answer {
-  const answer: NativeCudaQuery = JSON.parse(json);
-  return { devices: answer.devices, problems: answer.problems, reason: answer.error };
+// A child that was ended may have written half an answer, which is none.
+function readAnswer(stdout: string): Answer | undefined {
+  const line = stdout.split('\n').find((text) => text.startsWith(PROBE_MARK));
+  if (line === undefined) return undefined;
+  try {
+    const answer: NativeCudaQuery = JSON.parse(line.slice(PROBE_MARK.length));
+    return { devices: answer.devices, problems: answer.problems, reason: answer.error };
+  } catch {
+    return undefined;
+  }
 }
 
 function childFailure(

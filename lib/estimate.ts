@@ -11,7 +11,7 @@ import { type PipelineOptions, resolvePipelineOptions } from './options.js';
 
 const FOLDER = 'the path of a model folder';
 
-/** Options of `estimate()`. */
+/** Options of `estimate()`: those of `pipeline()`, so that one object serves both. */
 export interface EstimateOptions extends PipelineOptions {
   /** Plans as if the device had so many bytes free. Defaults to what it has. */
   readonly freeBytes?: number | undefined;
@@ -37,11 +37,14 @@ export async function estimate(
     throw invalidOption('freeBytes', freeBytes, 'an integer of at least 1');
   }
   const options = resolvePipelineOptions(rest);
+  const { signal } = options;
+  signal?.throwIfAborted();
   const addon = givenAddon ?? loadNative().addon;
   const [device, checkpoint] = await Promise.all([
     resolveDevice(options.device),
     openCheckpoint(model ?? embeddedModel()),
   ]);
+  signal?.throwIfAborted();
   checkDtype(options, device);
   try {
     return addon.estimate({

@@ -21,7 +21,8 @@ export async function fetchBytes(
   } catch (error) {
     signal?.throwIfAborted();
     if (error instanceof TurbomindError) throw error;
-    if (timeout.aborted) throw failed(url, `no answer within ${limits.timeoutMs} ms`, error);
+    if (timeout.aborted)
+      throw failed(url, `no answer within ${limits.timeoutMs} ms (imageFetch.timeoutMs)`, error);
     throw failed(url, describe(error), error);
   }
 }

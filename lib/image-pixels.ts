@@ -2,9 +2,8 @@
 // beside a picture of a hundred megabytes. Where pixels come from and what is accepted: lib/image.ts.
 import { TurbomindError } from './errors.js';
 import type { NativeAddon } from './native-types.js';
-import { Turns } from './turns.js';
+import { PICTURE_SLICE_MS, Turns } from './turns.js';
 
-const SLICE_MS = 2;
 /** A piece takes under a millisecond even when its memory is touched for the first time. */
 const PIECE_BYTES = 1 << 19;
 
@@ -15,7 +14,7 @@ const PIECE_BYTES = 1 << 19;
  */
 export async function ownPixels(
   data: Uint8Array,
-  turns: Turns = new Turns(SLICE_MS),
+  turns: Turns = new Turns(PICTURE_SLICE_MS),
 ): Promise<Uint8Array> {
   const copy = Buffer.allocUnsafeSlow(data.length);
   await eachPiece(data, turns, (piece, begin) => copy.set(piece, begin));
@@ -31,7 +30,7 @@ export async function ownPixels(
 export async function hashOf(
   addon: Pick<NativeAddon, 'hashBytes'>,
   data: Uint8Array,
-  turns: Turns = new Turns(SLICE_MS),
+  turns: Turns = new Turns(PICTURE_SLICE_MS),
 ): Promise<string> {
   let hash = '';
   await eachPiece(data, turns, (piece) => {
@@ -66,7 +65,7 @@ async function eachPiece(
 export async function rgbOfCmyk(data: Uint8Array, channels: number): Promise<Uint8Array> {
   const numPixels = Math.floor(data.length / channels);
   const rgb = new Uint8Array(numPixels * 3);
-  const turns = new Turns(SLICE_MS);
+  const turns = new Turns(PICTURE_SLICE_MS);
   const step = PIECE_BYTES >> 4; // far slower a byte than a copy
   for (let begin = 0; begin < numPixels; begin += step) {
     await turns.giveWay();

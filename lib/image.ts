@@ -167,8 +167,10 @@ function toPath(url: string): string {
 
 async function readPath(path: string, limits: ImageLimits): Promise<Uint8Array> {
   try {
-    const { size } = await stat(path);
-    checkBytes(`image ${path}`, size, limits);
+    const found = await stat(path);
+    // A pipe or a device may never end: whoever trusts one reads it and passes the bytes.
+    if (!found.isFile()) throw invalid(`image ${path}: not a file; pass a picture's path or bytes`);
+    checkBytes(`image ${path}`, found.size, limits);
     return await readFile(path);
   } catch (error) {
     if (error instanceof TurbomindError) throw error;
@@ -243,7 +245,8 @@ function checkPixels(name: string, width: number, height: number, limits: ImageL
 function checkBytes(name: string, bytes: number, limits: ImageLimits): void {
   if (bytes <= limits.maxBytes) return;
   throw invalid(
-    `${name}: ${Math.round(bytes)} bytes are more than imageFetch.maxBytes (${limits.maxBytes})`,
+    `${name}: ${Math.round(bytes)} bytes are more than imageFetch.maxBytes (${limits.maxBytes}); ` +
+      'make it smaller, or raise imageFetch.maxBytes for pictures you trust',
   );
 }
 
@@ -261,6 +264,10 @@ async function importSharp(): Promise<typeof import('sharp').default> {
   try {
     return (await import('sharp')).default;
   } catch (error) {
-    throw invalid('image: the sharp package, which decodes pictures, could not be loaded', error);
+    throw invalid(
+      'image: the sharp package, which decodes pictures, could not be loaded; reinstall it for this ' +
+        'platform, or pass raw pixels',
+      error,
+    );
   }
 }

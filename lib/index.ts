@@ -1,6 +1,7 @@
 // The public exports and nothing else.
 
 export type { CallOptions } from './call.js';
+export type { DecodeOptions } from './detokenizer.js';
 export type { Device } from './device.js';
 export type { LoadAttempt, TurbomindErrorCode } from './errors.js';
 export { BackendNotFoundError, TurbomindError } from './errors.js';

@@ -59,8 +59,12 @@ function readImageUrl(value: unknown, where: string): ImagePart {
   if (typeof value.url !== 'string') {
     throw invalidPrompt(`${where}.url is ${describe(value.url)}; expected a string`);
   }
-  const limit = readTileLimit(value.max_dynamic_patch, `${where}.max_dynamic_patch`);
-  return imagePart(readImage(value.url, `${where}.url`), limit ?? readDetail(value.detail, where));
+  const limits = [
+    readTileLimit(value.max_dynamic_patch, `${where}.max_dynamic_patch`),
+    readDetail(value.detail, where),
+  ].filter((limit) => limit !== undefined);
+  const image = readImage(value.url, `${where}.url`);
+  return imagePart(image, limits.length === 0 ? undefined : Math.min(...limits));
 }
 
 function readDetail(value: unknown, where: string): number | undefined {

@@ -1,8 +1,9 @@
 // A pipeline's metrics in a prom-client registry, without prom-client: a registry asks its metrics
 // for their values, so objects with the same functions do. Several pipelines share one registry;
 // their labels tell them apart. Runs on the JS thread, when the registry is read.
+import * as check from './check.js';
 import { TurbomindError } from './errors.js';
-import type { HistogramSnapshot } from './histogram.js';
+import { DEFINITIONS, type Definition, type Labels } from './metric-definitions.js';
 import type { PipelineMetrics } from './metrics.js';
 
 /** What prom-client's metrics and ours have in common. */
@@ -24,144 +25,13 @@ export interface RegisterMetricsOptions {
   readonly labels?: Readonly<Record<string, string>> | undefined;
 }
 
-type Labels = Readonly<Record<string, string | number>>;
-
-interface Value {
-  readonly value: number;
-  readonly labels: Labels;
-  readonly metricName?: string;
-}
-
-interface Definition {
-  readonly name: string;
-  readonly help: string;
-  readonly type: 'counter' | 'gauge' | 'histogram';
-  /** Values of one pipeline; `name` is the whole one. */
-  readonly read: (metrics: PipelineMetrics, name: string) => Value[];
-}
-
-const one = (value: number, labels: Labels = {}): Value[] => [{ value, labels }];
-
-const byLabel = (label: string, counts: Readonly<Record<string, number>>): Value[] =>
-  Object.entries(counts).map(([key, value]) => ({ value, labels: { [label]: key } }));
-
-function histogram(
-  name: keyof PipelineMetrics['histograms'],
-  help: string,
-  exported: string,
-): Definition {
-  return {
-    name: exported,
-    help,
-    type: 'histogram',
-    read: (metrics, whole) => histogramValues(metrics.histograms[name], whole),
-  };
-}
-
-function histogramValues({ buckets, sum, count }: HistogramSnapshot, name: string): Value[] {
-  return [
-    ...buckets.map((bucket) => ({
-      value: bucket.count,
-      labels: { le: bucket.le === Number.POSITIVE_INFINITY ? '+Inf' : bucket.le },
-      metricName: `${name}_bucket`,
-    })),
-    { value: sum, labels: {}, metricName: `${name}_sum` },
-    { value: count, labels: {}, metricName: `${name}_count` },
-  ];
-}
-
-const DEFINITIONS: readonly Definition[] = [
-  {
-    name: 'requests_submitted_total',
-    help: 'Requests handed to the engine.',
-    type: 'counter',
-    read: ({ requests }) => one(requests.submitted),
-  },
-  {
-    name: 'requests_finished_total',
-    help: 'Requests that have ended, by finish reason.',
-    type: 'counter',
-    read: ({ requests }) => byLabel('reason', requests.finished),
-  },
-  {
-    name: 'request_errors_total',
-    help: 'Requests that have failed, by error code.',
-    type: 'counter',
-    read: ({ requests }) => byLabel('code', requests.errors),
-  },
-  {
-    name: 'requests_running',
-    help: 'Requests that hold cache blocks.',
-    type: 'gauge',
-    read: ({ requests }) => one(requests.running),
-  },
-  {
-    name: 'requests_waiting',
-    help: 'Requests that wait for their first step.',
-    type: 'gauge',
-    read: ({ requests }) => one(requests.waiting),
-  },
-  {
-    name: 'prompt_tokens_total',
-    help: 'Tokens of submitted prompts.',
-    type: 'counter',
-    read: ({ tokens }) => one(tokens.prompt),
-  },
-  {
-    name: 'completion_tokens_total',
-    help: 'Tokens generated.',
-    type: 'counter',
-    read: ({ tokens }) => one(tokens.completion),
-  },
-  {
-    name: 'cached_tokens_total',
-    help: 'Prompt tokens found in the cache.',
-    type: 'counter',
-    read: ({ tokens }) => one(tokens.cached),
-  },
-  {
-    name: 'cache_blocks',
-    help: 'KV cache blocks there are.',
-    type: 'gauge',
-    read: ({ cache }) => one(cache.totalBlocks),
-  },
-  {
-    name: 'cache_blocks_used',
-    help: 'KV cache blocks in use.',
-    type: 'gauge',
-    read: ({ cache }) => one(cache.usedBlocks),
-  },
-  {
-    name: 'cache_hit_ratio',
-    help: 'Cached share of the prompt tokens of ended requests.',
-    type: 'gauge',
-    read: ({ cache }) => one(cache.hitRate),
-  },
-  {
-    name: 'preemptions_total',
-    help: 'Times that a request gave its blocks back, by what became of them.',
-    type: 'counter',
-    read: ({ engine: { preemptions, swapsOut } }) =>
-      byLabel('by', { recompute: preemptions - swapsOut, swap: swapsOut }),
-  },
-  {
-    name: 'steps_total',
-    help: 'Steps of the engine.',
-    type: 'counter',
-    read: ({ engine }) => one(engine.steps),
-  },
-  histogram('queueSeconds', 'Time before the first step.', 'queue_seconds'),
-  histogram(
-    'timeToFirstTokenSeconds',
-    'Time from the call to the first token.',
-    'time_to_first_token_seconds',
-  ),
-  histogram('interTokenSeconds', 'Time between tokens of an answer.', 'inter_token_seconds'),
-  histogram('requestSeconds', 'Time from the call to the end.', 'request_seconds'),
-  histogram('stepSeconds', 'Time of a step of the engine.', 'step_seconds'),
-  histogram('promptTokens', 'Prompt tokens of a request.', 'request_prompt_tokens'),
-  histogram('completionTokens', 'Tokens of an answer.', 'request_completion_tokens'),
-];
+const RULES: check.Rules<RegisterMetricsOptions> = {
+  prefix: check.text,
+  labels: (value) =>
+    typeof value === 'object' && value !== null && !Array.isArray(value)
+      ? undefined
+      : 'an object of label names and texts',
+};
 
 /** One pipeline in a registry. */
 interface Source {
@@ -220,6 +90,7 @@ export function addToRegistry(
   if (typeof registry?.registerMetric !== 'function') {
     throw invalid('registry: expected a prom-client Registry');
   }
+  check.checkOptions<RegisterMetricsOptions>('registerMetrics options', options, RULES);
   const { prefix = 'turbomind_', labels = {} } = options;
   checkNames(prefix, labels);
   const group = groupOf(registry, prefix);
@@ -242,10 +113,25 @@ function groupOf(registry: MetricsRegistry, prefix: string): Group {
   if (found !== undefined) return found;
   const sources = new Set<Source>();
   const metrics = DEFINITIONS.map((definition) => new RegistryMetric(definition, prefix, sources));
-  for (const metric of metrics) registry.registerMetric(metric);
+  registerAll(registry, metrics);
   const group = { sources, metrics };
   known.set(prefix, group);
   return group;
+}
+
+// All of them or none: a registry refuses a name that somebody else has taken.
+function registerAll(registry: MetricsRegistry, metrics: readonly RegistryMetric[]): void {
+  const registered: string[] = [];
+  try {
+    for (const metric of metrics) {
+      registry.registerMetric(metric);
+      registered.push(metric.name);
+    }
+  } catch (cause) {
+    for (const name of registered) registry.removeSingleMetric(name);
+    const reason = cause instanceof Error ? cause.message : String(cause);
+    throw invalid(`${reason}; give a prefix that nobody else uses`, cause);
+  }
 }
 
 function removeSource(
@@ -265,16 +151,21 @@ function labelKey(labels: Labels): string {
 
 function checkNames(prefix: string, labels: Labels): void {
   if (!/^[A-Za-z_:][A-Za-z0-9_:]*$/.test(prefix)) {
-    throw invalid(`prefix: ${JSON.stringify(prefix)} begins no metric name`);
+    throw invalid(
+      `prefix: ${JSON.stringify(prefix)} begins no metric name; expected letters, digits, _ and :, no digit first`,
+    );
   }
   for (const [name, value] of Object.entries(labels)) {
     const isName = /^[A-Za-z_][A-Za-z0-9_]*$/.test(name);
     if (!isName || ['le', 'reason', 'code', 'by'].includes(name) || typeof value !== 'string') {
-      throw invalid(`labels: ${name} is not a label of its own with a text`);
+      throw invalid(
+        `labels: ${name} is not a label of its own with a text; le, reason, code and by are taken`,
+      );
     }
   }
 }
 
-function invalid(message: string): TurbomindError {
-  return new TurbomindError('ERR_TM_INVALID_OPTION', `registerMetrics: ${message}`);
+function invalid(message: string, cause?: unknown): TurbomindError {
+  const options = cause === undefined ? {} : { cause };
+  return new TurbomindError('ERR_TM_INVALID_OPTION', `registerMetrics: ${message}`, options);
 }

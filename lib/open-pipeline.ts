@@ -1,6 +1,7 @@
 // pipeline(): opens a checkpoint on a device. Owns the order in which device, checkpoint, engine and
 // tokenizer are opened, and undoes what was opened when a load fails or is aborted. Runs on the JS
 // thread; the engine has a thread of its own.
+import { abortable } from './abortable.js';
 import { PromptBuilder } from './chat.js';
 import { type Checkpoint, openCheckpoint } from './checkpoint/checkpoint.js';
 import { type Prober, resolveDevice } from './device.js';
@@ -73,6 +74,7 @@ export async function openPipeline(
     const promptBuilder = new PromptBuilder(checkpoint, tokenizer);
     const parts = { addon, checkpoint, tokenizer, promptBuilder, options };
     await rehearse(parts);
+    // Native loading cannot be interrupted; the caller of an aborted load does not wait for it.
     const engine = await abortable(opening, signal);
     router.attach(engine);
     return new Pipeline({ ...parts, engine, router });
@@ -114,21 +116,4 @@ async function openEngine(
   if (thrown.length === 0) return engine;
   await engine.close();
   throw thrown[0];
-}
-
-// Native loading cannot be interrupted; the caller of an aborted load does not wait for it.
-async function abortable<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
-  if (signal === undefined) return await promise;
-  signal.throwIfAborted();
-  let unlisten = (): void => undefined;
-  const aborted = new Promise<never>((_, reject) => {
-    const onAbort = (): void => reject(signal.reason);
-    signal.addEventListener('abort', onAbort, { once: true });
-    unlisten = () => signal.removeEventListener('abort', onAbort);
-  });
-  try {
-    return await Promise.race([promise, aborted]);
-  } finally {
-    unlisten();
-  }
 }

@@ -1,10 +1,11 @@
 // class Pipeline, which is itself the function that answers prompts: each way to ask an open model,
 // and its end. Opening is open-pipeline.ts's; checkpoints, prompts and options are understood
 // elsewhere. Runs on the JS thread; the engine has a thread of its own.
+import { abortable } from './abortable.js';
 import { Call, type CallOptions } from './call.js';
 import { Callable } from './callable.js';
 import { byPrompt, collect } from './collect.js';
-import { decodeIds } from './detokenizer.js';
+import { type DecodeOptions, decodeIds } from './detokenizer.js';
 import { TurbomindError } from './errors.js';
 import { normalizePrompts, type Prompt, type PromptInput } from './messages.js';
 import type { PipelineMetrics } from './metrics.js';
@@ -91,11 +92,14 @@ export class Pipeline extends Callable implements AsyncDisposable {
   async promptLogits(prompt: Prompt, options: PromptOptions = {}): Promise<Float32Array> {
     const { engine } = this.#parts.router;
     const request = await this.#prepare(prompt, options);
-    try {
-      return await engine.promptLogits({ ...request, id: 0 });
-    } catch (error) {
-      throw fromNative(error);
-    }
+    const compute = async (): Promise<Float32Array> => {
+      try {
+        return await engine.promptLogits({ ...request, id: 0 });
+      } catch (error) {
+        throw fromNative(error);
+      }
+    };
+    return await abortable(compute(), options.signal);
   }
 
   /**
@@ -158,7 +162,7 @@ export class Pipeline extends Callable implements AsyncDisposable {
   }
 
   /** Token ids to text. @throws TurbomindError ERR_TM_INVALID_ARGUMENT for what is no token id. */
-  decode(ids: Iterable<number>, options: { readonly skipSpecialTokens?: boolean } = {}): string {
+  decode(ids: Iterable<number>, options: DecodeOptions = {}): string {
     return decodeIds(this.#parts.tokenizer, ids, options);
   }
 

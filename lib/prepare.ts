@@ -21,7 +21,7 @@ import type {
 import type { ResolvedGenerationOptions, TilingOptions } from './options.js';
 import { TileCache } from './tile-cache.js';
 import type { Tokenizer } from './tokenizer.js';
-import { Turns } from './turns.js';
+import { ENCODING_SLICE_MS, Turns } from './turns.js';
 
 /** What preparing needs of an open pipeline. */
 export interface PrepareContext {
@@ -36,9 +36,6 @@ export interface PrepareContext {
   readonly vocabSize: number;
 }
 
-// The JS thread hands over to events and timers at least this often while it encodes a batch.
-const MAX_BLOCKING_MS = 8;
-
 export class RequestPreparer {
   readonly #context: PrepareContext;
   // A decoded picture may take hundreds of MB: a batch of a thousand must not decode at once.
@@ -47,7 +44,7 @@ export class RequestPreparer {
   readonly #encoding = new Limiter(1);
   readonly #tiles: TileCache;
   readonly #badWords: BadWordSpeller;
-  readonly #turns = new Turns(MAX_BLOCKING_MS);
+  readonly #turns = new Turns(ENCODING_SLICE_MS);
 
   constructor(context: PrepareContext) {
     this.#context = context;

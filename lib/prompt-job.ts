@@ -15,6 +15,7 @@ import type {
 } from './native-types.js';
 import type { EventRouter, RequestHandler } from './router.js';
 import type { Tokenizer } from './tokenizer.js';
+import { ENCODING_SLICE_MS, Turns } from './turns.js';
 
 /** A text, taken as it is and without a chat template, or its token ids. */
 export type RawPrompt = string | readonly number[] | Int32Array;
@@ -75,7 +76,7 @@ export async function promptLikelihoods(
   options: GetPplOptions,
 ): Promise<number[]> {
   check.checkOptions<GetPplOptions>('getPpl options', options, PPL_RULES);
-  const ids = prompts.map((prompt, index) => toIds(context, prompt, index, 2));
+  const ids = await allIds(context, prompts, 2, options.signal);
   const spec = { ...NO_OUTPUTS, promptNll: true };
   const outputs = await runAll(context, ids, spec, options.signal);
   return outputs.map(({ nll, numNllTokens }) => nll / numNllTokens);
@@ -88,7 +89,7 @@ export async function embeddings(
   options: EmbedOptions,
 ): Promise<Float32Array[]> {
   check.checkOptions<EmbedOptions>('embed options', options, EMBED_RULES);
-  const ids = inputs.map((input, index) => toIds(context, input, index, 1));
+  const ids = await allIds(context, inputs, 1, options.signal);
   const spec = { ...NO_OUTPUTS, pooling: options.pooling ?? 'last' };
   const outputs = await runAll(context, ids, spec, options.signal);
   return outputs.map(({ pooled }) => scaled(pooled, options.normalize ?? true));
@@ -112,6 +113,24 @@ function scaled(vector: readonly number[], normalize: boolean): Float32Array {
   if (!normalize) return Float32Array.from(vector);
   const length = Math.sqrt(vector.reduce((sum, value) => sum + value * value, 0));
   return Float32Array.from(vector, (value) => (length === 0 ? 0 : value / length));
+}
+
+// Nothing is sent before all are read: a wrong one refuses the call.
+async function allIds(
+  context: PromptJobContext,
+  prompts: readonly RawPrompt[],
+  fewest: number,
+  signal: AbortSignal | undefined,
+): Promise<Int32Array[]> {
+  void context.router.engine; // a closed pipeline says so
+  const turns = new Turns(ENCODING_SLICE_MS);
+  const all: Int32Array[] = [];
+  for (const [index, prompt] of prompts.entries()) {
+    await turns.giveWay();
+    signal?.throwIfAborted();
+    all.push(toIds(context, prompt, index, fewest));
+  }
+  return all;
 }
 
 function toIds(
@@ -149,7 +168,6 @@ async function runAll(
   outputs: NativeOutputSpec,
   signal: AbortSignal | undefined,
 ): Promise<NativeOutputs[]> {
-  void router.engine; // a closed pipeline says so
   signal?.throwIfAborted();
   const ended = new AbortController();
   setMaxListeners(0, ended.signal); // one for each request in flight

@@ -29,7 +29,7 @@ export interface TextPart {
   readonly text: string;
 }
 
-/** OpenAI's form. `detail` and `max_dynamic_patch` bound the number of tiles of this image. */
+/** OpenAI's form. `detail` and `max_dynamic_patch` bound the number of tiles of this image, each. */
 export interface ImageUrlPart {
   readonly type: 'image_url';
   readonly image_url:

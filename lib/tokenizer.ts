@@ -206,7 +206,7 @@ class LibraryTokenizer implements Tokenizer {
     if (text.length > this.#maxInputChars) {
       throw new TurbomindError(
         'ERR_TM_INVALID_PROMPT',
-        `the prompt has ${text.length} characters; the limit is ${this.#maxInputChars}`,
+        `the prompt has ${text.length} characters; the limit is ${this.#maxInputChars}; shorten it`,
       );
     }
     const { addSpecialTokens = false, literalMark } = options;

@@ -46,7 +46,8 @@ export async function readOptionalTextFile(
   try {
     const { size } = await stat(path);
     if (size > MAX_JSON_BYTES) {
-      throw new TurbomindError(code, `${basename(path)} is ${size} bytes long (${path})`);
+      const most = `the limit is ${MAX_JSON_BYTES}`;
+      throw new TurbomindError(code, `${basename(path)} is ${size} bytes long; ${most} (${path})`);
     }
     const text = await readFile(path, 'utf8');
     return text.startsWith('\uFEFF') ? text.slice(1) : text;
@@ -62,7 +63,8 @@ function parseJsonObject(text: string, path: string, code: TurbomindErrorCode): 
   try {
     value = JSON.parse(text);
   } catch (cause) {
-    throw new TurbomindError(code, `${basename(path)} is not valid JSON (${path})`, { cause });
+    const message = `${basename(path)} is not valid JSON; download it again (${path})`;
+    throw new TurbomindError(code, message, { cause });
   }
   if (!isJsonObject(value)) {
     throw new TurbomindError(code, `${basename(path)} does not hold a JSON object (${path})`);

@@ -95,7 +95,8 @@ class ChatSession {
         this.#pictures = [];
         break;
       case '/image':
-        this.#pictures.push(rest.join(' '));
+        if (rest.length === 0) log('/image needs the path or URL of a picture');
+        else this.#pictures.push(rest.join(' '));
         break;
       default:
         await this.#answer(line);

@@ -2,6 +2,7 @@
 // only. Runs on the main thread.
 import { type Checkpoint, openCheckpoint } from '../checkpoint/checkpoint.js';
 import { embeddedModel } from '../embedded-model.js';
+import { resolvePipelineOptions } from '../options.js';
 import { formatBytes, formatCount, printJson, printRows } from './output.js';
 
 export interface InspectFlags {
@@ -10,7 +11,7 @@ export interface InspectFlags {
 }
 
 /** Bytes that a model will need. Activations and the tokenizer come on top. */
-export interface MemoryEstimate {
+interface MemoryEstimate {
   /** Weights as they are stored; their packed form in memory is of about this size. */
   readonly weightBytes: number;
   /** Keys and values of one token in all layers, float32. */
@@ -26,21 +27,21 @@ const KV_ELEMENT_BYTES = 4;
 
 export async function inspect(model: string | undefined, flags: InspectFlags): Promise<void> {
   const checkpoint = await openCheckpoint(model ?? embeddedModel());
-  const memory = estimateMemory(checkpoint, flags.sessionLen);
+  const { sessionLen } = resolvePipelineOptions({ sessionLen: flags.sessionLen });
+  const memory = estimateMemory(checkpoint, sessionLen || checkpoint.maxPositionEmbeddings);
   if (flags.json) printJson(toJson(checkpoint, memory));
   else printRows([...describeModel(checkpoint), ...describeMemory(memory)]);
 }
 
-export function estimateMemory(checkpoint: Checkpoint, sessionLen?: number): MemoryEstimate {
+function estimateMemory(checkpoint: Checkpoint, sessionLen: number): MemoryEstimate {
   const { numLayers, numKvHeads, headDim } = checkpoint.spec.decoder;
   const kvBytesPerToken = numLayers * numKvHeads * headDim * 2 * KV_ELEMENT_BYTES;
-  const tokens = sessionLen ?? checkpoint.maxPositionEmbeddings;
-  const kvBytesPerSession = Math.ceil(tokens / BLOCK_SIZE) * BLOCK_SIZE * kvBytesPerToken;
+  const kvBytesPerSession = Math.ceil(sessionLen / BLOCK_SIZE) * BLOCK_SIZE * kvBytesPerToken;
   const weightBytes = checkpoint.totals.bytes;
   return {
     weightBytes,
     kvBytesPerToken,
-    sessionLen: tokens,
+    sessionLen,
     kvBytesPerSession,
     totalBytes: weightBytes + kvBytesPerSession,
   };

@@ -131,7 +131,7 @@ export interface ResolvedPipelineOptions {
   readonly maxInterTokenLatencyMs: number;
   readonly quantPolicy: QuantPolicy;
   readonly blockSize: number;
-  /** 0: no speculation; undefined: what suits the device. */
+  /** 0: no speculation. */
   readonly numSpeculativeTokens: number;
   readonly tiling: TilingOptions;
   readonly maxImagePixels: number;

@@ -37,9 +37,12 @@ const tokenizer: check.Rule = (value) => {
   if (typeof value !== 'object' || value === null) return expected;
   const lacks = TOKENIZER_METHODS.find((name) => typeof Reflect.get(value, name) !== 'function');
   if (lacks !== undefined) return `${expected}, with a function ${lacks}`;
-  return Array.isArray(Reflect.get(value, 'eosIds'))
-    ? undefined
-    : `${expected}, with a list eosIds`;
+  const lists = ['eosIds', 'specialTokens'];
+  const list = lists.find((name) => !Array.isArray(Reflect.get(value, name)));
+  if (list !== undefined) return `${expected}, with a list ${list}`;
+  // Not read: what they answer may take time to find out.
+  const other = ['vocabSize', 'stripsLeadingSpace'].find((name) => !(name in value));
+  return other === undefined ? undefined : `${expected}, with ${other}`;
 };
 
 export const PIPELINE_RULES: check.Rules<PipelineOptions> = {

@@ -123,6 +123,9 @@ describe('inspect and doctor', () => {
     expect(report.memory.kvBytesPerToken).toBe(6 * 2 * 64 * 2 * 4);
     expect(report.memory.kvBytesPerSession).toBe(1024 * 6144);
     expect((await run('inspect')).stdout).toContain('memory needed');
+    const refused = await run('inspect', '--session-len', '-5');
+    expect(refused).toMatchObject({ code: 1, stdout: '' });
+    expect(refused.stderr).toContain('sessionLen: -5');
   });
 
   test('doctor names CPU, binaries and GPU', async () => {

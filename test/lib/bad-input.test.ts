@@ -14,6 +14,20 @@ function lie<T>(value: unknown): T {
   return value as T;
 }
 
+// What a tokenizer must have, but for its size.
+const NOTHING = () => undefined;
+const TOKENIZER = {
+  encode: NOTHING,
+  idOf: NOTHING,
+  bytesOf: NOTHING,
+  textOf: NOTHING,
+  isSpecial: NOTHING,
+  prepare: NOTHING,
+  eosIds: [],
+  specialTokens: [],
+  stripsLeadingSpace: false,
+};
+
 let pipe: Pipeline;
 const open = async (
   options: PipelineOptions,
@@ -39,6 +53,12 @@ describe('wrong arguments', () => {
   test.each([
     ['decode of a number', () => pipe.decode(lie(5)), 'ERR_TM_INVALID_ARGUMENT', 'token id'],
     ['decode of NaN', () => pipe.decode([Number.NaN]), 'ERR_TM_INVALID_ARGUMENT', 'NaN'],
+    [
+      'decode with a misspelt option',
+      () => pipe.decode([65], lie({ skipSpecialToken: false })),
+      'ERR_TM_INVALID_OPTION',
+      'did you mean skipSpecialTokens',
+    ],
     ['decode of texts', () => pipe.decode(lie(['a'])), 'ERR_TM_INVALID_ARGUMENT', 'a is not'],
     [
       'promptIds of two',
@@ -73,6 +93,18 @@ describe('wrong arguments', () => {
       'ERR_TM_INVALID_OPTION',
       'idOf',
     ],
+    [
+      'a tokenizer without special tokens',
+      () => resolvePipelineOptions({ tokenizer: lie({ ...TOKENIZER, specialTokens: undefined }) }),
+      'ERR_TM_INVALID_OPTION',
+      'a list specialTokens',
+    ],
+    [
+      'a tokenizer without a size',
+      () => resolvePipelineOptions({ tokenizer: lie(TOKENIZER) }),
+      'ERR_TM_INVALID_OPTION',
+      'with vocabSize',
+    ],
   ] as const)('%s', async (_, run, code, text) => {
     const error = await failure(run);
     expect(error.code, error.message).toBe(code);
@@ -84,6 +116,25 @@ describe('wrong arguments', () => {
     await other.close();
     expect((await failure(() => other.promptIds('a'))).code).toBe('ERR_TM_DISPOSED');
   });
+});
+
+test('an aborted signal ends an estimate, and the wait for prompt logits', async () => {
+  const reason = new Error('enough');
+  const aborted = estimate(embeddedModel(), { device: 'cpu', signal: AbortSignal.abort(reason) });
+  await expect(aborted).rejects.toBe(reason);
+
+  const addon = makeFakeAddon({ answer: () => [65] });
+  const other = await open({}, addon);
+  const [engine] = addon.engines;
+  if (engine === undefined) throw new Error('no engine was opened');
+  const controller = new AbortController();
+  engine.promptLogits = () => {
+    queueMicrotask(() => controller.abort(reason));
+    return new Promise(() => undefined);
+  };
+  const logits = other.promptLogits('a', { signal: controller.signal });
+  await expect(logits).rejects.toBe(reason);
+  await other.close();
 });
 
 test('a progress function that throws ends its load, and the engine is closed', async () => {

@@ -1,5 +1,8 @@
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { expect, test, vi } from 'vitest';
-import { type CudaProbe, resolveDevice } from '../../lib/device.js';
+import { type CudaProbe, queryInChild, resolveDevice } from '../../lib/device.js';
 
 const LIBRARY = '/lib/libturbomind_cuda.so';
 const H100 = 'NVIDIA H100, sm_90, 79.6 GiB';
@@ -70,4 +73,26 @@ test.each([
     code: 'ERR_TM_UNSUPPORTED_DEVICE',
     message: expect.stringMatching(`${name} cannot.*${reason}.*device: 'cpu'`),
   });
+});
+
+test.each([
+  ['answers', 'return { devices: ["a"], problems: [""], error: "" };', ['a'], ''],
+  ['is killed', 'process.kill(process.pid, "SIGKILL");', [], 'ended by SIGKILL'],
+  [
+    'ends in the middle of its answer',
+    'process.stdout.write("@turbomind-probe@{\\"dev"); process.exit(0);',
+    [],
+    'no answer',
+  ],
+] as const)('a probe that %s is an answer', async (_, body, devices, reason) => {
+  const folder = await mkdtemp(join(tmpdir(), 'turbomind-probe-'));
+  const addon = join(folder, 'addon.cjs');
+  try {
+    await writeFile(addon, `exports.queryCuda = () => { ${body} };`);
+    const answer = await queryInChild(addon, LIBRARY);
+    expect(answer.devices).toEqual(devices);
+    expect(answer.reason).toContain(reason);
+  } finally {
+    await rm(folder, { recursive: true });
+  }
 });

@@ -1,7 +1,7 @@
 // n choices, logits processors, outputs, perplexity and embeddings over a fake engine: what crosses
 // to native, what comes back, and that failures stay with their own request.
 import { setImmediate as turn } from 'node:timers/promises';
-import { beforeAll, describe, expect, test } from 'vitest';
+import { beforeAll, describe, expect, test, vi } from 'vitest';
 import { openCheckpoint } from '../../lib/checkpoint/checkpoint.js';
 import { embeddedModel } from '../../lib/embedded-model.js';
 import type { NativeRequest } from '../../lib/native-types.js';
@@ -264,6 +264,25 @@ describe('embed', () => {
     const options = { pooling: 'max' } as object;
     await expect(pipe.embed('a', options)).rejects.toThrow('pooling');
     await expect(pipe.embed('a', { normalise: true } as object)).rejects.toThrow('normalize');
+  });
+
+  test('of many texts leaves the event loop its turns, and can be given up meanwhile', async () => {
+    const { pipe, engine } = await open(saying('a'));
+    const spend = (ms: number): void => {
+      for (const end = performance.now() + ms; performance.now() < end; );
+    };
+    const encode = vi.spyOn(pipe.tokenizer, 'encode').mockImplementation(() => {
+      spend(5);
+      return [1, 2];
+    });
+    const controller = new AbortController();
+    const embedding = pipe.embed(new Array(200).fill('a'), { signal: controller.signal });
+    await turn();
+    expect(encode.mock.calls.length).toBeLessThan(10);
+    controller.abort(new Error('enough'));
+    await expect(embedding).rejects.toThrow('enough');
+    expect(encode.mock.calls.length).toBeLessThan(20);
+    expect(engine.submitted).toEqual([]);
   });
 
   test('thousands are not all sent at once', async () => {

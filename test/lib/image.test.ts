@@ -257,7 +257,8 @@ describe('refusals', () => {
 
   test.each([
     ['a missing file', '/no/such.png', 'ENOENT'],
-    ['a folder', tmpdir(), 'EISDIR'],
+    ['a folder', tmpdir(), 'not a file'],
+    ['a device', '/dev/zero', 'not a file'],
     ['text', Buffer.from('hello'), 'cannot be decoded'],
     ['nothing', new Uint8Array(), 'is empty'],
     ['a data URL without a comma', 'data:image/png;base64', 'no comma'],

@@ -115,6 +115,8 @@ describe('one prompt', () => {
       (['low', 'medium', 'high'] as const).map((detail) => limit({ url: 'a', detail })),
     ).toEqual([6, 12, 24]);
     expect(limit({ url: 'a', detail: 'low', max_dynamic_patch: 3 })).toBe(3);
+    expect(limit({ url: 'a', detail: 'low', max_dynamic_patch: 9 })).toBe(6);
+    expect(limit({ url: 'a', detail: 'auto', max_dynamic_patch: 9 })).toBe(9);
     const part = { type: 'image', image: 'a', maxDynamicPatch: 2 } as const;
     expect(
       normalizePrompts([{ role: 'user', content: [part] }]).conversations[0]?.[0]?.content,
@@ -214,6 +216,13 @@ describe('a mistake is named with its place', () => {
     [
       'an unknown detail',
       message([{ type: 'image_url', image_url: { url: 'a', detail: 'max' } }]),
+      /detail is 'max'/,
+    ],
+    [
+      'an unknown detail beside a limit',
+      message([
+        { type: 'image_url', image_url: { url: 'a', detail: 'max', max_dynamic_patch: 3 } },
+      ]),
       /detail is 'max'/,
     ],
     [

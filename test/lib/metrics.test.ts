@@ -1,4 +1,4 @@
-import { Registry } from 'prom-client';
+import { Counter, Registry } from 'prom-client';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { openCheckpoint } from '../../lib/checkpoint/checkpoint.js';
 import { embeddedModel } from '../../lib/embedded-model.js';
@@ -114,6 +114,26 @@ describe('registerMetrics', () => {
     const [pipe, registry] = [await open(), new Registry()];
     expect(() => pipe.registerMetrics(registry, { prefix: '1-' })).toThrow(/begins no metric/);
     expect(() => pipe.registerMetrics(registry, { labels: { le: 'x' } })).toThrow(/labels: le/);
+    const misspelt = { label: { pipeline: 'a' } } as object;
+    expect(() => pipe.registerMetrics(registry, misspelt)).toThrow(/did you mean labels/);
+    const wrong = { labels: 'a' } as object;
+    expect(() => pipe.registerMetrics(registry, wrong)).toThrow(/labels: "a" is not valid/);
+    await pipe.close();
+  });
+
+  test('a registry that refuses one of them keeps none', async () => {
+    const [pipe, registry] = [await open(), new Registry()];
+    const taken = { name: 'turbomind_steps_total', help: 'of somebody else' };
+    registry.registerMetric(new Counter(taken));
+    expect(() => pipe.registerMetrics(registry)).toThrow(
+      expect.objectContaining({
+        code: 'ERR_TM_INVALID_OPTION',
+        message: expect.stringMatching(/turbomind_steps_total.*give a prefix/),
+      }),
+    );
+    expect(registry.getMetricsAsArray().map(({ name }) => name)).toEqual([taken.name]);
+    pipe.registerMetrics(registry, { prefix: 'mine_' });
+    expect(await registry.metrics()).toContain('mine_steps_total');
     await pipe.close();
   });
 });

@@ -1,5 +1,5 @@
 // What native code needs to know of a model: plain types, filled by lib/checkpoint/ and read by
-// native/addon/convert.cc.
+// native/addon/convert_options.cc.
 
 /** Element types of checkpoint tensors the native side reads. */
 export type NativeDType = 'f32' | 'f16' | 'bf16' | 'i32';

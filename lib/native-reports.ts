@@ -1,5 +1,5 @@
-// What an engine reports of itself: counters, and its memory plan. Plain types; native/addon/convert.cc
-// fills them.
+// What an engine reports of itself: counters, and its memory plan. Plain types; native/addon/
+// convert_reports.cc fills them.
 
 export interface NativeStats {
   readonly running: number;

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <string>
 
+#include "backend/cuda/host_buffer.h"
 #include "gpu_test.h"
 
 namespace {

@@ -12,9 +12,9 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/attention.h"
+#include "backend/cpu/cpu_weight.h"
 #include "backend/cpu/host_memory.h"
 #include "backend/cpu/isa.h"
-#include "backend/cpu/packed_linear.h"
 #include "backend/cpu/thread_pool.h"
 #include "backend/host_sampler.h"
 
@@ -76,14 +76,11 @@ class CpuBackend : public Backend {
   void set_exhaustive_sampling() { exhaustive_sampling_ = true; }
 
  private:
-  class Linear;
-  class Head;
-
   struct Sizes {
     size_t linear, vision, sample_x, scores, attention;
   };
   Sizes sizes(const WorkspaceSpec& spec) const;
-  const Head& head_of(const LinearWeight* weight, ConstTensorView x) const;
+  const CpuHead& head_of(const LinearWeight* weight, ConstTensorView x) const;
   void gather_sample_rows(const SampleArgs& args);
   void sample_rows(const SampleArgs& args, const PackedHead& head, std::span<const int> rows,
                    int best);

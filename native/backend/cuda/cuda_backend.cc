@@ -1,6 +1,8 @@
 // Opening a GPU, its memory, transfers and timers. Engine thread, or the thread that opens the pipeline.
 #include "backend/cuda/cuda_backend.h"
 
+#include "backend/cuda/host_buffer.h"
+
 namespace turbomind::cuda {
 namespace {
 

@@ -17,6 +17,7 @@
 #include "backend/cuda/cuda_upload.h"
 #include "backend/cuda/kernels/kernels.h"
 #include "backend/cuda/split_norms.h"
+#include "backend/cuda/staged_upload.h"
 #include "backend/cuda_api.h"
 
 namespace turbomind::cuda {

@@ -2,10 +2,10 @@
 // what else a row asks for goes to the GPU in one upload, overlapped with the forward, and only ids and
 // the log-probabilities asked for come back. Rows beyond the GPU's limits (kernels.h) go through
 // HostSampler, which gives the same tokens. Steps take turns with two sets of host memory, so that one
-// may be launched while the results of the one before are still to be read. Engine thread.
+// may be launched while the results of the one before are still to be read. What rows ask for is written
+// by cuda_sampler_tasks.cc. Engine thread.
 #pragma once
 
-#include <array>
 #include <memory>
 #include <optional>
 #include <span>
@@ -13,24 +13,11 @@
 
 #include "backend/backend.h"
 #include "backend/cuda/cuda_memory.h"
+#include "backend/cuda/cuda_sampler_sizes.h"
 #include "backend/cuda/kernels/kernels.h"
 #include "backend/host_sampler.h"
 
 namespace turbomind::cuda {
-
-// Sizes of a sampler, a pure function of the workspace it is for.
-struct SamplerSizes {
-  int rows = 0;  // of logits
-  int64_t vocab = 0;
-  int tasks = 0;           // rows that one step may sample
-  int spare_rows = 0;      // raw logits kept beside edited ones
-  size_t words = 0;        // of uploaded token lists and masks
-  size_t top_entries = 0;  // of best tokens that come back
-};
-SamplerSizes sampler_sizes(const Backend::WorkspaceSpec& spec, int logit_rows);
-// Bytes of each device buffer.
-std::array<size_t, 6> sampler_buffers(const SamplerSizes& sizes);
-size_t sampler_host_bytes(const SamplerSizes& sizes);
 
 // The step whose rows are sampled, as far as that concerns the sampler.
 struct SampledStep {
@@ -79,6 +66,12 @@ class CudaSampler {
   };
   void prepare(Slot& slot, int64_t vocab, std::span<const SampleRow> rows, const SampledStep& step);
   Way add(Slot& slot, const SampleRow& row, int row_idx, int fed_row);
+  // Parts of a task; false: no room.
+  bool add_tokens(Slot& slot, const SampleRow& row, SampleTask& task);
+  bool add_bias(Slot& slot, const SampleRow& row, SampleTask& task);
+  bool add_bans(Slot& slot, const SampleRow& row, SampleTask& task);
+  bool add_allowed(Slot& slot, const SampleRow& row, SampleTask& task);
+  bool reserve_best(const Slot& slot, SampleTask& task);
   bool fits(const SampleRow& row, int64_t vocab) const;
   uint32_t* take_words(Slot& slot, size_t count, int32_t* offset);
   void launch_tasks(const LaunchContext& context, Slot& slot, const SampledStep& step);
@@ -90,6 +83,7 @@ class CudaSampler {
                               const SampleRow& row, SampleResult& result);
 
   SamplerSizes sizes_;
+  SamplerBytes bytes_;
   bool kernel_fits_ = false;
   std::unique_ptr<Buffer> logits_;     // f32 [rows, V]
   std::unique_ptr<Buffer> block_max_;  // f32 [rows, V / 64]

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "backend/cuda/start_threads.h"
+
 namespace turbomind::cuda {
 namespace {
 

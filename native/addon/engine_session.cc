@@ -101,7 +101,8 @@ void EngineSession::finish_open(Napi::Env env, const std::exception_ptr& failure
 }
 
 void EngineSession::require_open() const {
-  if (state_ != State::open) throw Error(ErrorCode::disposed, "the engine is closed");
+  if (state_ != State::open)
+    throw Error(ErrorCode::disposed, "the engine is closed; open another one");
 }
 
 void EngineSession::submit(Request request) {

@@ -71,8 +71,9 @@ uint64_t MappedFile::current_bytes() const {
 SharedPages::SharedPages(size_t bytes) : bytes_(bytes) {
   void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (mapping == MAP_FAILED) {
-    throw Error(ErrorCode::out_of_memory,
-                format("cannot allocate %zu bytes for a copy of an unaligned tensor", bytes));
+    throw Error(
+        ErrorCode::out_of_memory,
+        format("cannot allocate %zu bytes for a copy of an unaligned tensor; free memory", bytes));
   }
   data_ = static_cast<std::byte*>(mapping);
 }

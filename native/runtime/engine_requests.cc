@@ -36,7 +36,9 @@ Error to_error(const std::exception_ptr& exception) {
   } catch (const Error& error) {
     return error;
   } catch (const std::bad_alloc&) {
-    return Error(ErrorCode::out_of_memory, "the host ran out of memory during a step");
+    return Error(ErrorCode::out_of_memory,
+                 "the host ran out of memory during a step; free some, or run fewer requests at a "
+                 "time");
   } catch (const std::exception& error) {
     return Error(ErrorCode::internal, format("a step failed: %s", error.what()));
   } catch (...) {
@@ -44,7 +46,9 @@ Error to_error(const std::exception_ptr& exception) {
   }
 }
 
-Error closed_error() { return Error(ErrorCode::disposed, "the engine is closed"); }
+Error closed_error() {
+  return Error(ErrorCode::disposed, "the engine is closed; open another one");
+}
 
 void EngineImpl::submit(Request request) {
   if (!inbox_.push(SubmitMessage{std::move(request), Clock::now()})) throw closed_error();

@@ -1,6 +1,6 @@
 // Runs one step: image tiles through the vision tower, the plan's rows through the decoder, one token
-// for each row that wants one. Talks to the model through the small seam `Model`; loaded_model.h
-// puts the real one behind it, tests a scripted one. Engine thread.
+// for each row that wants one. Talks to the model through the small seam `Model`; device_model.h
+// is the real one behind it, tests a scripted one. Engine thread.
 #pragma once
 
 #include <memory>

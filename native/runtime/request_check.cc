@@ -197,7 +197,8 @@ std::optional<Error> check_request(const Request& request, const RequestRules& r
   // Positions and counts are 32 bit.
   if (request.prompt_tokens.size() > size_t{1} << 30) {
     return Error(ErrorCode::prompt_too_long,
-                 format("the prompt has %zu tokens", request.prompt_tokens.size()));
+                 format("the prompt has %zu tokens; no session holds that many, shorten it",
+                        request.prompt_tokens.size()));
   }
   if (Problem problem = check_ids("prompt token", request.prompt_tokens, rules.vocab_size)) {
     return problem;

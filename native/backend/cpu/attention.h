@@ -46,6 +46,12 @@ class PagedAttention {
     size_t rope_table, scratch, partials;
   };
 
+  // Whether keys and values are copied together before they are read: blocks that do not hold whole
+  // chunks, and quantised ones.
+  static bool gathers(int block_size, bool quantized) {
+    return quantized || block_size % kChunkKeys != 0;
+  }
+  static bool gathers(const KvCacheSpec& spec) { return gathers(spec.block_size, spec.bits != 16); }
   ScratchBytes sizes(const AttentionLimits& limits) const;
   void check(const AttentionArgs& args) const;
   void make_rope_table(const AttentionArgs& args);

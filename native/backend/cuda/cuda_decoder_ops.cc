@@ -5,6 +5,18 @@
 #include "backend/cuda/cuda_ops.h"
 
 namespace turbomind::cuda {
+namespace {
+
+RopeArgs rope_args(const AttentionArgs& args) {
+  return {.inv_freq = floats(args.rope.inv_freq),
+          .attention_scaling = args.rope.attention_scaling,
+          .q_norm = args.q_norm != nullptr ? floats(args.q_norm->weight) : nullptr,
+          .k_norm = args.k_norm != nullptr ? floats(args.k_norm->weight) : nullptr,
+          .q_norm_eps = args.q_norm != nullptr ? args.q_norm->eps : 0.0F,
+          .k_norm_eps = args.k_norm != nullptr ? args.k_norm->eps : 0.0F};
+}
+
+}  // namespace
 
 void CudaBackend::embed(const EmbedArgs& args) {
   const CudaLinear& table = as_cuda(args.table);
@@ -67,12 +79,7 @@ void CudaBackend::attention(const AttentionArgs& args) {
   void* layer = cache.layer(args.layer);
   const int bits = cache.spec().bits;
   const float scale = softmax_scale(args.softmax_scale, args.head_dim);
-  const RopeArgs rope{.inv_freq = floats(args.rope.inv_freq),
-                      .attention_scaling = args.rope.attention_scaling,
-                      .q_norm = args.q_norm != nullptr ? floats(args.q_norm->weight) : nullptr,
-                      .k_norm = args.k_norm != nullptr ? floats(args.k_norm->weight) : nullptr,
-                      .q_norm_eps = args.q_norm != nullptr ? args.q_norm->eps : 0.0F,
-                      .k_norm_eps = args.k_norm != nullptr ? args.k_norm->eps : 0.0F};
+  const RopeArgs rope = rope_args(args);
   const bool fused = step_.tiles == 0;  // the decode kernel takes every row
   if (!fused) {
     rope_kv(context_, dtype_,

@@ -23,7 +23,8 @@ ReadQueue::ReadQueue(int device) : device_(device) {
   const unsigned threads = std::clamp(std::thread::hardware_concurrency(), 2U, kMaxThreads);
   start_threads(threads_, threads, [this](size_t) { return [this] { work(); }; });
   if (threads_.empty()) {
-    throw Error(ErrorCode::out_of_memory, "loading: the system gives no thread to read with");
+    throw Error(ErrorCode::out_of_memory,
+                "loading: the system gives no thread to read with; allow the process more");
   }
 }
 

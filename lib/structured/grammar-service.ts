@@ -13,7 +13,7 @@ import type { StartWorker, WorkerPort } from './worker-port.js';
 /** A second worker compiles while the first one serves answers that run. */
 const MOST_WORKERS = 2;
 const COMPILE_LIMIT_MS = 120_000;
-/** A worker that breaks this often under one session is not replaced for it again. */
+/** A worker that is lost this often before one session gets a mask is not replaced for it again. */
 const MOST_RETRIES = 2;
 
 export interface GrammarServiceParts {
@@ -135,8 +135,10 @@ export class GrammarService {
   #settle(slot: Slot, id: number, status: MaskStatus): void {
     this.#unwatch(slot, id);
     const session = slot.sessions.get(id);
-    const waiting = session?.take();
-    if (session === undefined || waiting === undefined) return;
+    if (session === undefined) return;
+    if (status === 'ready') session.numRetries = 0;
+    const waiting = session.take();
+    if (waiting === undefined) return;
     if (status === 'ready') waiting.onMask(session.mask);
     else if (status === 'stuck') waiting.onError(stuck());
     else if (status === 'rejected') {
@@ -164,23 +166,36 @@ export class GrammarService {
 
   // The session that broke the worker fails; the others go on in a new one.
   #replace(slot: Slot, culprit: number | undefined, reason: string): void {
-    if (this.#isClosed) return;
+    if (this.#isClosed || !this.#slots.includes(slot)) return;
     clearTimeout(slot.compiling?.timer);
     slot.compiling = undefined;
-    void slot.port.terminate();
-    slot.port = this.#start(slot);
     slot.dropSteps();
+    void slot.port.terminate();
+    try {
+      slot.port = this.#start(slot);
+    } catch (error) {
+      this.#drop(slot, error);
+      return;
+    }
     slot.grammars.clear();
     for (const session of [...slot.sessions.values()]) {
       session.numRetries += 1;
       if (session.id === culprit || session.numRetries > MOST_RETRIES) {
-        const waiting = session.take();
         slot.sessions.delete(session.id);
-        waiting?.onError(internal(`the grammar matcher gave up: ${reason}`));
+        session.fail(internal(`the grammar matcher gave up: ${reason}`));
       } else {
         slot.open(session);
       }
     }
+  }
+
+  // Nothing serves its sessions any more; the next answer tries to start a worker again.
+  #drop(slot: Slot, error: unknown): void {
+    this.#slots.splice(this.#slots.indexOf(slot), 1);
+    const reason = error instanceof Error ? error.message : String(error);
+    const sessions = [...slot.sessions.values()];
+    slot.sessions.clear();
+    for (const session of sessions) session.fail(internal(`no worker can be started: ${reason}`));
   }
 
   #end(session: Session): void {

@@ -33,7 +33,9 @@ export class Session implements GrammarSession {
   readonly drawn: number[] = [];
   slot: Slot;
   waiting: Settle | undefined;
+  /** Times that its worker was lost since it last got a mask. */
   numRetries = 0;
+  #failure: TurbomindError | undefined;
   readonly #onClose: (session: Session) => void;
 
   constructor(
@@ -58,6 +60,10 @@ export class Session implements GrammarSession {
     onMask: (mask: Uint32Array) => void,
     onError: (error: TurbomindError) => void,
   ): void {
+    if (this.#failure !== undefined) {
+      onError(this.#failure);
+      return;
+    }
     this.drawn.push(...tokens);
     this.waiting = { onMask, onError };
     this.slot.step({ session: this.id, tokens });
@@ -65,6 +71,12 @@ export class Session implements GrammarSession {
 
   close(): void {
     this.#onClose(this);
+  }
+
+  /** It cannot go on: who waits is told, or else who draws the next token. */
+  fail(error: TurbomindError): void {
+    this.#failure = error;
+    this.take()?.onError(error);
   }
 
   /** Who waits for the next mask, who is then no longer kept. */

@@ -2,6 +2,7 @@
 // grammar that the matcher compiles. Refusals happen here, before anything is submitted. Pure
 // functions; the grammar of a schema is kept for as long as it is used often.
 import { invalidOption, nearestName } from '../check.js';
+import { isJsonObject } from '../checkpoint/json.js';
 import { TurbomindError } from '../errors.js';
 import { EbnfError, normalizeEbnf } from './ebnf.js';
 import { writeGrammar } from './grammar-writer.js';
@@ -26,8 +27,9 @@ export type ResponseFormat =
 
 /** A JSON schema, as OpenAI and LMDeploy take it. */
 export interface JsonSchemaFormat {
-  /** For the reader: the model does not see it. */
+  /** For the reader, as `description` is: the model sees neither. */
   readonly name?: string | undefined;
+  readonly description?: string | undefined;
   readonly schema: boolean | Readonly<Record<string, unknown>>;
   /**
    * true: objects have no keys but those the schema names, unless it says additionalProperties.
@@ -94,7 +96,7 @@ function stringify(value: unknown): string {
 }
 
 function checkFormat(format: unknown): ResponseFormat {
-  if (!isRecord(format)) throw invalidOption('responseFormat', format, 'an object with a type');
+  if (!isJsonObject(format)) throw invalidOption('responseFormat', format, 'an object with a type');
   const { type } = format;
   if (!isType(type)) {
     const expected = Object.keys(KEYS).join(', ');
@@ -128,8 +130,12 @@ function hintFor(key: string, known: readonly string[]): string {
 }
 
 function checkSchemaFormat(value: unknown): JsonSchemaFormat {
-  if (!isRecord(value)) {
-    throw invalidOption('responseFormat.jsonSchema', value, 'an object { name?, schema, strict? }');
+  if (!isJsonObject(value)) {
+    throw invalidOption(
+      'responseFormat.jsonSchema',
+      value,
+      'an object { name?, description?, schema, strict? }',
+    );
   }
   const known = ['name', 'description', 'schema', 'strict'];
   for (const key of Object.keys(value)) {
@@ -138,14 +144,15 @@ function checkSchemaFormat(value: unknown): JsonSchemaFormat {
       `responseFormat.jsonSchema: unknown key ${key}; the schema itself stands under schema`,
     );
   }
-  const { name, schema, strict } = value;
-  if (name !== undefined && typeof name !== 'string') {
-    throw invalidOption('responseFormat.jsonSchema.name', name, 'a text');
+  const { schema, strict } = value;
+  for (const key of ['name', 'description']) {
+    if (value[key] === undefined || typeof value[key] === 'string') continue;
+    throw invalidOption(`responseFormat.jsonSchema.${key}`, value[key], 'a text');
   }
   if (strict !== undefined && typeof strict !== 'boolean') {
     throw invalidOption('responseFormat.jsonSchema.strict', strict, 'true or false');
   }
-  if (!isRecord(schema) && typeof schema !== 'boolean') {
+  if (!isJsonObject(schema) && typeof schema !== 'boolean') {
     throw invalidOption('responseFormat.jsonSchema.schema', schema, 'a JSON schema');
   }
   return { schema, strict };
@@ -229,10 +236,6 @@ function write({ root, rules }: SchemaGrammar, what: string): GrammarSource {
 
 function refused(message: string): TurbomindError {
   return new TurbomindError('ERR_TM_INVALID_OPTION', message);
-}
-
-function isRecord(value: unknown): value is Record<string, unknown> {
-  return typeof value === 'object' && value !== null && !Array.isArray(value);
 }
 
 function isType(value: unknown): value is ResponseFormat['type'] {

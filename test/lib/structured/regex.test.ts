@@ -29,7 +29,8 @@ describe('regular expressions', () => {
       const text = sample(pattern, random);
       expect(real.test(text), JSON.stringify(text)).toBe(true);
       expect(allows(pattern, text)).toBe(true);
-      const chars = [...text].slice(0, random(text.length + 1));
+      // Short, for JavaScript tries 2^n ways to match n times a with (a*)*b.
+      const chars = [...text].slice(0, random(Math.min(text.length, 12) + 1));
       const changed = chars.join('') + ([...'ab"1é 😀x-'][random(9)] ?? '');
       expect(allows(pattern, changed), JSON.stringify(changed)).toBe(real.test(changed));
     }

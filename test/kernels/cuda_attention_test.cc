@@ -89,11 +89,8 @@ class Attention {
     const DeviceArray<int2> d_items(items), d_tiles(tiles.empty() ? std::vector<int2>{{-1, 0}} : tiles);
     const DeviceArray<float> freq(inv_freq_), norms(norm_weights_);
     const DeviceArray<uint16_t> y(positions.size() * static_cast<size_t>(heads_.q) * heads_.dim);
-    const DeviceArray<float> partial_out(items.size() * most * 2 * heads_.q * heads_.dim);
-    const DeviceArray<float2> partial_sum(items.size() * most * 2 * heads_.q);
-    DeviceArray<uint32_t> tickets(queries.size() * most * heads_.q);
-    tickets.zero();
-    const DeviceArray<uint32_t> records(decode_record_bytes(context_) / sizeof(uint32_t));  // poison: all bits set
+    // Poison: all bits set.
+    const DeviceArray<uint32_t> records(items.size() * most * decode_record_bytes(heads_.q, heads_.dim) / sizeof(uint32_t));
     StepArrays arrays{.positions = d_positions.get(), .slots = d_slots.get(), .query_start = d_start.get(),
                       .kv_len = d_len.get(), .split_start = d_split.get(), .decode_items = d_items.get(),
                       .query_tiles = d_tiles.get(), .block_stride = d_stride.get(), .block_table = d_table.get()};
@@ -115,15 +112,12 @@ class Attention {
     decode_attention(context_, dtype_, {.qkv = device_qkv.get(), .y = y.get(), .cache = cache_->get(),
                                         .kv_bits = bits_, .rope = fused ? rope : RopeArgs{}, .step = arrays,
                                         .num_items = num_items > 0 ? num_items + 2 : 0, .max_rows = static_cast<int>(most),
-                                        .partial_out = partial_out.get(), .partial_max_sum = partial_sum.get(),
-                                        .tickets = tickets.get(), .records = with_records_ ? records.get() : nullptr,
-                                        .num_heads = heads_.q, .num_kv_heads = heads_.kv,
+                                        .records = records.get(), .num_heads = heads_.q, .num_kv_heads = heads_.kv,
                                         .head_dim = heads_.dim, .softmax_scale = scale});
     prefill_attention(context_, dtype_, {.qkv = device_qkv.get(), .y = y.get(), .cache = cache_->get(),
                                          .kv_bits = bits_, .step = arrays,
                                          .tokens = static_cast<int>(rows), .num_tiles = static_cast<int>(tiles.size()), .num_heads = heads_.q,
                                          .num_kv_heads = heads_.kv, .head_dim = heads_.dim, .softmax_scale = scale, .portable = portable_});
-    for (uint32_t ticket : tickets.host()) EXPECT_EQ(ticket, 0U);
     const std::vector<uint32_t> left = records.host();
     EXPECT(std::all_of(left.begin(), left.end(), [](uint32_t word) { return word == ~0U; }));
     std::vector<uint16_t> out = y.host();
@@ -132,8 +126,6 @@ class Attention {
   }
   // Whether decode steps rotate and write K and V in the decode kernel.
   void set_fused(bool fused) { fused_ = fused; }
-  // Whether parts may meet in records; else by tickets.
-  void set_records(bool with_records) { with_records_ = with_records; }
   // Norms of q and k heads, and a scaling of the rotation.
   void set_norms() {
     normed_ = true;
@@ -224,7 +216,6 @@ class Attention {
   int bits_;
   bool portable_ = false;
   bool fused_ = false;
-  bool with_records_ = true;
   bool normed_ = false;
   float scaling_ = 1.0F;
   std::vector<int> lengths_;
@@ -364,9 +355,8 @@ TEST("launches of a decode layer are joined by programmatic edges in a graph") {
   const size_t columns = static_cast<size_t>(heads.q) * heads.dim;
   const DeviceArray<uint16_t> qkv((heads.q + 2 * heads.kv) * static_cast<size_t>(heads.dim)), y(columns);
   const DeviceArray<char> cache(static_cast<size_t>(heads.kv) * 2 * kv_tile_bytes(heads.dim, 16));
-  const DeviceArray<float> weight(columns), partial(columns);
-  const DeviceArray<float2> sums(columns);
-  const DeviceArray<uint32_t> tickets(columns);
+  const DeviceArray<float> weight(columns);
+  const DeviceArray<uint32_t> records(decode_record_bytes(heads.q, heads.dim) / sizeof(uint32_t));
   const DeviceArray<int32_t> words(64);
   cuda_check(cudaStreamBeginCapture(context.stream, cudaStreamCaptureModeThreadLocal));
   const NormArgs norm_args{.weight = weight.get(), .x = y.get(), .y = y.get(), .ldx = static_cast<int64_t>(columns),
@@ -379,8 +369,7 @@ TEST("launches of a decode layer are joined by programmatic edges in a graph") {
   rope_kv(context, DType::bf16, {.qkv = qkv.get(), .cache = cache.get(), .rope = rope, .positions = words.get(), .slots = words.get(),
                                  .tokens = 1, .num_heads = heads.q, .num_kv_heads = heads.kv, .head_dim = heads.dim});
   decode_attention(context, DType::bf16, {.qkv = qkv.get(), .y = y.get(), .cache = cache.get(), .rope = rope, .step = step, .num_items = 1,
-                                          .partial_out = partial.get(), .partial_max_sum = sums.get(), .tickets = tickets.get(),
-                                          .num_heads = heads.q, .num_kv_heads = heads.kv, .head_dim = heads.dim, .softmax_scale = 0.125F});
+                                          .records = records.get(), .num_heads = heads.q, .num_kv_heads = heads.kv, .head_dim = heads.dim, .softmax_scale = 0.125F});
   norm(context, DType::bf16, norm_args);
   cudaGraph_t graph = nullptr;
   cuda_check(cudaStreamEndCapture(context.stream, &graph));
@@ -421,42 +410,50 @@ TEST("a sequence's attention is the same bits alone, in a mixed batch and in eve
   }
 }
 
-// 472 units of decode attention: more than a GPU has places for CTAs, so that a CTA folds runs of parts, some of
-// which begin or end within a sequence. Alone, a sequence has about 96, which meet as records or by tickets.
-TEST("parts come together in the same bits within a CTA, by tickets and as records") {
-  // As many units from short sequences, whose prefill compute-sanitizer can take.
-  const Heads heads = quick ? Heads{32, 32, 128} : Heads{16, 8, 128};
-  const std::vector<int> lengths = quick ? std::vector<int>{700, 519, 768, 600, 640} : std::vector<int>{3000, 2819, 3072, 2600, 2900};
-  const int sequences = static_cast<int>(lengths.size());
+// 472 units of decode attention: more than a GPU has places for CTAs, so that a CTA has runs of parts, some of
+// which begin or end within a sequence; and several times as many, where runs are shorter and longer than
+// sequences. Alone, a sequence has about 96, one a CTA.
+TEST("parts come together in the same bits within a CTA, between units and one a CTA") {
+  const Heads heads{16, 8, 128};
+  const std::vector<int> lengths{3000, 2819, 3072, 2600, 2900};
+  const std::vector<size_t> batches = quick ? std::vector<size_t>{5, 13} : std::vector<size_t>{5, 13, 28, 60};
   for (const int bits : {16, 8, 4}) {
     Attention attention(heads, DType::bf16, lengths, 8, bits);
-    for (int s = 0; s < sequences; ++s) attention.fill(s, lengths[s] - 5);
-    for (const int rows : {1, 5}) {
-      std::vector<Attention::Query> all;
-      std::vector<uint16_t> wanted;
-      attention.set_records(true);
-      for (int s = 0; s < sequences; ++s) {
-        all.push_back({s, lengths[s] - 5, lengths[s] - 5 + rows});
-        const std::vector<uint16_t> alone = attention.step({all.back()}, rows);
-        wanted.insert(wanted.end(), alone.begin(), alone.end());
-      }
-      const auto columns = static_cast<size_t>(heads.q) * heads.dim;
-      for (const bool fused : {false, true}) {
-        attention.set_fused(fused);
-        attention.set_records(true);
-        expect_equal(attention.step(all, rows), wanted, DType::bf16, columns, "in runs");
-        attention.set_records(false);
-        expect_equal(attention.step(all, rows), wanted, DType::bf16, columns, "in runs, without records");
-        std::vector<uint16_t> by_tickets;
-        for (const Attention::Query& query : all) {
-          const std::vector<uint16_t> alone = attention.step({query}, rows);
-          by_tickets.insert(by_tickets.end(), alone.begin(), alone.end());
-        }
-        expect_equal(by_tickets, wanted, DType::bf16, columns, "by tickets");
-      }
-      attention.set_fused(false);
+    // Any keys and values will do: words that are numbers of moderate size in bf16 and f16; packed tiles end with
+    // f16 scales and zeros, which make levels small.
+    std::vector<char> cache = attention.cache();
+    const size_t tile = kv_tile_bytes(heads.dim, bits);
+    Random random(9);
+    for (size_t i = 0; i < cache.size(); i += 2) {
+      const bool scales = bits != 16 && i % tile >= tile - 4 * kBlockTokens;
+      const uint32_t word = (random.bits() & (scales ? 0x03ffU : 0x83ffU)) | (scales ? 0x1400U : 0x3c00U);
+      cache[i] = static_cast<char>(word & 0xffU);
+      cache[i + 1] = static_cast<char>(word >> 8);
     }
-    attention.set_records(true);
+    attention.set_cache(cache);
+    for (const int rows : {1, 5}) {
+      attention.set_fused(false);
+      std::vector<std::vector<uint16_t>> alone;
+      const auto query = [&](size_t s) {
+        const auto sequence = static_cast<int>(s % lengths.size());
+        return Attention::Query{sequence, lengths[s % lengths.size()] - 5, lengths[s % lengths.size()] - 5 + rows};
+      };
+      for (size_t s = 0; s < lengths.size(); ++s) alone.push_back(attention.step({query(s)}, rows));
+      for (const size_t batch : batches) {
+        std::vector<Attention::Query> all;
+        std::vector<uint16_t> wanted;
+        for (size_t s = 0; s < batch; ++s) {  // some twice: they write the same bytes to the cache
+          all.push_back(query(s));
+          const std::vector<uint16_t>& same = alone[s % lengths.size()];
+          wanted.insert(wanted.end(), same.begin(), same.end());
+        }
+        for (float value : to_floats(wanted, DType::bf16)) EXPECT(std::isfinite(value));
+        for (const bool fused : {false, true}) {
+          attention.set_fused(fused);
+          expect_equal(attention.step(all, rows), wanted, DType::bf16, static_cast<size_t>(heads.q) * heads.dim, "in runs");
+        }
+      }
+    }
     const Attention::Query whole{1, lengths[1] - 5, lengths[1] - 4};  // a row of prefill's
     expect_equal(attention.step({whole}, 1), attention.step({whole}, 0), DType::bf16, static_cast<size_t>(heads.q) * heads.dim, "prefill kernel");
   }

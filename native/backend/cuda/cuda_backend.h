@@ -107,9 +107,6 @@ class CudaBackend final : public Backend {
     int max_items = 0;
     int max_tiles = 0;
     int max_blocks = 0;
-    std::unique_ptr<Buffer> attention_out;
-    std::unique_ptr<Buffer> attention_max_sum;
-    std::unique_ptr<Buffer> attention_tickets;
     std::unique_ptr<Buffer> attention_records;
     std::unique_ptr<CudaSampler> sampler;  // null without a vocabulary
     std::vector<int32_t> fed_rows;         // see SampledStep

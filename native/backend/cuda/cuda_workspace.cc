@@ -10,7 +10,7 @@ namespace {
 
 constexpr size_t kGemmPartialFloats = size_t{8} << 20;
 constexpr size_t kGemmTickets = 4096;
-constexpr size_t kMaxAttentionBytes = size_t{256} << 20;
+constexpr size_t kMaxAttentionBytes = size_t{288} << 20;
 
 }  // namespace
 
@@ -25,9 +25,7 @@ struct CudaBackend::WorkspaceSizes {
   size_t scratch = 0;
   int tokens = 0;
   int64_t norm_columns = 0;  // of rows whose norm may be split
-  size_t attention_out = 0;
-  size_t attention_max_sum = 0;
-  size_t attention_tickets = 0;
+  size_t attention_records = 0;
   SamplerSizes sampler;  // no rows: nothing is sampled
 
   explicit WorkspaceSizes(const WorkspaceSpec& spec);
@@ -39,7 +37,7 @@ CudaBackend::WorkspaceSizes::WorkspaceSizes(const WorkspaceSpec& spec) {
   const auto heads = static_cast<size_t>(std::max(spec.max_heads, 1));
   const auto dim = static_cast<size_t>(std::max(spec.max_head_dim, 1));
   max_blocks = ceil_div(std::max(spec.max_kv_len, 1), kBlockTokens) + 1;
-  const size_t item_bytes = 2 * heads * (dim * sizeof(float) + sizeof(float2));
+  const size_t item_bytes = decode_record_bytes(static_cast<int>(heads), static_cast<int>(dim));
   const int64_t all_items =
       static_cast<int64_t>(sequences) * ceil_div(std::max(spec.max_kv_len, 1), kSplitTokens);
   max_items = pad_items(static_cast<int>(
@@ -63,10 +61,7 @@ CudaBackend::WorkspaceSizes::WorkspaceSizes(const WorkspaceSpec& spec) {
   scratch = static_cast<size_t>(tokens) * scratch_row_elements * 2;
   norm_columns =
       std::max<int64_t>(spec.hidden_size > 0 ? spec.hidden_size : spec.max_in_features, 1);
-  const auto items = static_cast<size_t>(max_items);
-  attention_out = items * 2 * heads * dim * sizeof(float);
-  attention_max_sum = items * 2 * heads * sizeof(float2);
-  attention_tickets = static_cast<size_t>(sequences) * kMaxDecodeRows * heads * sizeof(uint32_t);
+  attention_records = static_cast<size_t>(max_items) * item_bytes;
   if (spec.vocab_size <= 0 || spec.max_rows <= 0) return;
   // Captured steps compute the logits of padding rows too.
   sampler = sampler_sizes(spec, row_bucket(spec.max_rows));
@@ -78,12 +73,10 @@ WorkspaceBytes CudaBackend::workspace_bytes(const WorkspaceSpec& spec) const {
   for (size_t part : {sizes.step_bytes, sizes.step_bytes, sizes.scratch,
                       SplitNorms::strip_bytes(sizes.tokens, sizes.norm_columns),
                       SplitNorms::scale_bytes(sizes.tokens), kGemmPartialFloats * sizeof(float),
-                      kGemmTickets * sizeof(uint32_t), sizes.attention_out, sizes.attention_max_sum,
-                      sizes.attention_tickets}) {
+                      kGemmTickets * sizeof(uint32_t), sizes.attention_records}) {
     bytes.scratch += buffer_bytes(part);
   }
   if (spec.vision_pixel_bytes > 0) bytes.scratch += buffer_bytes(spec.vision_pixel_bytes);
-  bytes.scratch += buffer_bytes(decode_record_bytes(context_));
   bytes.staging = 2 * sizes.step_bytes;
   if (sizes.sampler.rows > 0) {
     bytes.staging += sampler_host_bytes(sizes.sampler);
@@ -133,10 +126,7 @@ WorkspaceBytes CudaBackend::reserve_workspace(const WorkspaceSpec& spec) {
   split_norms_.reserve(pool_, sizes.tokens, sizes.norm_columns);
   w.gemm_partials = pool_.allocate(kGemmPartialFloats * sizeof(float));
   w.gemm_tickets = zeroed(kGemmTickets * sizeof(uint32_t));
-  w.attention_out = pool_.allocate(sizes.attention_out);
-  w.attention_max_sum = pool_.allocate(sizes.attention_max_sum);
-  w.attention_tickets = zeroed(sizes.attention_tickets);
-  w.attention_records = pool_.allocate(decode_record_bytes(context_));
+  w.attention_records = pool_.allocate(sizes.attention_records);
   cuda_check(cudaMemsetAsync(w.attention_records->data(), 0xff, w.attention_records->bytes(),
                              context_.stream),
              "marking the records of decode attention as absent");

@@ -16,15 +16,27 @@ inline constexpr int kTileArrivals = kWarpArrivals;
 inline constexpr int kTileArrivals = 32;
 #endif
 
+// How L2 is to hold tiles: those that one CTA reads, once, make room before all else, among it the parts that
+// wait to be folded.
+__device__ __forceinline__ uint64_t tile_policy(const Params& p) {
+  uint64_t policy;
+  if (p.column_blocks == 1) {
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  }
+  return policy;
+}
+
 // One tile into a slot, by the lanes of the producer warp.
 template <class C>
 __device__ __forceinline__ void load_slot(uint32_t slot, uint32_t barrier, const char* tile,
-                                          int lane) {
+                                          uint64_t policy, int lane) {
   constexpr int kBytes = kTileBytes<C::kDim, C::kBits>;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   if (lane == 0) {
     mbarrier_expect_bytes(barrier, kBytes);
-    bulk_load(slot, tile, kBytes, barrier);
+    bulk_load(slot, tile, kBytes, barrier, policy);
   } else if (lane < kTileArrivals) {
     mbarrier_arrive(barrier);
   }
@@ -118,6 +130,7 @@ __device__ __forceinline__ void produce(Exchange<C>& exchange, Barriers& barrier
     return __ldcg(a.step.block_table + unit.sequence * __ldcg(a.step.block_stride) +
                   unit.part * kPartTiles + lane);
   };
+  const uint64_t policy = tile_policy(p);
   const uint32_t ring = smem_address(slots);
   const uint32_t full = smem_address(barriers.full);
   const uint32_t empty = smem_address(barriers.empty);
@@ -126,20 +139,22 @@ __device__ __forceinline__ void produce(Exchange<C>& exchange, Barriers& barrier
   NewTiles tiles;
   Unit unit;  // whose tiles are next: number `i` of its keys, then of its values
   int i = 0;
-  Unit next;
-  if (run.begin < run.end) next = find_unit<C>(p, run.begin);
-  int next_block = block_of(next);
+  Units<C> next;
+  next.find(p, run);
+  int next_block = block_of(next.unit);
   int block = 0;
-  for (int index = run.begin;;) {
+  for (;;) {
     bool more = true;
     while (more && (unit.sequence < 0 || i == 2 * unit.tiles)) {
-      more = index < run.end;
+      more = next.any(run);
+      if (!more) break;
       // The next unit is looked up before this one waits for room.
-      unit = next;
+      unit = next.unit;
       block = next_block;
       i = 0;
-      next = next_unit<C>(p, unit, ++index, run.end);
-      next_block = index < run.end ? block_of(next) : 0;
+      ++next.done;
+      next.find(p, run);
+      next_block = block_of(next.unit);
     }
     const bool values = i >= unit.tiles;
     const int tile = values ? i - unit.tiles : i;
@@ -167,7 +182,7 @@ __device__ __forceinline__ void produce(Exchange<C>& exchange, Barriers& barrier
     load_slot<C>(ring + at.slot * C::kSlotBytes, barrier,
                  static_cast<const char*>(a.cache) +
                      ((id * a.num_kv_heads + unit.kv_head) * 2 + (values ? 1 : 0)) * kBytes,
-                 lane);
+                 policy, lane);
     at.advance(1, p.slots);
     ++i;
   }

@@ -1,8 +1,10 @@
 // Decode attention's units of work, its ring of tiles and what its warps hand each other: shared by the
 // producer (decode_produce.cuh), the consumers (kernels/attention_decode.cu) and what brings parts together
-// (decode_fold.cuh). Device only, but for the sizes that the launch needs.
+// (decode_fold.cuh, decode_records.cuh). Which CTA does what, and when: decode_order.h. Device only, but for
+// the sizes that the launch needs.
 #pragma once
 
+#include "backend/cuda/decode_order.h"
 #include "backend/cuda/device/flash.cuh"
 #include "backend/cuda/device/head.cuh"
 #include "backend/cuda/kernels/kernels.h"
@@ -42,23 +44,15 @@ struct Config {
   static constexpr int kSlotBytes = (kTileBytes<kDim, kBits> + 127) / 128 * 128;
   // A third CTA hides what two wait for where tiles are small enough for rings of more than a unit.
   static constexpr int kCtas = kBits == 4 && kN == 1 ? 3 : 2;
-  // As registers allow: parts folded at once; parts folded where they are computed.
-  static constexpr int kFoldBatch = kN == 2 ? 1 : 4;
-  static constexpr bool kRuns = kN == 1;
-  // Whether what is folded lies in shared memory meanwhile: the registers are few with three CTAs an SM.
-  static constexpr bool kSharesTotal = kCtas == 3;
+  // Parts fetched at once to be folded: alone, and beside the product of a unit.
+  static constexpr int kFoldBatch = kN == 2 ? 2 : kCtas == 2 ? 4 : kDim == 128 ? 3 : 2;
+  static constexpr int kFoldAhead = kN == 2 || kDim % 64 != 0 ? 1 : 2;
+  // Whether what is folded lies in shared memory meanwhile, where registers are few.
+  static constexpr bool kSharesTotal = kCtas == 3 || kN == 2;
   // Whether a warp has a row of V's dims number `o`; known to the compiler but for the last of 80 and 96.
   static __device__ __forceinline__ bool owns(int warp, int o) {
     return kWarps * (o + 1) <= kSteps || warp + kWarps * o < kSteps;
   }
-};
-
-// Factors and sums of parts that meet, for pairs of columns.
-inline constexpr int kFoldParts = 32;
-template <class C>
-struct FoldChunk {
-  float4 factors[kFoldParts][C::kColumns / 2];  // before, part; of one column, of the other
-  float2 sums[kFoldParts][C::kColumns / 2];
 };
 
 struct Unit {
@@ -86,10 +80,7 @@ struct FoldPlan {
 // What the warps hand each other. Fragments of P as the lane that needs them reads them.
 template <class C>
 struct Exchange {
-  union {
-    uint2 probabilities[C::kN][kBlockTokens / 16 * kPartTiles][32];
-    FoldChunk<C> fold;
-  };
+  uint2 probabilities[C::kN][kBlockTokens / 16 * kPartTiles][32];
   // Rotated, and zeros past the unit's columns; the padding spreads rows over the banks.
   alignas(16) typename C::Product query[C::kColumns][C::kDim + 8];
   float2 rotations[kMaxDecodeRows][C::kDim / 2];  // sine, cosine of the sequence's rows
@@ -99,6 +90,7 @@ struct Exchange {
   float query_sums[kWarps][C::kColumns];
   // Each warp's own copies, of what few registers could hold.
   Unit unit[kWarps];
+  PartOrder order[kWarps];
   FoldPlan plan[kWarps];
   // What each thread has folded so far: outputs; maxima and sums.
   float4 total[C::kSharesTotal ? (C::kOwn + 1) * C::kN : 1][C::kSharesTotal ? kConsumers : 1];
@@ -113,22 +105,30 @@ struct Barriers {
 };
 
 // The units of a CTA: a run of those of the step, which lie sequence by sequence, column block and KV
-// head by head, part by part. Within a run of parts the query stays.
+// head by head, as many as there are parts. It does the last of these heads first, and of a head that it
+// shares the parts that its order tells. Within a head the query stays.
 struct Run {
   int begin, end;
   int units;    // of the step
-  bool single;  // at most one a CTA, and some CTAs have none: decode_records.cuh
+  bool single;  // at most one a CTA, and some CTAs have none
 };
-__device__ __forceinline__ int run_begin(int64_t units, int cta) {
-  return static_cast<int>(units * cta / gridDim.x);
-}
 __device__ __forceinline__ Run run_of_cta(const Params& p) {
   const int units = __ldcg(p.args.step.block_stride + 1) * p.column_blocks * p.args.num_kv_heads;
   const int cta = static_cast<int>(blockIdx.x);
-  if (p.args.records != nullptr && units + kFolders <= static_cast<int>(gridDim.x)) {
-    return {min(cta, units), min(cta + 1, units), units, true};
+  const int ctas = static_cast<int>(gridDim.x);
+  if (units + kFolders <= ctas) return {min(cta, units), min(cta + 1, units), units, true};
+  return {run_begin(units, ctas, cta), run_begin(units, ctas, cta + 1), units, false};
+}
+// The order of the parts of a sequence and head whose first is unit `first`; `unit`: any of them, the CTA's
+// own if it has one alone.
+__device__ __forceinline__ PartOrder order_of(const Run& run, int first, const Unit& unit) {
+  if (run.single) {
+    PartOrder order{};
+    order.last_begin = -unit.part;
+    return order;
   }
-  return {run_begin(units, cta), run_begin(units, cta + 1), units, false};
+  return part_order(run.units, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), first,
+                    unit.parts);
 }
 
 __device__ __forceinline__ int tiles_of(int num_keys, int part) {
@@ -162,22 +162,31 @@ __device__ __forceinline__ int keys_seen(const Params& p, const Unit& unit, int 
   return unit.history + p.row_of(unit.column0 + column) + 1;
 }
 
-// The one after it: the next part, or looked up.
+// The units of a CTA, one after the other.
 template <class C>
-__device__ __forceinline__ Unit next_unit(const Params& p, Unit unit, int index, int end) {
-  if (++unit.part < unit.parts) {
-    unit.tiles = tiles_of(unit.num_keys, unit.part);
-    return unit;
-  }
-  return index < end ? find_unit<C>(p, index) : Unit{};
-}
+struct Units {
+  Unit unit;  // sequence -1: none, or nothing to do
+  PartOrder order;
+  int first = 0;     // unit of the step: the first part of its sequence and head
+  int done = 0;      // units before it
+  int head_end = 0;  // as many, when the CTA is through with this head
 
-// A warp's copy of a unit in shared memory.
-__device__ __forceinline__ void set_unit(Unit& place, const Unit& unit, int lane) {
-  __syncwarp();
-  if (lane == 0) place = unit;
-  __syncwarp();
-}
+  __device__ __forceinline__ bool any(const Run& run) const { return done < run.end - run.begin; }
+  // Looks up number `done`.
+  __device__ __forceinline__ void find(const Params& p, const Run& run) {
+    if (done == head_end) {
+      unit = Unit{};
+      if (!any(run)) return;
+      const int index = run.end - done - 1;
+      unit = find_unit<C>(p, index);
+      first = index - unit.part;
+      order = order_of(run, first, unit);
+      head_end += min(unit.part + 1, index + 1 - run.begin);
+    }
+    unit.part = order.part(done);
+    unit.tiles = tiles_of(unit.num_keys, unit.part);
+  }
+};
 
 // A place in the ring and the parity of the phase that its barriers are in.
 struct RingCursor {

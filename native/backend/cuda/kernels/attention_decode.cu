@@ -99,84 +99,120 @@ __device__ __forceinline__ void part_sums(float2 (&sum)[C::kN], Out<C>& out,
   }
 }
 
-// Units [begin, end) of the step: parts of one sequence and head, one after the other, whose query is in the
-// exchange.
+// What a CTA does of one sequence and head.
+struct Piece {
+  int begin, end;  // units that the CTA has done before and after it
+  int first;       // unit of the step: the first part
+};
+
+// Looks up what comes after `done` units; its unit and order to the exchange.
+template <class C>
+__device__ __forceinline__ Piece find_piece(Exchange<C>& exchange, const Params& p, const Run& run,
+                                            int done, int warp, int lane) {
+  Units<C> units;
+  units.done = units.head_end = done;
+  units.find(p, run);
+  __syncwarp();
+  if (lane == 0) {
+    exchange.unit[warp] = units.unit;
+    exchange.order[warp] = units.order;
+  }
+  __syncwarp();
+  return {done, units.head_end, units.first};
+}
+
+// One piece, whose query is in the exchange.
 template <class C>
 __device__ __forceinline__ void attend(Exchange<C>& exchange, Barriers& barriers, const Params& p,
                                        const Ring& ring, RingCursor& base, const Run& run,
-                                       int begin, int end, bool* last, int warp, int lane) {
+                                       const Piece& piece, int warp, int lane) {
   const Unit& unit = exchange.unit[warp];
+  const PartOrder& order = exchange.order[warp];
   const int num_keys = unit.num_keys;
   const int seen = keys_seen(p, unit, 0);
-  const int first = begin - unit.part;  // the sequence's first part
-  const bool alone = unit.parts == 1;
-  const bool from_first = begin == first && (C::kRuns || alone);
-  Total<C> total;  // of these parts, if they begin with the first
+  const bool whole = piece.end - piece.begin == unit.parts;
+  Total<C> total;
   clear(total);
   keep<C>(exchange, total);
+  PartFold fold = part_fold(order, piece.first, run.single || whole, unit.parts);
+  int trips = 0;  // to L2 before the next unit, which alone would not keep up with what arrives
 #pragma unroll 1
-  for (int index = begin; index < end; ++index) {
-    const int part = index - first;
+  for (int time = piece.begin;;) {
+    if (trips > 0 || (time == piece.end && fold.next < fold.end)) {
+      recall<C>(total, exchange);
+#pragma unroll 1
+      do {
+        Arrivals<C, C::kFoldBatch> arrivals;
+        request_parts<C>(arrivals, p, fold, fold.end, warp, lane);
+        const int folded = fold_arrived<C>(total, arrivals, p, fold, fold.end, warp, lane);
+        fold.next += folded;
+        trips = folded == C::kFoldBatch ? trips - 1 : 0;
+      } while (fold.next < fold.end && (trips > 0 || time == piece.end));
+      keep<C>(exchange, total);
+    }
+    if (fold.hands_over && fold.next == fold.end) {
+      recall<C>(total, exchange);
+      publish_part<C>(total.out, total.largest, total.sum, p, piece.first, false, warp, lane);
+      fold = PartFold{};
+    }
+    if (time == piece.end) break;
+    const int part = order.part(time);
+    ++time;
     const int tiles = tiles_of(num_keys, part);
     Maxima<C> maxima;
     part_probabilities<C>(maxima, exchange, p, ring, base, part, tiles, num_keys, seen, warp, lane);
+    const int end = min(part, fold.end);
+    Arrivals<C, C::kFoldAhead> arrivals;  // on their way during the product
+    request_parts<C>(arrivals, p, fold, end, warp, lane);
     Out<C> out = {};
     part_product<C>(out, exchange, maxima, p, barriers, ring.slots, base, tiles, warp, lane);
     base.advance(tiles, p.slots);
     float2 sum[C::kN];
     part_sums<C>(sum, out, exchange, maxima, lane);
-
-    if (run.single && !alone) {
-      publish_part<C>(out, maxima.last, sum, p, index, warp, lane);
-    } else if (from_first) {
-      recall<C>(total, exchange);
+    recall<C>(total, exchange);
+    const int folded = fold_arrived<C>(total, arrivals, p, fold, end, warp, lane);
+    fold.next += folded;
+    if (whole || part == fold.next) {
       fold_part_into<C>(total, out, maxima.last, sum, p.scale_log2);
-      keep<C>(exchange, total);
+      ++fold.next;
     } else {
-      store_part<C>(out, maxima.last, sum, p, index, warp, lane);
+      publish_part<C>(out, maxima.last, sum, p, piece.first + part, run.single, warp, lane);
+      if (folded == C::kFoldAhead) trips = order.between / C::kFoldBatch + 1;
     }
+    keep<C>(exchange, total);
   }
-  if (run.single && !alone) return;
-  const int count = end - begin;
+  if (!whole && (run.single || !order.is_last)) return;
   recall<C>(total, exchange);
-  if (from_first && count == unit.parts) {
-    store_rows<C>(total, p, unit, warp, lane);
-  } else {
-    if (from_first) store_part<C>(total.out, total.largest, total.sum, p, end - 1, warp, lane);
-    finish_parts<C>(exchange.fold, p, unit, first, count, run, last, warp, lane);
-  }
+  store_rows<C>(total, p, unit, warp, lane);
 }
 
 template <class C>
 __device__ __forceinline__ void consume(Exchange<C>& exchange, Barriers& barriers, const Params& p,
-                                        char* slots, const Run& run, bool* last) {
+                                        char* slots, const Run& run) {
   const Ring ring{smem_address(slots), smem_address(barriers.full), smem_address(barriers.empty)};
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  Unit& unit = exchange.unit[warp];
-  if (run.begin < run.end) set_unit(unit, find_unit<C>(p, run.begin), lane);
-  if (run.single) {  // looked up before the kernel before this one has ended
+  const Unit& unit = exchange.unit[warp];
+  // Looked up before the kernel before this one has ended.
+  Piece piece = find_piece<C>(exchange, p, run, 0, warp, lane);
+  if (run.single) {
     const FoldPlan plan = plan_fold<C>(p, run, unit);
     if (lane == 0) exchange.plan[warp] = plan;
     __syncwarp();
   }
   RingCursor base;
-  for (int index = run.begin; index < run.end;) {
-    // The units of one sequence, column block and head.
-    const int begin = index;
-    const int end = min(run.end, begin + unit.parts - unit.part);
+  while (piece.begin < piece.end) {
     if (unit.sequence >= 0) {
       if (p.rotates()) stage_rotations<C>(exchange, p, unit);
-      if (begin == run.begin) prefetch_query<C>(p, unit);
+      if (piece.begin == 0) prefetch_query<C>(p, unit);
       grid_dependency_wait();
       consumer_sync();
       stage_query<C>(exchange, p, unit, warp, lane);
       consumer_sync();
       if constexpr (C::kBits != 16) store_query_sums<C>(exchange, warp, lane);
-      attend<C>(exchange, barriers, p, ring, base, run, begin, end, last, warp, lane);
+      attend<C>(exchange, barriers, p, ring, base, run, piece, warp, lane);
     }
-    index = end;
-    if (index < run.end) set_unit(unit, find_unit<C>(p, index), lane);
+    piece = find_piece<C>(exchange, p, run, piece.end, warp, lane);
   }
   // A kernel ends after the one before it, whatever it did: those after it count on that.
   grid_dependency_wait();
@@ -187,7 +223,6 @@ template <class C>
 __global__ void __launch_bounds__(kThreads, C::kCtas) decode_kernel(const Params p) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ Barriers barriers;
-  __shared__ bool last;
   grid_dependency_launch();
   auto& exchange = *reinterpret_cast<Exchange<C>*>(shared + p.slots * C::kSlotBytes);
   if (threadIdx.x == 0) {
@@ -205,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, C::kCtas) decode_kernel(const Params
   if (threadIdx.x >= kConsumers) {
     produce<C>(exchange, barriers, p, shared, run, threadIdx.x % 32);
   } else {
-    consume<C>(exchange, barriers, p, shared, run, &last);
+    consume<C>(exchange, barriers, p, shared, run);
   }
 }
 
@@ -220,8 +255,10 @@ void run(const LaunchContext& context, const DecodeAttentionArgs& args, int grou
   const int ctas = context.max_shared_bytes > 200 * 1024 ? C::kCtas : 1;
   const int available = (context.max_shared_bytes + 1024) / ctas - reserve - exchange;
   const int units = args.num_items * blocks * args.num_kv_heads;
-  const int folders = args.records != nullptr ? kFolders : 0;
-  const int grid = std::min(folders > 0 ? 2 * units + folders : units, ctas * context.num_sms);
+  const int grid = std::min(2 * units + kFolders, ctas * context.num_sms);
+  TM_CHECK(static_cast<int64_t>(units + 1) * grid <= UINT32_MAX,
+           "decode attention of %d units of work by %d CTAs; expected a product of 32 bits", units,
+           grid);
   // No more than a CTA's keys and values: what is left lets the next kernel in.
   const int slots =
       std::min({kMaxSlots, available / C::kSlotBytes, 2 * kPartTiles * ceil_div(units, grid)});
@@ -244,9 +281,9 @@ void run(const LaunchContext& context, const DecodeAttentionArgs& args, int grou
 }  // namespace
 }  // namespace decode
 
-size_t decode_record_bytes(const LaunchContext& context) {
-  constexpr int kMostRecords = 8 * 8;  // of a unit: head dims / 16, pairs of columns
-  return static_cast<size_t>(3 * context.num_sms) * kMostRecords * decode::kRecordWords *
+size_t decode_record_bytes(int num_heads, int head_dim) {
+  // For 16 dims and a pair of columns each: pairs, rounded up, are never more than columns.
+  return static_cast<size_t>(num_heads) * ceil_div(head_dim, 16) * decode::kRecordWords *
          sizeof(uint32_t);
 }
 

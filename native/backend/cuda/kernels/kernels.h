@@ -107,19 +107,16 @@ struct DecodeAttentionArgs {
   // that it takes, to the same bits. Without: q is rotated, K and V are in the cache.
   RopeArgs rope;
   StepArrays step;
-  int num_items = 0;                  // with padding
-  int max_rows = 1;                   // most rows of a sequence with items
-  float* partial_out = nullptr;       // [items * max_rows, 2 Hq, D]
-  float2* partial_max_sum = nullptr;  // [items * max_rows, 2 Hq]
-  uint32_t* tickets = nullptr;        // [S * max_rows, Hq], zero between launches
-  // decode_record_bytes() bytes, all bits set between launches; null: small steps use tickets too.
+  int num_items = 0;  // with padding
+  int max_rows = 1;   // most rows of a sequence with items
+  // [items * max_rows, decode_record_bytes()]: parts on their way between CTAs; all bits set between launches.
   uint32_t* records = nullptr;
   int num_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
   float softmax_scale = 0.0F;
 };
-size_t decode_record_bytes(const LaunchContext& context);
+size_t decode_record_bytes(int num_heads, int head_dim);
 void decode_attention(const LaunchContext& context, DType dtype, const DecodeAttentionArgs& args);
 
 struct PrefillAttentionArgs {

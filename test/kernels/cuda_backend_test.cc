@@ -122,6 +122,7 @@ TEST("norms split between products: the values of whole ones, the same bits in a
   EXPECT(error < 0.03);
   EXPECT(logits_of(*graphed, true, {64, 1, 85}, 3) == split);
   EXPECT(logits_of(*graphed, true, {17, 33, 100}, 20) == split);
+  EXPECT(logits_of(*graphed, true, {16, 128, 6}, 40) == split);
   EXPECT(logits_of(*eager, true, {100, 50}, 63) == split);
   for (const char* name : {"u4_sm80", "u4_sm90"}) {
     eager->force_gemm(name);

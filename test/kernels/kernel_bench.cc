@@ -350,17 +350,18 @@ void bench_layers(Report& report, const LaunchContext& context, Scratch& scratch
   fill_random(x.get(), x.size() * 2, false);
   fill_random(qkv_out.get(), qkv_out.size() * 2, false);
   const NormArgs norm_args{.weight = weight.get(), .x = x.get(), .y = normed.get(), .ldx = hidden, .ldy = hidden, .rows = batch, .columns = hidden};
-  const DeviceArray<float> strips(std::vector<float>(rows * hidden / kStripColumns, 16.0F)), scales(rows);
-  const NextNorm next{.weight = weight.get(), .z = normed.get(), .strips = strips.get()};
-  const InputNorm input{.strips = strips.get(), .columns = hidden, .inverse_columns = 1.0F / static_cast<float>(hidden), .eps = 1e-6F};
-  enum class Split { none, written, read, both };  // the halves of the norms that products have
+  const DeviceArray<float> strips(std::vector<float>(rows * hidden / kNarrowStrip, 16.0F)), scales(rows);
+  const NextNorm next{.weight = weight.get(), .z = normed.get(), .strips = strips.get(), .strip_columns = strip_columns(batch)};
+  const InputNorm input{.strips = strips.get(), .strip_columns = strip_columns(batch), .columns = hidden, .inverse_columns = 1.0F / static_cast<float>(hidden), .eps = 1e-6F};
+  // The halves of the norms that products have; `apart`: both, and the strips folded by a kernel.
+  enum class Split { none, written, read, both, apart };
   const auto gemm = [&](const Matrices& w, int i, const void* in, void* out, Epilogue epilogue, Split split) {
     GemmArgs args = gemm_args(w.copies[static_cast<size_t>(i) % kLayers], in, batch, out, epilogue, false, scratch);
     if (epilogue == Epilogue::residual) {
-      if (split == Split::written || split == Split::both) args.next_norm = next;
-    } else if (split == Split::read || split == Split::both) {
+      if (split != Split::none && split != Split::read) args.next_norm = next;
+    } else if (split != Split::none && split != Split::written) {
       args.input_norm = input;
-      if (!folds_in_ctas(hidden, batch)) {
+      if (split == Split::apart || !folds_in_ctas(context.sm, hidden, batch)) {
         fold_strips(context, input, scales.get(), batch);
         args.input_norm.scales = scales.get();
       }
@@ -385,6 +386,7 @@ void bench_layers(Report& report, const LaunchContext& context, Scratch& scratch
   const double flops = 2.0 * batch * (static_cast<double>(qkv_n) * hidden + static_cast<double>(hidden) * q * 128 + 3.0 * hidden * mlp);
   const std::string shape = format("%s, batch %d, %d keys, %d bits", label, batch, length, bits);
   report.add("decode_layer", shape, layer(true, true, true, Split::both), weights + keys, flops);
+  report.add("  factors apart", shape, layer(true, true, true, Split::apart), weights + keys, flops);
   report.add("  norms apart", shape, layer(true, true, true), weights + keys, flops);
   report.add("  rope_kv apart", shape, layer(true, true, false), weights + keys, flops);
   report.add("  GEMMs alone", shape, layer(true, false, true), weights, flops);
@@ -428,7 +430,7 @@ int main(int argc, char** argv) {
   }
   const std::string part = quick ? argv[2] : "";
   const auto layers = [&] {
-    for (const int batch : {1, 8, 16, 32, 64, 128}) {
+    for (const int batch : {1, 8, 16, 32, 64, 128, 256}) {
       bench_layers(report, context, scratch, "32B", 5120, 40, 8, 27648, batch, 1024);
       bench_layers(report, context, scratch, "4B", 2048, 16, 2, 11008, batch, 1024);
     }

@@ -50,7 +50,7 @@ void SplitNorms::read_peaks(CudaStream stream) {
   for (auto& [data, vector] : *vectors_) {
     if (vector.known) continue;
     vector.known = true;
-    if (vector.count % kSplitNormColumns != 0 || vector.count > kMaxColumns) continue;
+    if (vector.count % kWideStrip != 0 || vector.count > kMaxColumns) continue;
     values.resize(static_cast<size_t>(vector.count));
     cuda_check(cudaMemcpyAsync(values.data(), data, values.size() * sizeof(float),
                                cudaMemcpyDeviceToHost, stream),
@@ -61,8 +61,12 @@ void SplitNorms::read_peaks(CudaStream stream) {
 }
 
 size_t SplitNorms::strip_bytes(int tokens, int64_t columns) {
-  return static_cast<size_t>(tokens) * sizeof(float) *
-         static_cast<size_t>(ceil_div<int64_t>(columns, kStripColumns));
+  // Steps of fewer tokens may leave more for each.
+  const auto bytes = [columns](int rows) {
+    return static_cast<size_t>(rows) * sizeof(float) *
+           static_cast<size_t>(ceil_div<int64_t>(columns, strip_columns(rows)));
+  };
+  return std::max(bytes(tokens), bytes(std::min(tokens, kNarrowTokens)));
 }
 
 void SplitNorms::reserve(DevicePool& pool, int tokens, int64_t columns) {
@@ -78,7 +82,7 @@ void SplitNorms::release() {
   max_columns_ = 0;
 }
 
-NextNorm SplitNorms::next(const Norm& norm, int64_t columns, void* z) const {
+NextNorm SplitNorms::next(const Norm& norm, int64_t columns, int tokens, void* z) const {
   const auto known = vectors_->find(norm.weight.data);
   if (norm.kind != NormKind::rms || norm.bias || columns > max_columns_ ||
       known == vectors_->end() || known->second.count != columns || known->second.peak == 0.0F) {
@@ -87,13 +91,15 @@ NextNorm SplitNorms::next(const Norm& norm, int64_t columns, void* z) const {
   return {.weight = static_cast<const float*>(norm.weight.data),
           .inverse_peak = 1.0F / known->second.peak,
           .z = z,
-          .strips = static_cast<float*>(strips_->data())};
+          .strips = static_cast<float*>(strips_->data()),
+          .strip_columns = strip_columns(tokens)};
 }
 
 void SplitNorms::left(const void* x, int64_t rows, const Norm& norm, const NextNorm& next) {
   x_ = x;
   weight_ = next.weight;
   rows_ = rows;
+  strip_columns_ = next.strip_columns;
   peak_ = 1.0F / next.inverse_peak;
   eps_ = norm.eps;
 }
@@ -109,11 +115,12 @@ bool SplitNorms::has(const void* x, int64_t rows, const Norm& norm) const {
 
 InputNorm SplitNorms::input(const LaunchContext& context, int64_t columns, int tokens) const {
   InputNorm norm{.strips = static_cast<const float*>(strips_->data()),
+                 .strip_columns = strip_columns_,
                  .columns = static_cast<int>(columns),
                  .inverse_columns = 1.0F / static_cast<float>(columns),
                  .peak = peak_,
                  .eps = eps_};
-  if (!folds_in_ctas(columns, tokens)) {
+  if (!folds_in_ctas(context.sm, columns, tokens)) {
     auto* scales = static_cast<float*>(scales_->data());
     fold_strips(context, norm, scales, tokens);
     norm.scales = scales;

@@ -51,6 +51,10 @@ struct Sm90Config {
   static constexpr int kMetaOffset = kWeightOffset + kGroups * kBlockBytes;
   static constexpr int kStageBytes = (kSplitGroups * kSplitLoadBytes + 1023) / 1024 * 1024;
   static constexpr int kAcc = kTileT / 2;  // accumulators of a thread
+  // What norms split at its tokens leave (strip_columns), where they are always few, many or in between.
+  static constexpr Strips kStrips = kTileT <= kNarrowTokens || kTileT > kWideTokens ? Strips::narrow
+                                    : kTileT == 64 || (kTileT == 32 && kU4)         ? Strips::wide
+                                                                            : Strips::either;
   // The end of a tile that a CTA has for itself: each warpgroup alone, in slices of so many tokens.
   static constexpr int kSlice = kU4 && kTileT > 128 ? 8
                                                     : std::min(kTileT, kRowGroups > 2 ? 16 : 32);

@@ -98,7 +98,7 @@ __device__ __forceinline__ void add_residual8(const float* scale, const T* y, fl
 
 // Eight neighbouring outputs of token t, from row n of W. `other` holds the up outputs of silu_mul; both
 // are sums, to be multiplied by the token's factor.
-template <class T>
+template <class T, Strips kStrips = Strips::either>
 __device__ __forceinline__ void finish8(const EpilogueParams& p, int t, int n, float (&v)[8],
                                         float (&other)[8], float factor) {
 #pragma unroll
@@ -140,7 +140,7 @@ __device__ __forceinline__ void finish8(const EpilogueParams& p, int t, int n, f
         v[i] = fmaf(v[i], p.scale != nullptr ? p.scale[n + i] : 1.0F, to_float(y[i]));
       }
     }
-    if (p.next_norm.weight != nullptr) store_next8<T>(p.next_norm, p.n, t, n, v);
+    if (p.next_norm.weight != nullptr) store_next8<T, kStrips>(p.next_norm, p.n, t, n, v);
   }
   store8<T>(p, offset, v, count);
 }
@@ -234,10 +234,17 @@ __device__ __forceinline__ void store_f32_rows(const EpilogueParams& p, int t0, 
   }
 }
 
+// Parts of a token's outputs in store_rows.
+template <int kTileN>
+__device__ __forceinline__ int pieces_of_row(const EpilogueParams& p) {
+  if (p.kind == Epilogue::silu_mul) return kTileN / 16;
+  return p.y_is_f32 && p.kind == Epilogue::none ? kTileN / 4 : kTileN / 8;
+}
+
 // Finishes a tile of kTileN rows of W x `tokens` tokens, whose parts `first`, `first + step`, … are this
 // thread's. scales: of the tile's tokens. read(t, n): four neighbouring f32 of token t0 + t, from row
 // n0 + n.
-template <class T, int kTileN, class Read>
+template <class T, int kTileN, Strips kStrips = Strips::either, class Read>
 __device__ __forceinline__ void store_rows(const EpilogueParams& p, int t0, int tokens, int n0,
                                            const float* scales, int first, int step, Read&& read) {
   if (p.y_is_f32 && p.kind == Epilogue::none) {
@@ -258,7 +265,7 @@ __device__ __forceinline__ void store_rows(const EpilogueParams& p, int t0, int 
       *reinterpret_cast<float4*>(other) = read(t, local + 8);
       *reinterpret_cast<float4*>(other + 4) = read(t, local + 12);
     }
-    finish8<T>(p, t0 + t, n0 + local, v, other, scales[t]);
+    finish8<T, kStrips>(p, t0 + t, n0 + local, v, other, scales[t]);
   }
 }
 

@@ -256,7 +256,8 @@ __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params
     cp_async_commit();
   }
 
-  const float scale = begin_scales(p.epilogue.input_norm, t0, min(C::kTileT, p.epilogue.m - t0),
+  const float scale =
+      begin_scales<Strips::either>(p.epilogue.input_norm, t0, min(C::kTileT, p.epilogue.m - t0),
                                    threadIdx.x, C::kThreads, scales);
 
   // compute

@@ -6,7 +6,8 @@
 // weights and x with bulk copies: packed weights and group words as plain runs, dense weights and x through tensor
 // maps with the 128-byte swizzle, into a ring of stages with a full and an empty barrier each. Weights
 // of the first stages are fetched before the kernel waits for the one before it, and the kernel after
-// it may start at once, so that in a graph of dependent launches weights never stop streaming.
+// it may start at once, so that in a graph of dependent launches weights never stop streaming. Where the
+// producers are a whole warpgroup its other two warps fold a split norm's factors (Factors).
 //
 // The segments of K go, by configuration and launch, to warpgroups of one CTA (kSplitGroups), to the
 // CTAs of a cluster along z, or one after the other to the same warpgroup; they are always added in
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     mbarrier_init(meet, gridDim.z);
     mbarrier_init(meet + 8, gridDim.z);
     mbarrier_init(over, C::kGroups);
-    mbarrier_init(ready, C::kConsumers / 32);
+    mbarrier_init(ready, Factors<C>::kFolders / 32 * kWarpArrivals);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -109,13 +110,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   if (warp >= C::kConsumers / 32) {
     if constexpr (C::kMoveRegisters) give_registers<C::kProducerRegisters>();
     const int producer = warp - C::kConsumers / 32;
-    if (producer < 2 && elect_one()) {
-      const uint32_t stages = smem_address(shared);
-      if (producer == 0) {
-        produce<C, true>(p, &w_map, stages, full, empty, over);
-      } else {
-        produce<C, false>(p, &x_map, stages, full, empty, over);
+    if (producer < 2) {
+      if (elect_one()) {
+        const uint32_t stages = smem_address(shared);
+        if (producer == 0) {
+          produce<C, true>(p, &w_map, stages, full, empty, over);
+        } else {
+          produce<C, false>(p, &x_map, stages, full, empty, over);
+        }
       }
+    } else if constexpr (Factors<C>::kIdleWarps) {
+      grid_dependency_wait();
+      Factors<C>::fold(p, scales, ready, threadIdx.x - C::kConsumers - 64);
     }
   } else {
     if constexpr (C::kMoveRegisters) take_registers<C::kConsumerRegisters>();
@@ -136,7 +142,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
                  .x_descriptor = wgmma_descriptor_low(smem_address(shared))};
     Meeting meeting{meet, over};
     Factors<C> factors{scales, ready};
-    factors.fold(p.epilogue.input_norm, p.epilogue.m);
+    if constexpr (!Factors<C>::kIdleWarps) factors.fold(p, scales, ready, threadIdx.x);
     consume_tiles<C>(p, ring, reinterpret_cast<float*>(shared),
                      reinterpret_cast<float*>(shared + p.stages * C::kStageBytes), factors,
                      meeting);
@@ -220,7 +226,16 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, Sm90Launch wan
                     .bounds = {},
                     .epilogue = epilogue_params(args)};
   InputNorm& norm = params.epilogue.input_norm;
-  if (norm.strips != nullptr && norm.scales == nullptr && token_tiles > 1) {
+  const auto has_strips = [](int columns) {
+    return C::kStrips == Strips::either || (columns == kWideStrip) == (C::kStrips == Strips::wide);
+  };
+  const bool folds = folds_strips(norm) && token_tiles == 1;
+  TM_CHECK((!folds || (Factors<C>::kIdleWarps ? norm.strip_columns == kWideStrip
+                                              : has_strips(norm.strip_columns))) &&
+               (args.next_norm.weight == nullptr || has_strips(args.next_norm.strip_columns)),
+           "%d tokens that read strips of %d columns and leave strips of %d", args.m,
+           norm.strip_columns, args.next_norm.strip_columns);
+  if (folds_strips(norm) && !folds) {
     TM_CHECK(args.partial_floats >= static_cast<size_t>(args.m),
              "a workspace of %zu floats for the factors of %d tokens", args.partial_floats, args.m);
     fold_strips(context, norm, args.partials, args.m);

@@ -41,25 +41,35 @@ struct PackedMatrix {
 };
 
 // An RMSNorm between two products without a kernel of its own. The product that writes x (residual) also
-// writes z = x * weight / peak, rounded to T, and for each token and strip of 16 columns the sum of x
-// squared. The product that reads the norm takes z as its x and multiplies its f32 sums by
+// writes z = x * weight / peak, rounded to T, and for each token and strip of columns the sum of x squared.
+// The product that reads the norm takes z as its x and multiplies its f32 sums by
 // peak * rsqrt(mean of squares + eps), folded out of the token's strips. `peak`: a power of two, no less
 // than any |weight|, so dividing by it is exact and |z| <= |x|: in f16 z does not overflow; below 6e-5 it
 // loses bits, as x itself does. Sums are trees of fixed shape (split_norm.cuh): every kernel gives the
-// same bits.
-inline constexpr int kStripColumns = 16;
-inline constexpr int kSplitNormColumns = 64;  // the width of x is a multiple of it
-inline constexpr int kFoldTokens = 64;        // up to so many, CTAs fold the strips that they need
+// same bits, and strips of either width the same factor.
+inline constexpr int kNarrowStrip = 16;
+inline constexpr int kWideStrip = 64;  // the width of x is a multiple of it
+
+// Columns of the strips in a step of `tokens` rows. Wide ones leave a quarter of the sums to read, where every
+// CTA reads them; but the kernels of few tokens have tiles of any multiple of 16 rows of W, and with many tokens
+// one kernel reads the sums.
+inline constexpr int kNarrowTokens = 16;
+inline constexpr int kWideTokens = 128;
+constexpr int strip_columns(int tokens) {
+  return tokens > kNarrowTokens && tokens <= kWideTokens ? kWideStrip : kNarrowStrip;
+}
 
 struct NextNorm {                 // written beside y
   const float* weight = nullptr;  // [n]; null: nothing is written
   float inverse_peak = 1.0F;
   void* z = nullptr;        // T [m, n]
-  float* strips = nullptr;  // [m, n / 16]
+  float* strips = nullptr;  // [m, n / strip_columns]
+  int strip_columns = kNarrowStrip;
 };
 struct InputNorm {                // of z
-  const float* strips = nullptr;  // [m, columns / 16]; null: x is x
+  const float* strips = nullptr;  // [m, columns / strip_columns]; null: x is x
   const float* scales = nullptr;  // [m], what fold_strips has made of them; null: CTAs fold
+  int strip_columns = kNarrowStrip;
   int columns = 0;
   float inverse_columns = 0.0F;
   float peak = 1.0F;

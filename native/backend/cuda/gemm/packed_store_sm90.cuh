@@ -164,7 +164,7 @@ __device__ __forceinline__ void store_packed(const EpilogueParams& p, const floa
       if (residual && p.next_norm.weight != nullptr) {
         float x[8];
         unpack8<T>(bits, x);
-        store_next8<T>(p.next_norm, p.n, t0 + t, n0 + n, x);
+        store_next8<T, C::kStrips>(p.next_norm, p.n, t0 + t, n0 + n, x);
       }
     });
     __syncwarp();

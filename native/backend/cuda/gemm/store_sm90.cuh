@@ -88,7 +88,7 @@ __device__ __forceinline__ void store_meeting(const Sm90Params& p, const float (
                             p.epilogue.m - t0);
   meeting.sync<C>();
   const uint32_t base = smem_address(slots);
-  store_rows<typename C::T, C::kTileN>(
+  store_rows<typename C::T, C::kTileN, C::kStrips>(
       p.epilogue, t0, C::kTileT, tile.block * 64, scales, blockIdx.z * C::kConsumers + threadIdx.x,
       ctas * C::kConsumers, [&](int t, int n) {
         const int at = t * C::kStride + n;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void store_slices(const Sm90Params& p, const float (&
     store_sync<C>(row_group);
     put_slice<C, 0, C::kTileT>(acc, slice, thread, first);
     store_sync<C>(row_group);
-    store_rows<typename C::T, 64>(
+    store_rows<typename C::T, 64, C::kStrips>(
         p.epilogue, tile.token_tile * C::kTileT + first, C::kSlice, (tile.block + row_group) * 64,
         scales + first, thread, 128,
         [&](int t, int n) { return *reinterpret_cast<const float4*>(slice + t * kStride + n); });
@@ -155,21 +155,62 @@ __device__ __forceinline__ void store_alone(const Sm90Params& p, const float (&a
   store_slices<C>(p, acc, slice, scales, row_group, thread, tile);
 }
 
-// The factors of a tile's tokens (split_norm.cuh). Those of the only token tile are folded by all
-// warpgroups, once; others are there, and each warpgroup has its own copy, so as not to wait for the rest.
+// The factors of a tile's tokens (split_norm.cuh). Those of the only token tile are folded once: by two
+// warps of the producers' warpgroup that have nothing else to do, where there are such, while the products
+// run, and otherwise by all consumers before. Others are there, and each warpgroup has its own copy, so as
+// not to wait for the rest.
 template <class C>
 struct Factors {
   static constexpr int kOfThread = C::kTileT > 128 ? C::kTileT / 128 : 1;
+  static constexpr bool kIdleWarps = C::kMoveRegisters && C::kTileT <= kWideTokens;
+  static constexpr int kFolders = kIdleWarps ? 64 : C::kConsumers;
   float* shared;  // [kGroups][kTileT]
   uint32_t ready;
   float own[kOfThread];
 
-  // Before the first tile.
-  __device__ __forceinline__ void fold(const InputNorm& norm, int tokens) {
+  // Before the first tile, or beside it. thread: one of kFolders.
+  __device__ __forceinline__ static void fold(const Sm90Params& p, float* scales, uint32_t ready,
+                                              int thread) {
+    const InputNorm& norm = p.epilogue.input_norm;
     if (!folds_strips(norm)) return;
-    begin_scales(norm, 0, min(C::kTileT, tokens), threadIdx.x, C::kConsumers, shared);
+    const int tokens = min(C::kTileT, p.epilogue.m);
+    if constexpr (kIdleWarps) {
+      // A CTA of a cluster stores, and so folds, every gridDim.z-th run of tokens (store_meeting).
+      const bool whole = p.whole > 0;
+      const int run = whole ? C::kTileT : C::kConsumers / pieces_of_row<C::kTileN>(p.epilogue);
+      const int step = whole ? C::kTileT : run * static_cast<int>(gridDim.z);
+#pragma unroll 1
+      for (int begin = whole ? 0 : run * static_cast<int>(blockIdx.z); begin < tokens;
+           begin += step) {
+        fold_run(norm, begin, min(begin + run, tokens), scales, thread);
+      }
+    } else {
+      begin_scales<C::kStrips>(norm, 0, tokens, thread, kFolders, scales);
+    }
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(ready);
+    if (thread % 32 < kWarpArrivals) mbarrier_arrive(ready);
+    __syncwarp();
+  }
+  // Tokens begin .. end - 1 with wide strips, eight lanes each; as many together as a lane's registers hold.
+  __device__ __forceinline__ static void fold_run(const InputNorm& norm, int begin, int end,
+                                                  float* scales, int thread) {
+    constexpr int kAtOnce = C::kProducerRegisters >= 40 ? 2 : 1;
+    constexpr int kWarpsTokens = kFolders / 8;
+#pragma unroll 1
+    for (int first = begin + thread / 32 * 4; first < end; first += kWarpsTokens * kAtOnce) {
+      const int mine = first + thread % 32 / 8;
+      int t[kAtOnce];
+      float sum[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) t[j] = min(mine + j * kWarpsTokens, end - 1);
+      sum_wide_strips(norm, t, sum);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const float factor = join_chains(norm, sum[j]);
+        const int token = mine + j * kWarpsTokens;
+        if (token < end && thread % 8 == 0) scales[token] = factor;
+      }
+    }
   }
   // Asks for those of the tokens from t0 on.
   __device__ __forceinline__ void begin(const InputNorm& norm, int t0, int tokens, int thread) {

@@ -169,7 +169,8 @@ __device__ __forceinline__ void consume_stream(const StreamParams& p, char* shar
   const int row = blockIdx.x * C::kTileN + out.row;
   OutputTerms terms;
   if (out.token < m && row < e.n) terms = load_terms<typename C::T>(e, out.token, row);
-  put_scale(e.input_norm, begin_scales(e.input_norm, 0, m, threadIdx.x, C::kConsumers, scales),
+  put_scale(e.input_norm,
+            begin_scales<Strips::narrow>(e.input_norm, 0, m, threadIdx.x, C::kConsumers, scales),
             8 * C::kTokenTiles, threadIdx.x, scales);
 
   // Tokens that do not exist are read as the last one; their sums are never stored.

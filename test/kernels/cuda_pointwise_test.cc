@@ -60,6 +60,18 @@ TEST("embedding rows, padding copies, patches, class token and pixel shuffle") {
   for (int i = 0; i < 100; ++i) {
     EXPECT(rows[i] == table[7 * 128 + i] && rows[100 + i] == table[49 * 128 + i] && rows[300 + i] == table[i]);
   }
+  // Eight columns at a time, in one pass of a CTA and in two.
+  for (const int columns : {120, 8264}) {
+    const int ld = round_up(columns, 64);
+    const std::vector<uint16_t> values = random.half(static_cast<size_t>(3 * ld), dtype);
+    const DeviceArray<uint16_t> d_values(values), y(static_cast<size_t>(4 * columns));
+    embed(test_context(), d_values.get(), ld, 3, DeviceArray<int32_t>(std::vector<int32_t>{2, 0, 1, -1}).get(), y.get(), 4, columns);
+    const std::vector<uint16_t> got = y.host();
+    const int rows_of[] = {2, 0, 1, 0};
+    for (int r = 0; r < 4; ++r) {
+      EXPECT(std::equal(got.begin() + r * columns, got.begin() + (r + 1) * columns, values.begin() + rows_of[r] * ld));
+    }
+  }
   copy_rows(test_context(), x.get(), 100, nullptr, padded.get(), 104, 3, 100);
   const std::vector<uint16_t> wide = padded.host();
   EXPECT(wide[104 + 99] == rows[199] && wide[103] == 0 && wide[2 * 104 + 100] == 0);

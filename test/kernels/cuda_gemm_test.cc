@@ -306,20 +306,24 @@ TEST("wgmma and mma.sync rows give the same bits, so that M may choose between t
 TEST("tiles that CTAs compute alone and tiles that clusters share give the same bits") {
   if (quick) return;
   const LaunchContext context = test_context();
-  const Case c = make_case({WeightKind::awq, DType::bf16, 5120, 2048, 128, false}, 35);
-  EXPECT_EQ(c.matrix.segments, 4);
-  Random random(36);
-  for (const int m : {128, 256, 400, 1024}) {
-    const DeviceArray<uint16_t> x(random.half(static_cast<size_t>(m) * 2048, DType::bf16));
-    DeviceArray<float> y(static_cast<size_t>(m) * 5120);
-    const GemmArgs args = gemm_args(c, x.get(), 2048, m, y.get(), true, Epilogue::none);
-    std::vector<std::vector<float>> results;
-    for (const std::string_view name : fitting_rows(args, context)) {
-      if (name == "naive") continue;
-      y.poison();
-      select_gemm(args, context, name).run(args, context);
-      results.push_back(y.host());
-      EXPECT(std::memcmp(results[0].data(), results.back().data(), y.size() * sizeof(float)) == 0);
+  // The long one in row tiles of two heights at 129 to 256 tokens.
+  for (const auto& [n, k] : {std::pair{5120, 2048}, {4992, 8192}}) {
+    const Case c = make_case({WeightKind::awq, DType::bf16, n, k, 128, false}, 35);
+    EXPECT_EQ(c.matrix.segments, 4);
+    Random random(36);
+    for (const int m : {128, 129, 256, 400, 1024}) {
+      if (k > 4096 && m > 256) continue;
+      const DeviceArray<uint16_t> x(random.half(static_cast<size_t>(m) * k, DType::bf16));
+      DeviceArray<float> y(static_cast<size_t>(m) * n);
+      const GemmArgs args = gemm_args(c, x.get(), k, m, y.get(), true, Epilogue::none);
+      std::vector<std::vector<float>> results;
+      for (const std::string_view name : fitting_rows(args, context)) {
+        if (name == "naive") continue;
+        y.poison();
+        select_gemm(args, context, name).run(args, context);
+        results.push_back(y.host());
+        EXPECT(std::memcmp(results[0].data(), results.back().data(), y.size() * sizeof(float)) == 0);
+      }
     }
   }
 }

@@ -78,6 +78,7 @@ struct Sm90Params {
   const char* weights;  // packed 4-bit only
   const char* meta;
   int row_tiles;
+  int tall_tiles;  // of them, the first, kRowGroups blocks of rows high; the others have one less
   int token_tiles;
   int row_blocks;  // of 64 rows that exist
   int chunks;      // k_padded / kTileK

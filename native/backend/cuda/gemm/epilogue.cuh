@@ -215,14 +215,14 @@ __device__ __forceinline__ void store_floats(float* y, const float (&v)[4], int 
 // side by side.
 template <int kTileN, class Read>
 __device__ __forceinline__ void store_f32_rows(const EpilogueParams& p, int t0, int tokens, int n0,
-                                               const float* scales, int first, int step,
+                                               int rows, const float* scales, int first, int step,
                                                Read&& read) {
   constexpr int kQuads = kTileN / 4;
   const int end = min(tokens, p.m - t0) * kQuads;
   for (int i = first; i < end; i += step) {
     const int t = i / kQuads;
     const int n = n0 + i % kQuads * 4;
-    if (n >= p.n) continue;
+    if (n >= min(p.n, n0 + rows)) continue;
     float v[4];
     *reinterpret_cast<float4*>(v) = read(t, i % kQuads * 4);
 #pragma unroll
@@ -241,14 +241,15 @@ __device__ __forceinline__ int pieces_of_row(const EpilogueParams& p) {
   return p.y_is_f32 && p.kind == Epilogue::none ? kTileN / 4 : kTileN / 8;
 }
 
-// Finishes a tile of kTileN rows of W x `tokens` tokens, whose parts `first`, `first + step`, … are this
+// Finishes a tile of `rows` of kTileN rows of W x `tokens` tokens, whose parts `first`, `first + step`, … are this
 // thread's. scales: of the tile's tokens. read(t, n): four neighbouring f32 of token t0 + t, from row
 // n0 + n.
 template <class T, int kTileN, Strips kStrips = Strips::either, class Read>
 __device__ __forceinline__ void store_rows(const EpilogueParams& p, int t0, int tokens, int n0,
-                                           const float* scales, int first, int step, Read&& read) {
+                                           int rows, const float* scales, int first, int step,
+                                           Read&& read) {
   if (p.y_is_f32 && p.kind == Epilogue::none) {
-    return store_f32_rows<kTileN>(p, t0, tokens, n0, scales, first, step, read);
+    return store_f32_rows<kTileN>(p, t0, tokens, n0, rows, scales, first, step, read);
   }
   const bool gated = p.kind == Epilogue::silu_mul;
   const int pieces = gated ? kTileN / 16 : kTileN / 8;
@@ -256,7 +257,7 @@ __device__ __forceinline__ void store_rows(const EpilogueParams& p, int t0, int 
   for (int i = first; i < end; i += step) {
     const int t = i / pieces;
     const int local = (i % pieces) * (gated ? 16 : 8);
-    if (n0 + local >= p.n) continue;
+    if (n0 + local >= min(p.n, n0 + rows)) continue;
     float v[8];
     float other[8] = {};
     *reinterpret_cast<float4*>(v) = read(t, local);

@@ -305,7 +305,8 @@ __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params
     }
   }
   store_rows<typename C::T, C::kTileN>(
-      p.epilogue, t0, C::kTileT, n0, scales, threadIdx.x, C::kThreads, [&](int t, int n) {
+      p.epilogue, t0, C::kTileT, n0, C::kTileN, scales, threadIdx.x, C::kThreads,
+      [&](int t, int n) {
         return *reinterpret_cast<const float4*>(tile + t * kTileStride<C::kTileN> + n);
       });
 }

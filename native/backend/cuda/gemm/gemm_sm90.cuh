@@ -61,6 +61,8 @@ __device__ __forceinline__ void consume_tiles(const Sm90Params& p, Ring<C>& ring
     float acc[C::kAcc] = {};
     if (C::kInTurn && tile.whole && p.segments > 1) {
       if constexpr (C::kInTurn) consume_in_turn<C>(p, ring, acc, row_group, thread);
+    } else if (C::kRowGroups > 2 && row_group >= tile.height) {
+      skip<C>(ring, iterations<C>(p, false), thread);  // and then to the meeting
     } else {
       const int segment = first_segment<C>() + split_group;
       const int count = tile.whole ? p.chunks : p.bounds[segment + 1] - p.bounds[segment];
@@ -158,6 +160,9 @@ struct Sm90Launch {
   int ctas = 0;   // in all; 0: one for each tile, or for each segment of each
   // Tiles that CTAs compute alone, before the others are shared by the CTAs of a cluster.
   int64_t whole = 0;
+  // So many row tiles, the first with kRowGroups blocks of 64 rows, the others with one less; 0: as many as
+  // there are with kRowGroups.
+  int row_tiles = 0;
   bool even =
       false;  // CTAs have equal shares of the row blocks: for one token tile and one segment
 };
@@ -178,7 +183,11 @@ int resident_clusters(int depth) {
 template <class C>
 void run_sm90(const GemmArgs& args, const LaunchContext& context, Sm90Launch wanted) {
   const PackedMatrix& w = *args.w;
-  const int row_tiles = static_cast<int>(ceil_div<int64_t>(w.n, C::kTileN));
+  const int row_blocks = static_cast<int>(w.n_padded / kPackRows);
+  const int row_tiles =
+      wanted.row_tiles > 0 ? wanted.row_tiles : static_cast<int>(ceil_div<int64_t>(w.n, C::kTileN));
+  const int tall_tiles =
+      wanted.row_tiles > 0 ? row_blocks - (C::kRowGroups - 1) * row_tiles : row_tiles;
   const int token_tiles = ceil_div(args.m, C::kTileT);
   const int64_t tiles = static_cast<int64_t>(row_tiles) * token_tiles;
   const bool alone = w.segments == 1 ? C::kSplitGroups == 1 : wanted.whole >= tiles;
@@ -215,8 +224,9 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, Sm90Launch wan
   Sm90Params params{.weights = static_cast<const char*>(w.weights),
                     .meta = reinterpret_cast<const char*>(w.meta),
                     .row_tiles = row_tiles,
+                    .tall_tiles = tall_tiles,
                     .token_tiles = token_tiles,
-                    .row_blocks = static_cast<int>(w.n_padded / kPackRows),
+                    .row_blocks = row_blocks,
                     .chunks = static_cast<int>(w.k_padded / C::kTileK),
                     .segments = w.segments,
                     .stages = stages,

@@ -18,10 +18,11 @@ __device__ __forceinline__ Tile tile_of(const Sm90Params& p, int index, bool who
   const int first = band * kBand;
   const int height = min(kBand, p.row_tiles - first);
   const int rest = index - first * p.token_tiles;
-  const int block = (first + rest % height) * C::kRowGroups;
-  // Blocks of 16-bit weights that do not exist are zeros.
-  return {block, C::kU4 ? min(C::kRowGroups, p.row_blocks - block) : C::kRowGroups, rest / height,
-          whole};
+  const int tile = first + rest % height;
+  if constexpr (!C::kU4) return {tile * C::kRowGroups, C::kRowGroups, rest / height, whole};
+  const int block = tile * C::kRowGroups - max(0, tile - p.tall_tiles);
+  const int rows = C::kRowGroups - (tile < p.tall_tiles ? 0 : 1);
+  return {block, min(rows, p.row_blocks - block), rest / height, whole};
 }
 
 // The tiles of this CTA, in the same order for producers and consumers.

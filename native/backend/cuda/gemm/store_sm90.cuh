@@ -89,8 +89,8 @@ __device__ __forceinline__ void store_meeting(const Sm90Params& p, const float (
   meeting.sync<C>();
   const uint32_t base = smem_address(slots);
   store_rows<typename C::T, C::kTileN, C::kStrips>(
-      p.epilogue, t0, C::kTileT, tile.block * 64, scales, blockIdx.z * C::kConsumers + threadIdx.x,
-      ctas * C::kConsumers, [&](int t, int n) {
+      p.epilogue, t0, C::kTileT, tile.block * 64, C::kU4 ? tile.height * 64 : C::kTileN, scales,
+      blockIdx.z * C::kConsumers + threadIdx.x, ctas * C::kConsumers, [&](int t, int n) {
         const int at = t * C::kStride + n;
         if (ctas == 1) {
           float4 sum = *reinterpret_cast<const float4*>(slots + at);
@@ -130,7 +130,7 @@ __device__ __forceinline__ void store_slices(const Sm90Params& p, const float (&
     store_sync<C>(row_group);
     store_rows<typename C::T, 64, C::kStrips>(
         p.epilogue, tile.token_tile * C::kTileT + first, C::kSlice, (tile.block + row_group) * 64,
-        scales + first, thread, 128,
+        64, scales + first, thread, 128,
         [&](int t, int n) { return *reinterpret_cast<const float4*>(slice + t * kStride + n); });
     // The lanes part in store_rows. Unless told here that they are together again the compiler takes the next
     // tile's main loop for one of single lanes, and moves each descriptor to uniform registers anew.

@@ -47,8 +47,15 @@ bool fits_clusters(const GemmArgs& args) {
 
 // Tiles of many tokens whose K has several segments. A CTA computes all of them in turn; but where the
 // last round of tiles would leave CTAs without work, its tiles are shared by clusters.
+// Costs: what the busiest CTA takes, in chunks of its tile's rows.
+struct SplitTiles {
+  int64_t whole;
+  int64_t cost;
+  bool shared;
+  int clusters;
+};
 template <class C>
-void run_split_tiles(const GemmArgs& args, const LaunchContext& context) {
+SplitTiles split_tiles(const GemmArgs& args, const LaunchContext& context) {
   constexpr int64_t kMeeting = 6;  // chunks that take as long as a meeting
   const int64_t segments = args.w->segments;
   const int64_t chunks = args.w->k_padded / C::kTileK;
@@ -59,12 +66,43 @@ void run_split_tiles(const GemmArgs& args, const LaunchContext& context) {
   const int64_t shared =
       whole / (clusters * segments) * chunks +
       ceil_div<int64_t>(tiles - whole, clusters) * (chunks / segments + kMeeting);
-  if (shared < alone) {
-    run_sm90<C>(args, context,
-                {.ctas = static_cast<int>(clusters * segments), .whole = C::kInTurn ? whole : 0});
-  } else {
-    run_sm90<C>(args, context, {.ctas = context.num_sms, .whole = tiles});
+  if (shared < alone) return {C::kInTurn ? whole : 0, shared, true, static_cast<int>(clusters)};
+  return {tiles, alone, false, 0};
+}
+template <class C>
+void run_split_tiles(const GemmArgs& args, const LaunchContext& context) {
+  const SplitTiles tiles = split_tiles<C>(args, context);
+  run_sm90<C>(args, context,
+              {.ctas = tiles.shared ? tiles.clusters * args.w->segments : context.num_sms,
+               .whole = tiles.whole});
+}
+
+// Up to two token tiles shared by clusters: row tiles of three and of two blocks of 64 rows, so many of each that the
+// rounds of clusters are few and full. True if that takes less than tiles of two blocks.
+template <class Three, class Two>
+bool run_mixed_tiles(const GemmArgs& args, const LaunchContext& context) {
+  static_assert(Three::kRowGroups == 3 && Two::kRowGroups == 2);
+  constexpr int64_t kMeeting = 12;  // blocks times chunks that take as long as a meeting
+  const int token_tiles = ceil_div(args.m, Three::kTileT);
+  if (token_tiles > 2) return false;
+  const int segments = args.w->segments;
+  const int clusters = resident_clusters<Three>(segments);
+  const auto blocks = static_cast<int>(args.w->n_padded / kPackRows);
+  const int64_t chunks = args.w->k_padded / Three::kTileK / segments;
+  int64_t least = 2 * split_tiles<Two>(args, context).cost;
+  int best = 0;
+  for (int tiles = ceil_div(blocks, 3); 2 * tiles <= blocks; ++tiles) {
+    // Those of three come first; a cluster has every `clusters`-th tile.
+    const int rounds = ceil_div(tiles * token_tiles, clusters);
+    const int of_three = ceil_div((blocks - 2 * tiles) * token_tiles, clusters);
+    const int64_t cost = (2 * rounds + of_three) * chunks + kMeeting * rounds;
+    if (cost >= least) continue;
+    least = cost;
+    best = tiles;
   }
+  if (best == 0) return false;
+  run_sm90<Three>(args, context, {.ctas = clusters * segments, .row_tiles = best});
+  return true;
 }
 
 // More tokens; groups other than the usual 128 have one tile for all of them.
@@ -96,6 +134,7 @@ void run_u4_many(const GemmArgs& args, const LaunchContext& context) {
     // One round of clusters, if there is one.
     if (fits_clusters<Wide>(args)) return run_shared<Wide>(args, context);
     if (fits_clusters<Tall>(args)) return run_shared<Tall>(args, context);
+    if (run_mixed_tiles<Tall, Wide>(args, context)) return;
   }
   using Tile = Sm90Config<T, kGroupSize, 2, 1, 128>;
   return split ? run_split_tiles<Tile>(args, context) : run_unsplit<Tile>(args, context);

@@ -218,11 +218,12 @@ __device__ __forceinline__ void store_f32_rows(const EpilogueParams& p, int t0, 
                                                int rows, const float* scales, int first, int step,
                                                Read&& read) {
   constexpr int kQuads = kTileN / 4;
+  const int row_end = rows < kTileN ? min(p.n, n0 + rows) : p.n;
   const int end = min(tokens, p.m - t0) * kQuads;
   for (int i = first; i < end; i += step) {
     const int t = i / kQuads;
     const int n = n0 + i % kQuads * 4;
-    if (n >= min(p.n, n0 + rows)) continue;
+    if (n >= row_end) continue;
     float v[4];
     *reinterpret_cast<float4*>(v) = read(t, i % kQuads * 4);
 #pragma unroll
@@ -251,13 +252,14 @@ __device__ __forceinline__ void store_rows(const EpilogueParams& p, int t0, int 
   if (p.y_is_f32 && p.kind == Epilogue::none) {
     return store_f32_rows<kTileN>(p, t0, tokens, n0, rows, scales, first, step, read);
   }
+  const int row_end = rows < kTileN ? min(p.n, n0 + rows) : p.n;
   const bool gated = p.kind == Epilogue::silu_mul;
   const int pieces = gated ? kTileN / 16 : kTileN / 8;
   const int end = min(tokens, p.m - t0) * pieces;
   for (int i = first; i < end; i += step) {
     const int t = i / pieces;
     const int local = (i % pieces) * (gated ? 16 : 8);
-    if (n0 + local >= min(p.n, n0 + rows)) continue;
+    if (n0 + local >= row_end) continue;
     float v[8];
     float other[8] = {};
     *reinterpret_cast<float4*>(v) = read(t, local);

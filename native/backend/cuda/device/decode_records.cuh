@@ -100,7 +100,7 @@ struct PartFold {
     return part == before ? first : first + part;
   }
 };
-// `none`: nothing, the CTA shares no head, or does not fold here.
+// `none`: nothing, the CTA shares no head.
 __device__ __forceinline__ PartFold part_fold(const PartOrder& order, int first, bool none,
                                               int parts) {
   PartFold fold;

@@ -121,11 +121,37 @@ __device__ __forceinline__ Piece find_piece(Exchange<C>& exchange, const Params&
   return {done, units.head_end, units.first};
 }
 
-// One piece, whose query is in the exchange.
+// A step of at most one unit a CTA: the unit, whose query is in the exchange. Less code than `attend`: in a layer
+// each launch finds none of it in its SM, and fetching it takes as long as running it.
+template <class C>
+__device__ __forceinline__ void attend_once(Exchange<C>& exchange, Barriers& barriers,
+                                            const Params& p, const Ring& ring, const Piece& piece,
+                                            int warp, int lane) {
+  const Unit& unit = exchange.unit[warp];
+  const int tiles = unit.tiles;
+  RingCursor base;
+  Maxima<C> maxima;
+  part_probabilities<C>(maxima, exchange, p, ring, base, unit.part, tiles, unit.num_keys,
+                        keys_seen(p, unit, 0), warp, lane);
+  Out<C> out = {};
+  part_product<C>(out, exchange, maxima, p, barriers, ring.slots, base, tiles, warp, lane);
+  float2 sum[C::kN];
+  part_sums<C>(sum, out, exchange, maxima, lane);
+  if (unit.parts > 1) {
+    publish_part<C>(out, maxima.last, sum, p, piece.first + unit.part, true, warp, lane);
+    return;
+  }
+  Total<C> total;
+  clear(total);
+  fold_part_into<C>(total, out, maxima.last, sum, p.scale_log2);
+  store_rows<C>(total, p, unit, warp, lane);
+}
+
+// One piece of a larger step, whose query is in the exchange.
 template <class C>
 __device__ __forceinline__ void attend(Exchange<C>& exchange, Barriers& barriers, const Params& p,
-                                       const Ring& ring, RingCursor& base, const Run& run,
-                                       const Piece& piece, int warp, int lane) {
+                                       const Ring& ring, RingCursor& base, const Piece& piece,
+                                       int warp, int lane) {
   const Unit& unit = exchange.unit[warp];
   const PartOrder& order = exchange.order[warp];
   const int num_keys = unit.num_keys;
@@ -134,7 +160,7 @@ __device__ __forceinline__ void attend(Exchange<C>& exchange, Barriers& barriers
   Total<C> total;
   clear(total);
   keep<C>(exchange, total);
-  PartFold fold = part_fold(order, piece.first, run.single || whole, unit.parts);
+  PartFold fold = part_fold(order, piece.first, whole, unit.parts);
   int trips = 0;  // to L2 before the next unit, which alone would not keep up with what arrives
 #pragma unroll 1
   for (int time = piece.begin;;) {
@@ -176,12 +202,12 @@ __device__ __forceinline__ void attend(Exchange<C>& exchange, Barriers& barriers
       fold_part_into<C>(total, out, maxima.last, sum, p.scale_log2);
       ++fold.next;
     } else {
-      publish_part<C>(out, maxima.last, sum, p, piece.first + part, run.single, warp, lane);
+      publish_part<C>(out, maxima.last, sum, p, piece.first + part, false, warp, lane);
       if (folded == C::kFoldAhead) trips = order.between / C::kFoldBatch + 1;
     }
     keep<C>(exchange, total);
   }
-  if (!whole && (run.single || !order.is_last)) return;
+  if (!whole && !order.is_last) return;
   recall<C>(total, exchange);
   store_rows<C>(total, p, unit, warp, lane);
 }
@@ -210,8 +236,13 @@ __device__ __forceinline__ void consume(Exchange<C>& exchange, Barriers& barrier
       stage_query<C>(exchange, p, unit, warp, lane);
       consumer_sync();
       if constexpr (C::kBits != 16) store_query_sums<C>(exchange, warp, lane);
-      attend<C>(exchange, barriers, p, ring, base, run, piece, warp, lane);
+      if (run.single) {
+        attend_once<C>(exchange, barriers, p, ring, piece, warp, lane);
+      } else {
+        attend<C>(exchange, barriers, p, ring, base, piece, warp, lane);
+      }
     }
+    if (run.single) break;
     piece = find_piece<C>(exchange, p, run, piece.end, warp, lane);
   }
   // A kernel ends after the one before it, whatever it did: those after it count on that.

@@ -50,7 +50,8 @@ checkpoint() {  # folder, shape, arguments...: made once
 bench() {  # name, checkpoint, session, arguments...
   step "$1" 600 "$node" scripts/gpu/bench-gpu.mjs "$work/$2" --session "$3" --out "$out/$1.json" "${@:4}"
 }
-table() { bench "table-$1" "${@:2}" --new 24 --repeats 1 --kernels "$tests/libstep_trace.so" --peaks "$out/peaks.json"; }
+# name, checkpoint, session, new tokens, ...: so many that all prompts are read before the first answer ends
+table() { bench "table-$1" "$2" "$3" --new "$4" "${@:5}" --repeats 1 --kernels "$tests/libstep_trace.so" --peaks "$out/peaks.json"; }
 
 nvidia-smi --query-gpu=name,driver_version,temperature.gpu --format=csv,noheader | tee "$out/gpu.txt"
 if wants kernels || wants tables; then step peaks 120 python3 scripts/gpu/device_peaks.py "$out/peaks.json"; fi
@@ -85,13 +86,13 @@ if wants steps; then
   bench steps-4b 4b 2048 --batch 1,16,64 --context 1024
 fi
 if wants tables; then
-  table 32b-1k 32b 2048 --batch 1,16,64 --context 1024
-  table 32b-1k-kv8 32b 2048 --batch 64,256 --context 1024 --quant 8
-  table 32b-8k 32b 8448 --batch 1,16 --context 8192
-  table 32b-8k-kv4 32b 8448 --batch 64 --context 8192 --quant 4
-  table 4b-1k 4b 2048 --batch 1,16,64,256 --context 1024
-  table 4b-8k 4b 8448 --batch 1,16,64 --context 8192
-  table 4b-8k-kv8 4b 8448 --batch 256 --context 8192 --quant 8
+  table 32b-1k 32b 2048 24 --batch 1,16,64 --context 1024
+  table 32b-1k-kv8 32b 2048 24 --batch 64,256 --context 1024 --quant 8
+  table 32b-8k 32b 8448 24 --batch 1,16 --context 8192
+  table 32b-8k-kv4 32b 8448 24 --batch 64 --context 8192 --quant 4
+  table 4b-1k 4b 2048 24 --batch 1,16,64,256 --context 1024
+  table 4b-8k 4b 8448 24 --batch 1,16,64 --context 8192
+  table 4b-8k-kv8 4b 8576 330 --batch 256 --context 8192 --quant 8
 fi
 if wants service; then
   for model in 32b 4b; do

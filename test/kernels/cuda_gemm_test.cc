@@ -436,14 +436,14 @@ TEST("residual epilogues leave z and strip sums, the same bits from every kernel
           GemmArgs args = gemm_args(c, x.get(), shape.k, m, device.get(), false, Epilogue::residual);
           args.scale = m % 2 == 0 ? scale.get() : nullptr;
           if (split) {
-            args.next_norm = {.weight = d_weight.get(), .inverse_peak = 0.125F, .z = z.get(), .strips = strips.get(), .strip_columns = strip_columns(m)};
+            args.next_norm = {.weight = d_weight.get(), .inverse_peak = 0.125F, .z = z.get(), .strips = strips.get(), .strip_columns = strip_columns(shape.kind, m)};
           }
           select_gemm(args, context, name).run(args, context);
           y[split] = device.host();
         }
         const size_t cells = static_cast<size_t>(m) * shape.n;
         std::vector<uint16_t> written(y[1].begin(), y[1].begin() + static_cast<int64_t>(cells));
-        const HostSplitNorm expected(to_floats(written, shape.dtype), weight, 0.125F, shape.dtype, strip_columns(m));
+        const HostSplitNorm expected(to_floats(written, shape.dtype), weight, 0.125F, shape.dtype, strip_columns(shape.kind, m));
         const std::vector<uint16_t> z_bits = z.host();
         const std::vector<float> sums = strips.host();
         const bool same = y[0] == y[1] && std::equal(expected.z.begin(), expected.z.end(), z_bits.begin()) &&
@@ -525,7 +525,7 @@ TEST("products of z are those of the norm, folded by each CTA or before, the sam
       };
       bool same = true;
       for (int m : split_tokens()) {
-        const InputNorm& left = strip_columns(m) == kWideStrip ? norm : narrow_norm;
+        const InputNorm& left = strip_columns(shape.kind, m) == kWideStrip ? norm : narrow_norm;
         for (const bool folded : {false, true}) same = same && is_end(run(kMost - m, m, folded, left), m);
       }
       // Kernels that do not go by the number of tokens take either width.
@@ -537,7 +537,7 @@ TEST("products of z are those of the norm, folded by each CTA or before, the sam
         if (quick && m != 101) continue;
         rounded.poison();
         GemmArgs args = gemm_args(c, z.get() + static_cast<size_t>(kMost - m) * shape.k, shape.k, m, rounded.get(), false, kind);
-        args.input_norm = strip_columns(m) == kWideStrip ? norm : narrow_norm;
+        args.input_norm = strip_columns(shape.kind, m) == kWideStrip ? norm : narrow_norm;
         args.input_norm.strips += static_cast<size_t>(kMost - m) * (shape.k / args.input_norm.strip_columns);
         select_gemm(args, context, name).run(args, context);
         const std::vector<uint16_t> part = rounded.host();

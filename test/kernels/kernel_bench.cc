@@ -1,11 +1,12 @@
 // Times each kernel at the shapes of Qwen2.5-32B and InternVL2.5-4B and writes one JSON document.
 // Every launch uses the next of several copies of its weights (more than twice the L2 in all); the
 // launches are captured in one graph; figures are medians of nine replays. Ceilings are measured in
-// the same run. Usage: kernel_bench OUT.json [quick | decode | drafts | prefill | vision | layers]
+// the same run. Usage: kernel_bench OUT.json [quick | decode | drafts | prefill | vision | layers | segments]
 #include <algorithm>
 #include <chrono>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -163,6 +164,59 @@ void bench_gemm(Report& report, const LaunchContext& context, Scratch& scratch, 
       const double io = 2.0 * m * k + static_cast<double>(m) * n * (f32 ? 4 : epilogue == Epilogue::silu_mul ? 1 : 2);
       report.add(std::string(row.name), format("%s M=%d", label, m), us, matrices.bytes + io, flops);
     }
+  }
+}
+
+// What results that do not depend on M cost: the four products of a layer with the segments of K that the library
+// gives each shape, and with those that are fastest at each M. The kernels are those that the library picks.
+void bench_segments(Report& report, const LaunchContext& context, Scratch& scratch, const char* label, int hidden, int q, int kv, int mlp) {
+  struct Product {
+    const char* name;
+    int n, k;
+    Epilogue epilogue;
+  };
+  const Product products[] = {{"qkv", (q + 2 * kv) * 128, hidden, Epilogue::none}, {"o", hidden, q * 128, Epilogue::residual},
+                              {"gate_up", 2 * mlp, hidden, Epilogue::silu_mul}, {"down", hidden, mlp, Epilogue::residual}};
+  const std::vector<int> tokens = {1, 8, 16, 32, 64, 128, 256, 1024, 4096};
+  std::vector<double> fixed(tokens.size()), best(tokens.size());
+  for (const Product& product : products) {
+    Matrices matrices = make_matrices(WeightKind::awq, product.n, product.k, product.epilogue == Epilogue::silu_mul);
+    const DeviceArray<char> x(static_cast<size_t>(tokens.back()) * product.k * 2), y(static_cast<size_t>(tokens.back()) * product.n * 2);
+    fill_random(x.get(), x.size(), false);
+    fill_random(y.get(), y.size(), false);
+    const int chosen = matrices.copies[0].segments;
+    for (size_t j = 0; j < tokens.size(); ++j) {
+      const int m = tokens[j];
+      std::map<int, double> us;  // by segments
+      for (int round = 0; round < 2; ++round) {
+        for (const int segments : {1, 2, 4, 8}) {
+          for (PackedMatrix& copy : matrices.copies) copy.segments = segments;
+          const int launches = m >= 4096 ? 3 : static_cast<int>(std::max<size_t>(matrices.copies.size(), 12));
+          try {
+            const double now = time_us(launches, [&](int i) {
+              const GemmArgs args = gemm_args(matrices.copies[static_cast<size_t>(i) % matrices.copies.size()], x.get(), m, y.get(), product.epilogue, false, scratch);
+              select_gemm(args, context).run(args, context);
+            });
+            us[segments] = us.contains(segments) ? std::min(us[segments], now) : now;
+          } catch (const Error&) {  // no kernel for so many
+            cudaGraph_t graph = nullptr;
+            (void)cudaStreamEndCapture(stream(), &graph);
+            if (graph != nullptr) (void)cudaGraphDestroy(graph);
+          }
+        }
+      }
+      double least = us[chosen];
+      for (const auto& [segments, time] : us) {
+        report.add("segments", format("%s %s M=%d, %d segments%s", label, product.name, m, segments, segments == chosen ? ", the library's" : ""), time, matrices.bytes, 2.0 * m * product.n * product.k);
+        least = std::min(least, time);
+      }
+      fixed[j] += us[chosen];
+      best[j] += least;
+    }
+  }
+  for (size_t j = 0; j < tokens.size(); ++j) {
+    report.add("layer", format("%s M=%d, the library's segments", label, tokens[j]), fixed[j], 0, 0);
+    report.add("layer", format("%s M=%d, the fastest (%.1f %% less)", label, tokens[j], 100 * (1 - best[j] / fixed[j])), best[j], 0, 0);
   }
 }
 
@@ -351,8 +405,8 @@ void bench_layers(Report& report, const LaunchContext& context, Scratch& scratch
   fill_random(qkv_out.get(), qkv_out.size() * 2, false);
   const NormArgs norm_args{.weight = weight.get(), .x = x.get(), .y = normed.get(), .ldx = hidden, .ldy = hidden, .rows = batch, .columns = hidden};
   const DeviceArray<float> strips(std::vector<float>(rows * hidden / kNarrowStrip, 16.0F)), scales(rows);
-  const NextNorm next{.weight = weight.get(), .z = normed.get(), .strips = strips.get(), .strip_columns = strip_columns(batch)};
-  const InputNorm input{.strips = strips.get(), .strip_columns = strip_columns(batch), .columns = hidden, .inverse_columns = 1.0F / static_cast<float>(hidden), .eps = 1e-6F};
+  const NextNorm next{.weight = weight.get(), .z = normed.get(), .strips = strips.get(), .strip_columns = strip_columns(WeightKind::awq, batch)};
+  const InputNorm input{.strips = strips.get(), .strip_columns = strip_columns(WeightKind::awq, batch), .columns = hidden, .inverse_columns = 1.0F / static_cast<float>(hidden), .eps = 1e-6F};
   // The halves of the norms that products have; `apart`: both, and the strips folded by a kernel.
   enum class Split { none, written, read, both, apart };
   const auto gemm = [&](const Matrices& w, int i, const void* in, void* out, Epilogue epilogue, Split split) {
@@ -435,6 +489,12 @@ int main(int argc, char** argv) {
       bench_layers(report, context, scratch, "4B", 2048, 16, 2, 11008, batch, 1024);
     }
   };
+  if (part == "segments") {
+    bench_segments(report, context, scratch, "32B", 5120, 40, 8, 27648);
+    bench_segments(report, context, scratch, "4B", 2048, 16, 2, 11008);
+    report.write(argv[1]);
+    return 0;
+  }
   if (part == "layers") {
     layers();
     report.write(argv[1]);

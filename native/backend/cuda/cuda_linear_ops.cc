@@ -89,7 +89,7 @@ void CudaBackend::linear(const LinearArgs& args) {
   NextNorm next_norm;
   if (args.next_norm != nullptr && args.epilogue == Epilogue::residual && x != scratch) {
     const int64_t columns = weight.matrix.n;
-    next_norm = split_norms_.next(*args.next_norm, columns, rows, scratch);
+    next_norm = split_norms_.next(*args.next_norm, weight.matrix.kind, columns, rows, scratch);
     TM_CHECK(next_norm.weight == nullptr ||
                  static_cast<size_t>(rows * columns) * 2 <= workspace_.scratch->bytes(),
              "a norm over %lld columns and %d rows", static_cast<long long>(columns), rows);

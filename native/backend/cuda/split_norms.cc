@@ -61,12 +61,8 @@ void SplitNorms::read_peaks(CudaStream stream) {
 }
 
 size_t SplitNorms::strip_bytes(int tokens, int64_t columns) {
-  // Steps of fewer tokens may leave more for each.
-  const auto bytes = [columns](int rows) {
-    return static_cast<size_t>(rows) * sizeof(float) *
-           static_cast<size_t>(ceil_div<int64_t>(columns, strip_columns(rows)));
-  };
-  return std::max(bytes(tokens), bytes(std::min(tokens, kNarrowTokens)));
+  return static_cast<size_t>(tokens) * sizeof(float) *
+         static_cast<size_t>(ceil_div<int64_t>(columns, kNarrowStrip));
 }
 
 void SplitNorms::reserve(DevicePool& pool, int tokens, int64_t columns) {
@@ -82,7 +78,8 @@ void SplitNorms::release() {
   max_columns_ = 0;
 }
 
-NextNorm SplitNorms::next(const Norm& norm, int64_t columns, int tokens, void* z) const {
+NextNorm SplitNorms::next(const Norm& norm, WeightKind writer, int64_t columns, int tokens,
+                          void* z) const {
   const auto known = vectors_->find(norm.weight.data);
   if (norm.kind != NormKind::rms || norm.bias || columns > max_columns_ ||
       known == vectors_->end() || known->second.count != columns || known->second.peak == 0.0F) {
@@ -92,7 +89,7 @@ NextNorm SplitNorms::next(const Norm& norm, int64_t columns, int tokens, void* z
           .inverse_peak = 1.0F / known->second.peak,
           .z = z,
           .strips = static_cast<float*>(strips_->data()),
-          .strip_columns = strip_columns(tokens)};
+          .strip_columns = strip_columns(writer, tokens)};
 }
 
 void SplitNorms::left(const void* x, int64_t rows, const Norm& norm, const NextNorm& next) {

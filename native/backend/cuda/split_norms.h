@@ -13,14 +13,14 @@
 
 namespace turbomind::cuda {
 
-// Whether each CTA folds the strips of its tokens, or one kernel does before. On sm_90 warps without other
-// work do it for as many tokens as are one tile (gemm_sm90.cuh). Elsewhere, and with few tokens, all CTAs read
-// the same strips at their start: at most 8 KiB, 16 where these are short; more cost them more than a kernel.
-// Decides times, never bits.
+// Whether the CTAs of the product fold the strips of its tokens, or one kernel does before. On sm_90 warps without
+// other work do it in steps of up to kFoldTokens tokens, and where a product has none it launches that kernel
+// itself (gemm_sm90.cuh). Elsewhere all CTAs read the same strips at their start: at most 8 KiB, 16 where these
+// are short; more cost them more than a kernel. Decides times, never bits.
 constexpr bool folds_in_ctas(int sm, int64_t columns, int tokens) {
   constexpr int64_t kShort = 2048;
-  if (sm == 90 && tokens > kNarrowTokens) return tokens <= kWideTokens;
-  const int64_t strip_bytes = tokens * columns / strip_columns(tokens) * 4;
+  if (sm == 90) return tokens <= kFoldTokens;
+  const int64_t strip_bytes = tokens * columns / kNarrowStrip * 4;
   return tokens <= 32 && strip_bytes <= (columns <= kShort ? 16 : 8) * 1024;
 }
 
@@ -39,9 +39,9 @@ class SplitNorms {
   void reserve(DevicePool& pool, int tokens, int64_t columns);
   void release();
 
-  // What the product that writes `tokens` rows of `columns` has to leave in z for `norm`; its weight is
-  // null where this norm is not split.
-  NextNorm next(const Norm& norm, int64_t columns, int tokens, void* z) const;
+  // What the product that writes `tokens` rows of `columns`, with weights of kind `writer`, has to leave in z for
+  // `norm`; its weight is null where this norm is not split.
+  NextNorm next(const Norm& norm, WeightKind writer, int64_t columns, int tokens, void* z) const;
   // `rows` rows at x were written, and what `next` asked for beside them.
   void left(const void* x, int64_t rows, const Norm& norm, const NextNorm& next);
   // Rows at x, or with null what lay in z, were overwritten otherwise.

@@ -36,7 +36,11 @@ struct Sm90Config {
   static constexpr int kConsumers = 128 * kGroups;
   // Registers move from the producers to the consumers where tiles are big; that takes warpgroups.
   static constexpr bool kMoveRegisters = kTileT >= 64 && kGroups >= 2;
-  static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 64);
+  // Warps beside the two producers that fold a split norm's factors: the rest of the producers' warpgroup, or one
+  // where registers are left for it.
+  static constexpr bool kHasFoldWarp = kU4 && (kTileT <= kNarrowTokens ? kCtas == 1 : kTileT >= 64);
+  static constexpr int kFoldWarps = kMoveRegisters ? 2 : kHasFoldWarp ? 1 : 0;
+  static constexpr int kThreads = kConsumers + 64 + 32 * kFoldWarps;
   // What the launch takes for all threads is all there is to move.
   static constexpr int kLaunchRegisters = 65536 / kCtas / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kRowGroups > 3 || kCtas > 1 ? 32 : 40;

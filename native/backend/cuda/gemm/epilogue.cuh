@@ -254,7 +254,7 @@ __device__ __forceinline__ void store_rows(const EpilogueParams& p, int t0, int 
   }
   const int row_end = rows < kTileN ? min(p.n, n0 + rows) : p.n;
   const bool gated = p.kind == Epilogue::silu_mul;
-  const int pieces = gated ? kTileN / 16 : kTileN / 8;
+  const int pieces = pieces_of_row<kTileN>(p);
   const int end = min(tokens, p.m - t0) * pieces;
   for (int i = first; i < end; i += step) {
     const int t = i / pieces;

@@ -7,7 +7,8 @@
 // maps with the 128-byte swizzle, into a ring of stages with a full and an empty barrier each. Weights
 // of the first stages are fetched before the kernel waits for the one before it, and the kernel after
 // it may start at once, so that in a graph of dependent launches weights never stop streaming. Where the
-// producers are a whole warpgroup its other two warps fold a split norm's factors (Factors).
+// producers are a whole warpgroup its other two warps fold a split norm's factors, with few tokens one more
+// warp (Factors).
 //
 // The segments of K go, by configuration and launch, to warpgroups of one CTA (kSplitGroups), to the
 // CTAs of a cluster along z, or one after the other to the same warpgroup; they are always added in
@@ -68,7 +69,7 @@ __device__ __forceinline__ void consume_tiles(const Sm90Params& p, Ring<C>& ring
       const int count = tile.whole ? p.chunks : p.bounds[segment + 1] - p.bounds[segment];
       consume<C>(ring, acc, count, iterations<C>(p, tile.whole), row_group, split_group, thread);
     }
-    const float* scales = factors.put(p.epilogue.input_norm, group, thread);
+    const float* scales = factors.put(p.epilogue.input_norm, tile.token_tile, group, thread);
     if (tile.whole) {
       store_alone<C>(p, acc, slice, scales, row_group, thread, tile);
     } else {
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     gemm_sm90_kernel(const Sm90Params p, const __grid_constant__ CUtensorMap x_map,
                      const __grid_constant__ CUtensorMap w_map) {
   extern __shared__ __align__(1024) char shared[];
-  __shared__ uint64_t barriers[2 * kMaxStages + 4];
+  __shared__ uint64_t barriers[2 * kMaxStages + 5];
   __shared__ float scales[C::kGroups * C::kTileT];
   grid_dependency_launch();
   const uint32_t full = kept(smem_address(barriers));
@@ -103,7 +104,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     mbarrier_init(meet, gridDim.z);
     mbarrier_init(meet + 8, gridDim.z);
     mbarrier_init(over, C::kGroups);
-    mbarrier_init(ready, Factors<C>::kFolders / 32 * kWarpArrivals);
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(ready + i * 8, Factors<C>::kFolders / 32 * kWarpArrivals);
+    }
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -121,9 +124,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
           produce<C, false>(p, &x_map, stages, full, empty, over);
         }
       }
-    } else if constexpr (Factors<C>::kIdleWarps) {
-      grid_dependency_wait();
-      Factors<C>::fold(p, scales, ready, threadIdx.x - C::kConsumers - 64);
+    } else if constexpr (Factors<C>::kBeside) {
+      if (folds_strips(p.epilogue.input_norm)) {
+        grid_dependency_wait();
+        Factors<C>::fold_beside(p, scales, ready, threadIdx.x - C::kConsumers - 64);
+      }
     }
   } else {
     if constexpr (C::kMoveRegisters) take_registers<C::kConsumerRegisters>();
@@ -144,7 +149,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
                  .x_descriptor = wgmma_descriptor_low(smem_address(shared))};
     Meeting meeting{meet, over};
     Factors<C> factors{scales, ready};
-    if constexpr (!Factors<C>::kIdleWarps) factors.fold(p, scales, ready, threadIdx.x);
+    if constexpr (!Factors<C>::kBeside) {
+      if (folds_strips(p.epilogue.input_norm)) factors.fold(p, 0, scales, ready, threadIdx.x);
+    }
     consume_tiles<C>(p, ring, reinterpret_cast<float*>(shared),
                      reinterpret_cast<float*>(shared + p.stages * C::kStageBytes), factors,
                      meeting);
@@ -239,12 +246,19 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, Sm90Launch wan
   const auto has_strips = [](int columns) {
     return C::kStrips == Strips::either || (columns == kWideStrip) == (C::kStrips == Strips::wide);
   };
-  const bool folds = folds_strips(norm) && token_tiles == 1;
-  TM_CHECK((!folds || (Factors<C>::kIdleWarps ? norm.strip_columns == kWideStrip
-                                              : has_strips(norm.strip_columns))) &&
-               (args.next_norm.weight == nullptr || has_strips(args.next_norm.strip_columns)),
-           "%d tokens that read strips of %d columns and leave strips of %d", args.m,
-           norm.strip_columns, args.next_norm.strip_columns);
+  TM_CHECK(args.next_norm.weight == nullptr || has_strips(args.next_norm.strip_columns),
+           "%d tokens that leave strips of %d columns", args.m, args.next_norm.strip_columns);
+  // With few tokens and no warps for it, all CTAs would wait for the same strips at their start: at most 8 KiB,
+  // 16 where these are short; more costs them more than a kernel.
+  constexpr int64_t kShort = 2048;
+  const int64_t strip_bytes =
+      static_cast<int64_t>(args.m) * norm.columns / norm.strip_columns * int64_t{sizeof(float)};
+  const bool folds =
+      token_tiles <= Factors<C>::kTokenTiles &&
+      (Factors<C>::kBeside ? (norm.strip_columns == kWideStrip) == Factors<C>::kWide
+                           : has_strips(norm.strip_columns) &&
+                                 (norm.strip_columns == kWideStrip ||
+                                  strip_bytes <= (norm.columns <= kShort ? 16 : 8) * 1024));
   if (folds_strips(norm) && !folds) {
     TM_CHECK(args.partial_floats >= static_cast<size_t>(args.m),
              "a workspace of %zu floats for the factors of %d tokens", args.partial_floats, args.m);

@@ -50,13 +50,15 @@ struct PackedMatrix {
 inline constexpr int kNarrowStrip = 16;
 inline constexpr int kWideStrip = 64;  // the width of x is a multiple of it
 
-// Columns of the strips in a step of `tokens` rows. Wide ones leave a quarter of the sums to read, where every
-// CTA reads them; but the kernels of few tokens have tiles of any multiple of 16 rows of W, and with many tokens
-// one kernel reads the sums.
+// Columns of the strips that a product with such weights leaves in a step of `tokens` rows. Wide ones leave a
+// quarter of the sums to read, where every CTA reads them; but the kernels of few tokens have tiles of any multiple
+// of 16 rows of W, and with many tokens one kernel reads the sums.
 inline constexpr int kNarrowTokens = 16;
-inline constexpr int kWideTokens = 128;
-constexpr int strip_columns(int tokens) {
-  return tokens > kNarrowTokens && tokens <= kWideTokens ? kWideStrip : kNarrowStrip;
+inline constexpr int kWideTokens = 128;  // of 16-bit weights, whose widest tiles lack registers for wide strips
+inline constexpr int kFoldTokens = 256;  // of 4-bit weights
+constexpr int strip_columns(WeightKind writer, int tokens) {
+  const int most = writer == WeightKind::awq ? kFoldTokens : kWideTokens;
+  return tokens > kNarrowTokens && tokens <= most ? kWideStrip : kNarrowStrip;
 }
 
 struct NextNorm {                 // written beside y

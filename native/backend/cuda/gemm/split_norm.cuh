@@ -107,9 +107,9 @@ __device__ __forceinline__ void sum_wide_strips(const InputNorm& norm, const int
     }
   }
 }
-// Likewise of strips of 16 columns of token t, where it is valid.
+// Likewise of strips of 16 columns of token t, where it is valid. kBatch: loads of four strips in flight.
+template <int kBatch>
 __device__ __forceinline__ float sum_narrow_strips(const InputNorm& norm, int t, bool valid) {
-  constexpr int kBatch = 5;
   const int groups = valid ? norm.columns / kWideStrip : 0;
   const auto* strips = reinterpret_cast<const float4*>(
       norm.strips + static_cast<int64_t>(t) * (norm.columns / kNarrowStrip));
@@ -137,10 +137,10 @@ __device__ __forceinline__ float join_chains(const InputNorm& norm, float sum) {
 }
 
 // The factor of token t, where it is valid, for the eight lanes that ask for it; whole warps call it.
-template <Strips kStrips = Strips::either>
+template <Strips kStrips = Strips::either, int kBatch = 5>
 __device__ __forceinline__ float fold_strips_of(const InputNorm& norm, int t, bool valid) {
   if (!are_wide<kStrips>(norm.strip_columns)) {
-    return join_chains(norm, sum_narrow_strips(norm, t, valid));
+    return join_chains(norm, sum_narrow_strips<kBatch>(norm, t, valid));
   }
   const int tokens[1] = {valid ? t : 0};
   float sum[1];
@@ -152,21 +152,22 @@ __host__ __device__ inline bool folds_strips(const InputNorm& norm) {
   return norm.strips != nullptr && norm.scales == nullptr;
 }
 
-// Factors of a tile's tokens t0 .. t0 + tokens - 1 → scales, which a barrier of the caller makes visible,
-// or, where they are there already, this thread's token's, which put_scale writes when it has arrived.
-// `threads`: whole warps.
-template <Strips kStrips>
-__device__ __forceinline__ float begin_scales(const InputNorm& norm, int t0, int tokens, int thread,
-                                              int threads, float* scales) {
-  if (!folds_strips(norm)) {
-    return norm.scales != nullptr && thread < tokens ? __ldcg(norm.scales + t0 + thread) : 1.0F;
-  }
+// Factors of tokens t0 .. t0 + tokens - 1 → scales, folded by `threads` threads, whole warps; the caller makes
+// them visible.
+template <Strips kStrips, int kBatch = 5>
+__device__ __forceinline__ void fold_scales(const InputNorm& norm, int t0, int tokens, int thread,
+                                            int threads, float* scales) {
   for (int first = thread / 8; first - thread / 8 % 4 < tokens; first += threads / 8) {
     const bool valid = first < tokens;
-    const float scale = fold_strips_of<kStrips>(norm, t0 + first, valid);
+    const float scale = fold_strips_of<kStrips, kBatch>(norm, t0 + first, valid);
     if (valid && thread % 8 == 0) scales[first] = scale;
   }
-  return 1.0F;
+}
+
+// The factors of a tile's tokens that are there already: this thread's token's, which put_scale writes when it
+// has arrived. 1 where the norm has none.
+__device__ __forceinline__ float begin_scale(const InputNorm& norm, int t0, int tokens, int thread) {
+  return norm.scales != nullptr && thread < tokens ? __ldcg(norm.scales + t0 + thread) : 1.0F;
 }
 __device__ __forceinline__ void put_scale(const InputNorm& norm, float scale, int tile_tokens,
                                           int thread, float* scales) {

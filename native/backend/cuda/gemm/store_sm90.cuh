@@ -155,26 +155,30 @@ __device__ __forceinline__ void store_alone(const Sm90Params& p, const float (&a
   store_slices<C>(p, acc, slice, scales, row_group, thread, tile);
 }
 
-// The factors of a tile's tokens (split_norm.cuh). Those of the only token tile are folded once: by two
-// warps of the producers' warpgroup that have nothing else to do, where there are such, while the products
-// run, and otherwise by all consumers before. Others are there, and each warpgroup has its own copy, so as
-// not to wait for the rest.
+// The factors of a tile's tokens (split_norm.cuh). Where they have to be folded, warps that do nothing else do it
+// while the products run, each token tile once, or, where there are no such, all consumers before the only one.
+// Others are there, and each warpgroup has its own copy, so as not to wait for the rest.
 template <class C>
 struct Factors {
   static constexpr int kOfThread = C::kTileT > 128 ? C::kTileT / 128 : 1;
-  static constexpr bool kIdleWarps = C::kMoveRegisters && C::kTileT <= kWideTokens;
-  static constexpr int kFolders = kIdleWarps ? 64 : C::kConsumers;
+  static constexpr bool kBeside = C::kFoldWarps > 0 && C::kTileT <= kWideTokens;
+  static constexpr int kFolders = kBeside ? 32 * C::kFoldWarps : C::kConsumers;
+  // What can be folded: token tiles that `shared` has room for, and strips of the one width.
+  static constexpr int kTokenTiles = kBeside && C::kGroups > 1 ? 2 : 1;
+  static constexpr bool kWide = C::kTileT > kNarrowTokens;
   float* shared;  // [kGroups][kTileT]
-  uint32_t ready;
+  uint32_t ready;  // a barrier for each token tile
   float own[kOfThread];
 
-  // Before the first tile, or beside it. thread: one of kFolders.
-  __device__ __forceinline__ static void fold(const Sm90Params& p, float* scales, uint32_t ready,
-                                              int thread) {
+  // The token tile, before its first tile or beside it. thread: one of kFolders.
+  __device__ __forceinline__ static void fold(const Sm90Params& p, int token_tile, float* scales,
+                                              uint32_t ready, int thread) {
     const InputNorm& norm = p.epilogue.input_norm;
-    if (!folds_strips(norm)) return;
-    const int tokens = min(C::kTileT, p.epilogue.m);
-    if constexpr (kIdleWarps) {
+    if constexpr (kTokenTiles == 1) token_tile = 0;
+    const int t0 = token_tile * C::kTileT;
+    const int tokens = min(C::kTileT, p.epilogue.m - t0);
+    scales += t0;
+    if constexpr (kBeside && kWide) {
       // A CTA of a cluster stores, and so folds, every gridDim.z-th run of tokens (store_meeting).
       const bool whole = p.whole > 0;
       const int run = whole ? C::kTileT : C::kConsumers / pieces_of_row<C::kTileN>(p.epilogue);
@@ -182,17 +186,20 @@ struct Factors {
 #pragma unroll 1
       for (int begin = whole ? 0 : run * static_cast<int>(blockIdx.z); begin < tokens;
            begin += step) {
-        fold_run(norm, begin, min(begin + run, tokens), scales, thread);
+        fold_run(norm, t0, begin, min(begin + run, tokens), scales, thread);
       }
+    } else if constexpr (kBeside) {
+      fold_scales<Strips::narrow, 10>(norm, t0, tokens, thread, kFolders, scales);
     } else {
-      begin_scales<C::kStrips>(norm, 0, tokens, thread, kFolders, scales);
+      fold_scales<C::kStrips>(norm, t0, tokens, thread, kFolders, scales);
     }
     __syncwarp();
-    if (thread % 32 < kWarpArrivals) mbarrier_arrive(ready);
+    if (thread % 32 < kWarpArrivals) mbarrier_arrive(ready + token_tile * 8);
     __syncwarp();
   }
-  // Tokens begin .. end - 1 with wide strips, eight lanes each; as many together as a lane's registers hold.
-  __device__ __forceinline__ static void fold_run(const InputNorm& norm, int begin, int end,
+  // Tokens t0 + begin .. t0 + end - 1 with wide strips, eight lanes each; as many together as a lane's registers
+  // hold.
+  __device__ __forceinline__ static void fold_run(const InputNorm& norm, int t0, int begin, int end,
                                                   float* scales, int thread) {
     constexpr int kAtOnce = C::kProducerRegisters >= 40 ? 2 : 1;
     constexpr int kWarpsTokens = kFolders / 8;
@@ -202,7 +209,7 @@ struct Factors {
       int t[kAtOnce];
       float sum[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) t[j] = min(mine + j * kWarpsTokens, end - 1);
+      for (int j = 0; j < kAtOnce; ++j) t[j] = t0 + min(mine + j * kWarpsTokens, end - 1);
       sum_wide_strips(norm, t, sum);
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
@@ -210,6 +217,17 @@ struct Factors {
         const int token = mine + j * kWarpsTokens;
         if (token < end && thread % 8 == 0) scales[token] = factor;
       }
+    }
+  }
+  // All token tiles of the CTA, in the order in which it gets to them.
+  __device__ __forceinline__ static void fold_beside(const Sm90Params& p, float* scales,
+                                                     uint32_t ready, int thread) {
+    Walk<C> walk(p);
+    int folded = 0;  // a bit for each token tile
+    for (Tile tile; folded + 1 != 1 << p.token_tiles && walk.next(p, tile);) {
+      if ((folded >> tile.token_tile & 1) != 0) continue;
+      folded |= 1 << tile.token_tile;
+      fold(p, tile.token_tile, scales, ready, thread);
     }
   }
   // Asks for those of the tokens from t0 on.
@@ -221,10 +239,12 @@ struct Factors {
     }
   }
   // To be read by this warpgroup after its next barrier.
-  __device__ __forceinline__ const float* put(const InputNorm& norm, int group, int thread) const {
+  __device__ __forceinline__ const float* put(const InputNorm& norm, int token_tile, int group,
+                                              int thread) const {
     if (folds_strips(norm)) {
-      mbarrier_wait(ready, 0);
-      return shared;
+      const int folded = kTokenTiles == 1 ? 0 : token_tile;
+      mbarrier_wait(ready + folded * 8, 0);
+      return shared + folded * C::kTileT;
     }
     float* mine = shared + group * C::kTileT;
 #pragma unroll

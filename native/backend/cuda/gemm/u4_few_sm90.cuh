@@ -78,19 +78,25 @@ bool run_u4_one_round(const GemmArgs& args, const LaunchContext& context) {
   return true;
 }
 
-// Nine to sixteen tokens where CTAs of many rows, one to an SM, are one round that fills most SMs: x is
+// Two to sixteen tokens where CTAs of many rows, one to an SM, are one round that fills most SMs: x is
 // read by few. Clusters leave more of them free, since theirs lie together.
 template <class T>
 bool run_u4_tall(const GemmArgs& args, const LaunchContext& context) {
   using Taller = StreamConfig<T, 2, 1, 14, 5, 2>;
+  using TallerFew = StreamConfig<T, 1, 1, 14, 5, 2>;
   using Tall = StreamConfig<T, 2, 1, 8, 4, 2>;
   const int segments = args.w->segments;
   const int64_t sms = context.num_sms;
   const auto ctas = [&](int rows) { return ctas_of_rows(args, rows) * segments; };
   if (segments == 1 && ctas(Taller::kTileN) <= sms && ctas(Taller::kTileN) * 10 >= sms * 8) {
-    run_stream<Taller>(args, context, kMostOfSm, 32 * 1024);
+    if (args.m <= 8) {
+      run_stream<TallerFew>(args, context, kMostOfSm, 32 * 1024);
+    } else {
+      run_stream<Taller>(args, context, kMostOfSm, 32 * 1024);
+    }
     return true;
   }
+  if (args.m <= 8) return false;
   if (segments == 4 && ctas(Tall::kTileN) * 10 <= sms * 9 && ctas(Tall::kTileN) * 10 >= sms * 8) {
     run_stream<Tall>(args, context, kMostOfSm, 48 * 1024);
     return true;
@@ -146,6 +152,7 @@ void run_u4_few(const GemmArgs& args, const LaunchContext& context) {
     return run_rings<Sm90Config<T, 128, 2, 1, 16, 2, true>>(args, context, 110 * kKiB, 220 * kKiB);
   }
   if (run_u4_one_round<T>(args, context)) return;
+  if (args.m > 1 && run_u4_tall<T>(args, context)) return;
   // A short K's four segments meet inside a CTA, a long one's in a cluster.
   if (args.w->segments == 4 && args.w->k_padded <= 8192) {
     return run_rings<Sm90Config<T, 128, 1, 4, 8, 1, true>>(args, context, 110 * kKiB, 110 * kKiB);

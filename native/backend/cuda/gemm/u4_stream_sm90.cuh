@@ -2,7 +2,7 @@
 // rows of W and one segment of K; each lane copies the 16-byte pieces that it alone will dequantise into
 // a ring of the warp's own, so between the start and the end of a tile no warp waits for another one's
 // weights. x of one token travels in the same ring; of more tokens one more warp moves it in slabs that
-// all warps read.
+// all warps read. Another folds the factors of a split norm, which nobody needs before the tile's end.
 //
 // K's segments go to warps of one CTA (kSplit) or to the CTAs of a cluster along z; their sums meet in
 // shared memory and are added in order. The rings are filled before the kernel waits for the one before
@@ -22,9 +22,28 @@ namespace turbomind::cuda {
 
 // ---- the end of a tile ---------------------------------------------------------------------------
 
+// The meeting of a CTA's consumers, to which the factors come too.
 template <class C>
 __device__ __forceinline__ void stream_sync() {
-  asm volatile("bar.sync 1, %0;\n" ::"n"(C::kConsumers) : "memory");
+  asm volatile("bar.sync 1, %0;\n" ::"n"(C::kConsumers + 32) : "memory");
+}
+// The warp of the factors.
+template <class C>
+__device__ __forceinline__ void stream_factors(const StreamParams& p, int lane, float* scales) {
+  grid_dependency_wait();
+  const InputNorm& norm = p.epilogue.input_norm;
+  const int m = p.epilogue.m;
+  if (folds_strips(norm)) {
+    fold_scales<Strips::narrow, 10>(norm, 0, m, lane, 32, scales);
+  } else {
+    put_scale(norm, begin_scale(norm, 0, m, lane), 8 * C::kTokenTiles, lane, scales);
+  }
+  __syncwarp();
+  if (gridDim.z == 1) {
+    asm volatile("bar.arrive 1, %0;\n" ::"n"(C::kConsumers + 32) : "memory");
+  } else {
+    cluster_arrive();
+  }
 }
 
 // Sums of a warp → slot [token][row] of its segment.
@@ -169,9 +188,6 @@ __device__ __forceinline__ void consume_stream(const StreamParams& p, char* shar
   const int row = blockIdx.x * C::kTileN + out.row;
   OutputTerms terms;
   if (out.token < m && row < e.n) terms = load_terms<typename C::T>(e, out.token, row);
-  put_scale(e.input_norm,
-            begin_scales<Strips::narrow>(e.input_norm, 0, m, threadIdx.x, C::kConsumers, scales),
-            8 * C::kTokenTiles, threadIdx.x, scales);
 
   // Tokens that do not exist are read as the last one; their sums are never stored.
   const int token = min(C::kTokenTiles == 1 ? lane & 7 : (lane >> 4) * 8 + (lane & 7), m - 1);
@@ -200,16 +216,26 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas) u4_stream_kernel(const 
   extern __shared__ __align__(1024) char shared[];  // slabs of x | rings | slots
   __shared__ float scales[8 * C::kTokenTiles];
   grid_dependency_launch();
+  // A warp's index known to be uniform: the loop then keeps its copies' descriptor in uniform registers.
+  const int warp = __shfl_sync(~0U, threadIdx.x / 32, 0);
   if constexpr (C::kOwnX) {
-    consume_stream<C>(p, shared, 0, 0, scales);
+    if (warp < C::kConsumers / 32) {
+      consume_stream<C>(p, shared, 0, 0, scales);
+    } else {
+      stream_factors<C>(p, threadIdx.x % 32, scales);
+    }
   } else {
     __shared__ uint64_t barriers[4];
     const int slab_total = p.slabs * C::kSplit * p.epilogue.m * p.x_row_bytes;
     const uint32_t full = smem_address(barriers);
     const uint32_t empty = full + 16;
-    // A warp's index known to be uniform: the loop then keeps its copies' descriptor in uniform registers.
-    if (__shfl_sync(~0U, threadIdx.x / 32, 0) < C::kConsumers / 32) {
+    if (warp < C::kConsumers / 32) {
       consume_stream<C>(p, shared, slab_total, full, scales);
+      return;
+    }
+    if (warp == C::kConsumers / 32) {
+      __syncthreads();
+      stream_factors<C>(p, threadIdx.x % 32, scales);
       return;
     }
     const bool elected = elect_one();

@@ -22,7 +22,8 @@ struct StreamConfig {
   static constexpr bool kOwnX = kOwnX_;
   static constexpr int kTileN = 16 * kRowWarps * kGroups;
   static constexpr int kConsumers = 32 * kSplit * kRowWarps;
-  static constexpr int kThreads = kConsumers + (kOwnX ? 0 : 32);
+  // One more warp has the tokens' factors, one x.
+  static constexpr int kThreads = kConsumers + (kOwnX ? 32 : 64);
   // Of a stage: packed weights, group words, x.
   static constexpr int kMetaAt = 1024 * kGroups;
   static constexpr int kXAt = 1088 * kGroups;
@@ -33,7 +34,7 @@ struct StreamConfig {
   static constexpr int kCtas = kGroups > 1 ? kConsumers <= 160  ? 3
                                              : kConsumers < 256 ? 2
                                                                 : 1
-                                           : 512 / kConsumers;
+                                           : (kTokenTiles > 1 ? 384 : 512) / kConsumers;
   static_assert(kPackRows % (16 * kGroups) == 0);
   static_assert(!kOwnX || kTokenTiles == 1);
 };

@@ -45,7 +45,9 @@ struct Config {
   // A third CTA hides what two wait for where tiles are small enough for rings of more than a unit.
   static constexpr int kCtas = kBits == 4 && kN == 1 ? 3 : 2;
   // Parts fetched at once to be folded: alone, and beside the product of a unit.
-  static constexpr int kFoldBatch = kN == 2 ? 2 : kCtas == 2 ? 4 : kDim == 128 ? 3 : 2;
+  static constexpr int kFoldBatch = kN == 2      ? 2
+                                    : kCtas == 2 ? (kDim % 64 == 0 ? 4 : 3)
+                                                 : (kDim == 128 ? 3 : 2);
   static constexpr int kFoldAhead = kN == 2 || kDim % 64 != 0 ? 1 : 2;
   // Whether what is folded lies in shared memory meanwhile, where registers are few.
   static constexpr bool kSharesTotal = kCtas == 3 || kN == 2;

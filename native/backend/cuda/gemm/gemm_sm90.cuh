@@ -170,8 +170,7 @@ struct Sm90Launch {
   // So many row tiles, the first with kRowGroups blocks of 64 rows, the others with one less; 0: as many as
   // there are with kRowGroups.
   int row_tiles = 0;
-  bool even =
-      false;  // CTAs have equal shares of the row blocks: for one token tile and one segment
+  bool even = false;  // CTAs have equal shares of the row blocks, alone: for one token tile
 };
 
 // Clusters of `depth` CTAs of C, one to an SM, that the device holds at a time.
@@ -215,7 +214,7 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, Sm90Launch wan
   const int stages = asked > 0 ? std::min(asked, most) : most;
   TM_CHECK(stages >= 2, "%d bytes of shared memory are too few for the GEMM",
            context.max_shared_bytes);
-  const bool even = wanted.even && alone && w.segments == 1 && token_tiles == 1;
+  const bool even = wanted.even && alone && token_tiles == 1;
   const int64_t most_ctas = even ? w.n_padded / kPackRows : tiles;
   const int64_t ctas = wanted.ctas > 0 ? std::min<int64_t>(most_ctas, wanted.ctas / depth) : tiles;
   const int64_t k = w.k % 8 == 0 ? w.k : w.k_padded;

@@ -2,6 +2,8 @@
 // u4_*_sm90.cu, a file for each type so that they compile side by side. Compared with `naive` and `u4_sm80`.
 #pragma once
 
+#include <limits>
+
 #include "backend/cuda/gemm/gemm_sm90.cuh"
 
 namespace turbomind::cuda {
@@ -36,6 +38,14 @@ void run_unsplit_best(const GemmArgs& args, const LaunchContext& context, int64_
 template <class C>
 void run_shared(const GemmArgs& args, const LaunchContext& context) {
   run_sm90<C>(args, context, {});
+}
+
+// Whether CTAs take a block of 64 rows each, segments in turn: where K is short and there is a block for most SMs,
+// which clusters would have to take in rounds.
+inline bool are_blocks_alone(const GemmArgs& args, const LaunchContext& context) {
+  constexpr int64_t kShort = 8192;
+  const int64_t blocks = args.w->n_padded / kPackRows;
+  return args.w->k_padded <= kShort && blocks <= context.num_sms && 2 * blocks >= context.num_sms;
 }
 
 // Whether all tiles have a cluster at a time.
@@ -130,6 +140,12 @@ void run_u4_many(const GemmArgs& args, const LaunchContext& context) {
       const bool tall =
           3 * rounds(ctas_together<Tall>(args)) <= 2 * rounds(ctas_together<Wide>(args));
       return tall ? run_unsplit<Tall>(args, context) : run_unsplit<Wide>(args, context);
+    }
+    if (args.m <= 128 && are_blocks_alone(args, context)) {
+      return run_sm90<Wide>(args, context,
+                            {.ctas = context.num_sms,
+                             .whole = std::numeric_limits<int>::max(),
+                             .even = true});
     }
     // One round of clusters, if there is one.
     if (fits_clusters<Wide>(args)) return run_shared<Wide>(args, context);

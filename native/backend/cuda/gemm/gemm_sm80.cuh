@@ -259,7 +259,8 @@ __global__ void __launch_bounds__(C::kThreads) gemm_sm80_kernel(const Sm80Params
   const int tokens = min(C::kTileT, p.epilogue.m - t0);
   const float scale = begin_scale(p.epilogue.input_norm, t0, tokens, threadIdx.x);
   if (folds_strips(p.epilogue.input_norm)) {
-    fold_scales<Strips::either>(p.epilogue.input_norm, t0, tokens, threadIdx.x, C::kThreads, scales);
+    fold_scales<Strips::either>(p.epilogue.input_norm, t0, tokens, threadIdx.x, C::kThreads,
+                                scales);
   }
 
   // compute

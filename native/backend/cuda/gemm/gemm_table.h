@@ -54,8 +54,9 @@ inline constexpr int kWideStrip = 64;  // the width of x is a multiple of it
 // quarter of the sums to read, where every CTA reads them; but the kernels of few tokens have tiles of any multiple
 // of 16 rows of W, and with many tokens one kernel reads the sums.
 inline constexpr int kNarrowTokens = 16;
-inline constexpr int kWideTokens = 128;  // of 16-bit weights, whose widest tiles lack registers for wide strips
-inline constexpr int kFoldTokens = 256;  // of 4-bit weights
+// The most with wide strips: of 16-bit weights, whose widest tiles lack registers for them, and of 4-bit ones.
+inline constexpr int kWideTokens = 128;
+inline constexpr int kFoldTokens = 256;
 constexpr int strip_columns(WeightKind writer, int tokens) {
   const int most = writer == WeightKind::awq ? kFoldTokens : kWideTokens;
   return tokens > kNarrowTokens && tokens <= most ? kWideStrip : kNarrowStrip;

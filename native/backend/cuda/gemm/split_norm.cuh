@@ -166,7 +166,8 @@ __device__ __forceinline__ void fold_scales(const InputNorm& norm, int t0, int t
 
 // The factors of a tile's tokens that are there already: this thread's token's, which put_scale writes when it
 // has arrived. 1 where the norm has none.
-__device__ __forceinline__ float begin_scale(const InputNorm& norm, int t0, int tokens, int thread) {
+__device__ __forceinline__ float begin_scale(const InputNorm& norm, int t0, int tokens,
+                                             int thread) {
   return norm.scales != nullptr && thread < tokens ? __ldcg(norm.scales + t0 + thread) : 1.0F;
 }
 __device__ __forceinline__ void put_scale(const InputNorm& norm, float scale, int tile_tokens,

@@ -166,7 +166,7 @@ struct Factors {
   // What can be folded: token tiles that `shared` has room for, and strips of the one width.
   static constexpr int kTokenTiles = kBeside && C::kGroups > 1 ? 2 : 1;
   static constexpr bool kWide = C::kTileT > kNarrowTokens;
-  float* shared;  // [kGroups][kTileT]
+  float* shared;   // [kGroups][kTileT]
   uint32_t ready;  // a barrier for each token tile
   float own[kOfThread];
 

@@ -142,10 +142,9 @@ void run_u4_many(const GemmArgs& args, const LaunchContext& context) {
       return tall ? run_unsplit<Tall>(args, context) : run_unsplit<Wide>(args, context);
     }
     if (args.m <= 128 && are_blocks_alone(args, context)) {
-      return run_sm90<Wide>(args, context,
-                            {.ctas = context.num_sms,
-                             .whole = std::numeric_limits<int>::max(),
-                             .even = true});
+      return run_sm90<Wide>(
+          args, context,
+          {.ctas = context.num_sms, .whole = std::numeric_limits<int>::max(), .even = true});
     }
     // One round of clusters, if there is one.
     if (fits_clusters<Wide>(args)) return run_shared<Wide>(args, context);

@@ -15,13 +15,10 @@ namespace turbomind::cuda {
 
 // Whether the CTAs of the product fold the strips of its tokens, or one kernel does before. On sm_90 warps without
 // other work do it in steps of up to kFoldTokens tokens, and where a product has none it launches that kernel
-// itself (gemm_sm90.cuh). Elsewhere all CTAs read the same strips at their start: at most 8 KiB, 16 where these
-// are short; more cost them more than a kernel. Decides times, never bits.
+// itself (gemm_sm90.cuh). Elsewhere all CTAs read the same strips at their start. Decides times, never bits.
 constexpr bool folds_in_ctas(int sm, int64_t columns, int tokens) {
-  constexpr int64_t kShort = 2048;
   if (sm == 90) return tokens <= kFoldTokens;
-  const int64_t strip_bytes = tokens * columns / kNarrowStrip * 4;
-  return tokens <= 32 && strip_bytes <= (columns <= kShort ? 16 : 8) * 1024;
+  return tokens <= 32 && few_strips(columns, strip_columns(WeightKind::awq, tokens), tokens);
 }
 
 class SplitNorms {

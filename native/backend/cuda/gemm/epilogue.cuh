@@ -211,6 +211,12 @@ __device__ __forceinline__ void store_floats(float* y, const float (&v)[4], int 
   }
 }
 
+// Past the last row of W of a tile of `rows` of kTileN rows from n0 on.
+template <int kTileN>
+__device__ __forceinline__ int end_of_rows(const EpilogueParams& p, int n0, int rows) {
+  return rows < kTileN ? min(p.n, n0 + rows) : p.n;
+}
+
 // store_rows for f32 outputs without an epilogue but the bias: neighbouring lanes store what lies
 // side by side.
 template <int kTileN, class Read>
@@ -218,7 +224,7 @@ __device__ __forceinline__ void store_f32_rows(const EpilogueParams& p, int t0, 
                                                int rows, const float* scales, int first, int step,
                                                Read&& read) {
   constexpr int kQuads = kTileN / 4;
-  const int row_end = rows < kTileN ? min(p.n, n0 + rows) : p.n;
+  const int row_end = end_of_rows<kTileN>(p, n0, rows);
   const int end = min(tokens, p.m - t0) * kQuads;
   for (int i = first; i < end; i += step) {
     const int t = i / kQuads;
@@ -252,7 +258,7 @@ __device__ __forceinline__ void store_rows(const EpilogueParams& p, int t0, int 
   if (p.y_is_f32 && p.kind == Epilogue::none) {
     return store_f32_rows<kTileN>(p, t0, tokens, n0, rows, scales, first, step, read);
   }
-  const int row_end = rows < kTileN ? min(p.n, n0 + rows) : p.n;
+  const int row_end = end_of_rows<kTileN>(p, n0, rows);
   const bool gated = p.kind == Epilogue::silu_mul;
   const int pieces = pieces_of_row<kTileN>(p);
   const int end = min(tokens, p.m - t0) * pieces;

@@ -247,17 +247,12 @@ void run_sm90(const GemmArgs& args, const LaunchContext& context, Sm90Launch wan
   };
   TM_CHECK(args.next_norm.weight == nullptr || has_strips(args.next_norm.strip_columns),
            "%d tokens that leave strips of %d columns", args.m, args.next_norm.strip_columns);
-  // With few tokens and no warps for it, all CTAs would wait for the same strips at their start: at most 8 KiB,
-  // 16 where these are short; more costs them more than a kernel.
-  constexpr int64_t kShort = 2048;
-  const int64_t strip_bytes =
-      static_cast<int64_t>(args.m) * norm.columns / norm.strip_columns * int64_t{sizeof(float)};
+  const bool wide = norm.strip_columns == kWideStrip;
   const bool folds =
       token_tiles <= Factors<C>::kTokenTiles &&
-      (Factors<C>::kBeside ? (norm.strip_columns == kWideStrip) == Factors<C>::kWide
+      (Factors<C>::kBeside ? wide == Factors<C>::kWide
                            : has_strips(norm.strip_columns) &&
-                                 (norm.strip_columns == kWideStrip ||
-                                  strip_bytes <= (norm.columns <= kShort ? 16 : 8) * 1024));
+                                 (wide || few_strips(norm.columns, norm.strip_columns, args.m)));
   if (folds_strips(norm) && !folds) {
     TM_CHECK(args.partial_floats >= static_cast<size_t>(args.m),
              "a workspace of %zu floats for the factors of %d tokens", args.partial_floats, args.m);

@@ -62,6 +62,14 @@ constexpr int strip_columns(WeightKind writer, int tokens) {
   return tokens > kNarrowTokens && tokens <= most ? kWideStrip : kNarrowStrip;
 }
 
+// Whether all CTAs of a product may fold the same strips before their products: at most 8 KiB, 16 where rows are
+// short; more cost them more than a kernel that does it once.
+constexpr bool few_strips(int64_t columns, int strip_columns, int tokens) {
+  constexpr int64_t kShort = 2048;
+  const int64_t bytes = tokens * columns / strip_columns * int64_t{sizeof(float)};
+  return bytes <= (columns <= kShort ? 16 : 8) * 1024;
+}
+
 struct NextNorm {                 // written beside y
   const float* weight = nullptr;  // [n]; null: nothing is written
   float inverse_peak = 1.0F;
